@@ -1,0 +1,74 @@
+"""lwc: a compiler that makes transformer models light.
+
+`lwc.load` and `lwc.trace` read a model, `lwc.optimize` runs passes over it, and the result saves
+itself and reports what was done. Attributes load on first use, so that `import lwc` is fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lwc.core.diagnostics import Remark
+    from lwc.core.errors import LwcError
+    from lwc.core.module import Module
+    from lwc.frontend.load import load
+    from lwc.frontend.onnx_writer import save
+    from lwc.frontend.torch_trace import trace
+    from lwc.optimizer import OptimizeResult, optimize
+    from lwc.pipeline.passes import (
+        Approximate,
+        Exact,
+        Lossy,
+        Pass,
+        PassContext,
+        PassResult,
+    )
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Approximate": "lwc.pipeline.passes",
+    "Exact": "lwc.pipeline.passes",
+    "LwcError": "lwc.core.errors",
+    "Lossy": "lwc.pipeline.passes",
+    "Module": "lwc.core.module",
+    "OptimizeResult": "lwc.optimizer",
+    "Pass": "lwc.pipeline.passes",
+    "PassContext": "lwc.pipeline.passes",
+    "PassResult": "lwc.pipeline.passes",
+    "Remark": "lwc.core.diagnostics",
+    "load": "lwc.frontend.load",
+    "optimize": "lwc.optimizer",
+    "save": "lwc.frontend.onnx_writer",
+    "trace": "lwc.frontend.torch_trace",
+}
+
+__all__ = [
+    "Approximate",
+    "Exact",
+    "LwcError",
+    "Lossy",
+    "Module",
+    "OptimizeResult",
+    "Pass",
+    "PassContext",
+    "PassResult",
+    "Remark",
+    "load",
+    "optimize",
+    "save",
+    "trace",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'lwc' has no attribute '{name}'")
+    return getattr(importlib.import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,1 @@
+"""Facts about a module, computed on demand, cached, never mutating."""

@@ -1,0 +1,54 @@
+"""Analyses: facts about a module, built on demand and dropped when a pass invalidates them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Self, TypeVar
+
+from lwc.core.module import Module
+
+__all__ = ["Analysis", "AnalysisManager"]
+
+
+class Analysis(ABC):
+    """A fact about a whole module. It never changes the module."""
+
+    @classmethod
+    @abstractmethod
+    def build(cls, module: Module, analyses: AnalysisManager) -> Self:
+        """Compute the analysis; other analyses it needs come from `analyses`."""
+
+    @classmethod
+    def requires(cls) -> tuple[type[Analysis], ...]:
+        """Name the analyses this one is built from: dropping one of them drops this one too."""
+        return ()
+
+
+AnalysisT = TypeVar("AnalysisT", bound=Analysis)
+
+
+class AnalysisManager:
+    """Builds and caches the analyses of one module."""
+
+    def __init__(self, module: Module) -> None:
+        self.module = module
+        self._cache: dict[type[Analysis], Analysis] = {}
+
+    def get(self, kind: type[AnalysisT]) -> AnalysisT:
+        """Return the analysis, built now unless it is cached."""
+        found = self._cache.get(kind)
+        if found is None:
+            found = kind.build(self.module, self)
+            self._cache[kind] = found
+        assert isinstance(found, kind)
+        return found
+
+    def invalidate(self, preserved: Iterable[type[Analysis]] = ()) -> None:
+        """Drop every analysis that is not in `preserved` or rests on one that is not."""
+        kept = set(preserved)
+        self._cache = {
+            kind: analysis
+            for kind, analysis in self._cache.items()
+            if kind in kept and all(base in kept for base in kind.requires())
+        }

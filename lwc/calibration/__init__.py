@@ -1,0 +1,1 @@
+"""Feeds that drive a model, and the statistics gathered from them."""

@@ -1,0 +1,100 @@
+"""Remarks: what a pass did, what it left alone and why, each at a node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["Remark", "RemarkKind", "RemarkLog", "describe", "neighbourhood"]
+
+RemarkKind = Literal["applied", "missed", "note", "warning"]
+
+
+@dataclass(frozen=True)
+class Remark:
+    """One thing worth telling the user.
+
+    Attributes:
+        kind: `applied` (a rewrite happened), `missed` (one did not, and why), `note`
+            (information), `warning` (the user should look).
+        source: The pass, front end or backend that speaks.
+        message: One sentence.
+        node: The node it is about, as `describe` names it, or None for the whole module.
+        rule: The rewrite rule or step within `source`, or None.
+    """
+
+    kind: RemarkKind
+    source: str
+    message: str
+    node: str | None = None
+    rule: str | None = None
+
+    def __str__(self) -> str:
+        where = f" at {self.node}" if self.node else ""
+        rule = f"/{self.rule}" if self.rule else ""
+        return f"{self.kind}: {self.source}{rule}{where}: {self.message}"
+
+
+class RemarkLog:
+    """Collects remarks and hands each to listeners as it comes."""
+
+    def __init__(self) -> None:
+        self._remarks: list[Remark] = []
+        self._listeners: list[Callable[[Remark], None]] = []
+
+    def emit(self, remark: Remark) -> None:
+        """Record `remark` and tell every listener."""
+        self._remarks.append(remark)
+        for listener in self._listeners:
+            listener(remark)
+
+    def listen(self, listener: Callable[[Remark], None]) -> None:
+        """Call `listener` with every remark from now on."""
+        self._listeners.append(listener)
+
+    def __iter__(self) -> Iterator[Remark]:
+        return iter(self._remarks)
+
+    def __len__(self) -> int:
+        return len(self._remarks)
+
+    def since(self, start: int) -> list[Remark]:
+        """Return the remarks from position `start` on."""
+        return self._remarks[start:]
+
+
+def describe(node: ir.Node) -> str:
+    """Name a node for a person: operator, node name and first output."""
+    op = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+    if node.name:
+        return f"{op} '{node.name}'"
+    outputs = [value.name for value in node.outputs if value.name]
+    return f"{op} -> '{outputs[0]}'" if outputs else op
+
+
+def neighbourhood(node: ir.Node) -> str:
+    """Show a node with its producers and consumers, one line each, for error messages."""
+    lines = []
+    for value in node.inputs:
+        producer = value.producer() if value is not None else None
+        if producer is not None:
+            lines.append(f"    {_one_line(producer)}")
+    lines.append(f"--> {_one_line(node)}")
+    seen = set()
+    for output in node.outputs:
+        for use in output.uses():
+            if use.node not in seen:
+                seen.add(use.node)
+                lines.append(f"    {_one_line(use.node)}")
+    return "\n".join(lines)
+
+
+def _one_line(node: ir.Node) -> str:
+    outputs = ", ".join(f"%{value.name}" for value in node.outputs)
+    inputs = ", ".join("_" if value is None else f"%{value.name}" for value in node.inputs)
+    op = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+    return f"{outputs} = {op}({inputs})"

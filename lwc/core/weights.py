@@ -1,0 +1,186 @@
+"""Weights that live on disk: release after reading, and a spill file for results.
+
+A pass that rewrites many weights must not hold them: it reads one, hands the result to
+`WeightStore.put`, and lets go of both. The store is an unlinked temporary file, so a run that is
+killed leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+__all__ = ["SpilledTensor", "WeightStore", "reading", "release"]
+
+_PAGE = 4096
+
+
+class WeightStore:
+    """An append-only, unlinked file that holds results until the module is saved.
+
+    Args:
+        directory: Where to make the file; the system's temporary directory by default. Choose
+            the output's own file system: results are then copied once, inside the kernel.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str] | None = None) -> None:
+        self._file = tempfile.TemporaryFile(dir=directory, prefix=".lwc-")  # noqa: SIM115
+        self._end = 0
+
+    def put(self, array: np.ndarray[Any, Any], name: str | None = None) -> SpilledTensor:
+        """Write `array` to the store and return a tensor that reads it back on demand.
+
+        Sub-byte element types are given unpacked (ml_dtypes) and are stored packed.
+
+        Raises:
+            OSError: The disk is full.
+        """
+        tensor = ir.Tensor(array, name=name)
+        return self.put_tensor(tensor)
+
+    def put_tensor(self, tensor: ir.TensorProtocol) -> SpilledTensor:
+        """Write the content of `tensor` to the store; see `put`."""
+        start = -(-self._end // _PAGE) * _PAGE
+        self._file.seek(start)
+        tensor.tofile(self._file)
+        self._file.flush()
+        self._end = start + tensor.nbytes
+        return SpilledTensor(self, start, tensor.dtype, tensor.shape, tensor.name)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes written so far."""
+        return self._end
+
+    def fileno(self) -> int:
+        """Return the descriptor of the file behind the store."""
+        return self._file.fileno()
+
+
+class SpilledTensor:
+    """A tensor in a `WeightStore`, mapped on each read and never kept in memory.
+
+    It satisfies `onnx_ir.TensorProtocol`.
+    """
+
+    def __init__(
+        self,
+        store: WeightStore,
+        offset: int,
+        dtype: ir.DataType,
+        shape: ir.Shape | Any,
+        name: str | None,
+    ) -> None:
+        self.name = name
+        self.doc_string: str | None = None
+        self.metadata_props: dict[str, str] = {}
+        self.meta: dict[str, Any] = {}
+        self._store = store
+        self._offset = offset
+        self._dtype = dtype
+        self._shape = shape if isinstance(shape, ir.Shape) else ir.Shape(shape)
+
+    @property
+    def dtype(self) -> ir.DataType:
+        """Element type."""
+        return self._dtype
+
+    @property
+    def shape(self) -> ir.Shape:
+        """Shape, all static."""
+        return self._shape
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self._shape.numpy())
+
+    @property
+    def nbytes(self) -> int:
+        """Number of stored bytes, elements packed."""
+        return math.ceil(self.size * self._dtype.bitwidth / 8)
+
+    @property
+    def raw(self) -> SpilledTensor:
+        """The tensor itself: there is no other backing object."""
+        return self
+
+    def numpy(self) -> np.ndarray[Any, Any]:
+        """Map the bytes; the pages go when the returned array does."""
+        if self.size == 0:
+            return np.empty(self.shape.numpy(), dtype=self.dtype.numpy())
+        if self.dtype.bitwidth < 8:
+            packed = ir.PackedTensor(self._map(np.dtype(np.uint8)), self.dtype, shape=self.shape)
+            return packed.numpy()
+        return self._map(np.dtype(self.dtype.numpy())).reshape(self.shape.numpy())
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        array = self.numpy()
+        return array if dtype is None else array.astype(dtype)
+
+    def __dlpack__(self, *, stream: Any = None) -> Any:
+        return self.numpy().__dlpack__(stream=stream)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.numpy().__dlpack_device__()
+
+    def tobytes(self) -> bytes:
+        """Return the stored bytes, little endian, packed."""
+        return os.pread(self._store.fileno(), self.nbytes, self._offset)
+
+    def tofile(self, file: Any) -> None:
+        """Copy the bytes to `file` without bringing them into this process where possible."""
+        file.flush()
+        done, position = 0, file.tell()
+        target, total = file.fileno(), self.nbytes
+        while done < total:
+            try:
+                copied = os.copy_file_range(
+                    self._store.fileno(), target, total - done, self._offset + done, position + done
+                )
+            except (OSError, AttributeError) as error:
+                if isinstance(error, OSError) and error.errno in _FATAL_COPY:
+                    raise
+                chunk = os.pread(
+                    self._store.fileno(), min(total - done, 1 << 24), self._offset + done
+                )
+                copied = os.pwrite(target, chunk, position + done)
+            if copied == 0:
+                raise OSError("the spill file is shorter than its tensors")
+            done += copied
+        file.seek(position + total)
+
+    def _map(self, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+        offset = self._offset
+        mapped = mmap.mmap(
+            self._store.fileno(), self.nbytes, access=mmap.ACCESS_READ, offset=offset
+        )
+        return np.frombuffer(mapped, dtype=dtype, count=self.nbytes // dtype.itemsize)
+
+
+_FATAL_COPY = {27, 28, 122}
+"""EFBIG, ENOSPC, EDQUOT: falling back to another way of copying cannot help."""
+
+
+def release(tensor: ir.TensorProtocol | None) -> None:
+    """Let go of the memory-mapped pages of a tensor; the next read maps them again."""
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor._array = None
+        tensor.raw = None
+
+
+@contextlib.contextmanager
+def reading(tensor: ir.TensorProtocol) -> Iterator[np.ndarray[Any, Any]]:
+    """Give the tensor's content as an array that must not outlive the block."""
+    try:
+        yield tensor.numpy()
+    finally:
+        release(tensor)

@@ -1,0 +1,1 @@
+"""Ways in: every file format and framework becomes a Module."""

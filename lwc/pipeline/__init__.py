@@ -1,0 +1,1 @@
+"""Passes, their textual spelling, and the manager that runs them."""

@@ -1,0 +1,188 @@
+"""What a pass is: options as fields, a contract, a run method, a truthful result."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
+
+from lwc.analysis.manager import Analysis, AnalysisManager
+from lwc.core.diagnostics import Remark, RemarkKind, describe
+from lwc.core.errors import PassError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+    from lwc.core.module import Module
+
+__all__ = [
+    "Approximate",
+    "Contract",
+    "Exact",
+    "Feed",
+    "Lossy",
+    "Pass",
+    "PassContext",
+    "PassResult",
+    "Progress",
+    "Runner",
+]
+
+Feed: TypeAlias = "Mapping[str, np.ndarray[Any, Any]]"
+"""One batch: an array for each graph input, by name."""
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The pass computes the same function up to floating-point rounding.
+
+    Attributes:
+        assumptions: What must hold of the inputs for that, each in one sentence.
+    """
+
+    assumptions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Approximate:
+    """The pass adds a stated error.
+
+    Attributes:
+        rtol: Bound on the relative error it adds to any output.
+        atol: Bound on the absolute error it adds to any output.
+        assumptions: See `Exact`.
+    """
+
+    rtol: float
+    atol: float
+    assumptions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Lossy:
+    """The pass loses accuracy that only an evaluation can judge."""
+
+    assumptions: tuple[str, ...] = ()
+
+
+Contract: TypeAlias = Exact | Approximate | Lossy
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass did.
+
+    Attributes:
+        changed: Whether the module differs from before; checked against a fingerprint.
+        preserved: Analyses that still hold. None of them matters when nothing changed.
+        statistics: Counts and figures for the report, by name.
+    """
+
+    changed: bool
+    preserved: frozenset[type[Analysis]] = frozenset()
+    statistics: Mapping[str, int | float | str] = field(default_factory=dict)
+
+
+class Runner(Protocol):
+    """Executes a module; what a pass gets that must see activations."""
+
+    def run(
+        self, feed: Feed, outputs: Sequence[str] | None = None
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        """Run one batch and return the named values (any value of the main graph), by name."""
+
+
+class Progress(Protocol):
+    """Shows how far a long loop is."""
+
+    def track(self, items: Iterable[Any], description: str, total: int | None = None) -> Iterator[Any]:
+        """Yield from `items`, showing progress."""
+
+
+class _Silent:
+    def track(self, items: Iterable[Any], description: str, total: int | None = None) -> Iterator[Any]:
+        yield from items
+
+
+@dataclass
+class PassContext:
+    """What a pass may use besides the module.
+
+    Attributes:
+        analyses: The module's analyses.
+        source: The name of the running pass, put on its remarks.
+        make_runner: Builds a `Runner` for a module and the extra values to expose; given by
+            whoever starts the pipeline, since passes import no backend.
+        progress: Progress display.
+        max_memory: Bound in bytes on what a single step may hold, or None.
+        seed: Seed of everything random.
+        granted: Assumptions the user vouched for, by their first words or `all`.
+    """
+
+    analyses: AnalysisManager
+    source: str = ""
+    make_runner: Callable[[Module, Sequence[str]], AbstractContextManager[Runner]] | None = None
+    progress: Progress = field(default_factory=_Silent)
+    max_memory: int | None = None
+    seed: int = 0
+    granted: frozenset[str] = frozenset()
+
+    def applied(self, message: str, node: ir.Node | None = None, rule: str | None = None) -> None:
+        """Report a rewrite that happened."""
+        self._emit("applied", message, node, rule)
+
+    def missed(self, message: str, node: ir.Node | None = None, rule: str | None = None) -> None:
+        """Report a rewrite that did not happen, and why."""
+        self._emit("missed", message, node, rule)
+
+    def note(self, message: str, node: ir.Node | None = None) -> None:
+        """Report a fact."""
+        self._emit("note", message, node, None)
+
+    def warn(self, message: str, node: ir.Node | None = None) -> None:
+        """Report something the user should look at."""
+        self._emit("warning", message, node, None)
+
+    def runner(self, module: Module, expose: Sequence[str] = ()) -> AbstractContextManager[Runner]:
+        """Return a context manager that gives a `Runner` for `module`.
+
+        Raises:
+            PassError: The pipeline was started without a backend.
+        """
+        if self.make_runner is None:
+            raise PassError(
+                f"'{self.source}' must run the model, but the pipeline has no backend",
+                remedy="pass backend= to lwc.optimize",
+            )
+        return self.make_runner(module, expose)
+
+    def _emit(
+        self, kind: RemarkKind, message: str, node: ir.Node | None, rule: str | None
+    ) -> None:
+        place = None if node is None else describe(node)
+        self.analyses.module.remarks.emit(Remark(kind, self.source, message, place, rule))
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """A rewrite of a module. Subclasses are frozen dataclasses; their fields are their options.
+
+    Class attributes:
+        name: The kebab-case name in pipelines and on the command line; also the file's name.
+        contract: What the pass promises about the function it leaves.
+        summary: One line for `--list-passes`; the first line of the docstring.
+    """
+
+    name: ClassVar[str]
+    contract: ClassVar[Contract] = Exact()
+
+    @abstractmethod
+    def run(self, module: Module, ctx: PassContext) -> PassResult:
+        """Rewrite `module` in place.
+
+        Raises:
+            PassError: The pass cannot do its work here; the manager restores the module.
+        """

@@ -1,0 +1,1 @@
+"""Pattern matching, the rewrite driver and the builder of new nodes."""

@@ -1,0 +1,1 @@
+"""Checks that a module is well formed and that a pass kept its meaning."""
