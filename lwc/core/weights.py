@@ -1,4 +1,4 @@
-"""Weights that live on disk: release after reading, and a spill file for results.
+"""Weights that live on disk: tensors in files, and a spill file for results.
 
 A pass that rewrites many weights must not hold them: it reads one, hands the result to
 `WeightStore.put`, and lets go of both. The store is an unlinked temporary file, so a run that is
@@ -18,9 +18,42 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["SpilledTensor", "WeightStore", "reading", "release"]
+__all__ = [
+    "DataFile",
+    "FileTensor",
+    "SpilledTensor",
+    "WeightStore",
+    "reading",
+    "release",
+    "stored_bytes",
+]
 
 _PAGE = 4096
+_SMALL = 1 << 16
+"""Bytes up to which a tensor is read rather than mapped: a mapping costs a file descriptor."""
+
+
+class DataFile:
+    """A file of weights, open for reading.
+
+    The descriptor is held, so that the content stays what it was when the path is later removed
+    or renamed over: output onto the input is safe.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: It cannot be opened.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+        self.size = os.fstat(self._file.fileno()).st_size
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self._file.fileno()
 
 
 class WeightStore:
@@ -65,15 +98,22 @@ class WeightStore:
         return self._file.fileno()
 
 
-class SpilledTensor:
-    """A tensor in a `WeightStore`, mapped on each read and never kept in memory.
+class FileTensor:
+    """A tensor whose bytes lie in an open file, read or mapped each time and never kept in memory.
 
     It satisfies `onnx_ir.TensorProtocol`.
+
+    Args:
+        store: The file, by its descriptor.
+        offset: Where the tensor's bytes begin in it; any alignment.
+        dtype: Element type; sub-byte elements are packed.
+        shape: All extents.
+        name: The tensor's name, mutable.
     """
 
     def __init__(
         self,
-        store: WeightStore,
+        store: WeightStore | DataFile,
         offset: int,
         dtype: ir.DataType,
         shape: ir.Shape | Any,
@@ -109,7 +149,7 @@ class SpilledTensor:
         return math.ceil(self.size * self._dtype.bitwidth / 8)
 
     @property
-    def raw(self) -> SpilledTensor:
+    def raw(self) -> FileTensor:
         """The tensor itself: there is no other backing object."""
         return self
 
@@ -134,7 +174,7 @@ class SpilledTensor:
 
     def tobytes(self) -> bytes:
         """Return the stored bytes, little endian, packed."""
-        return os.pread(self._store.fileno(), self.nbytes, self._offset)
+        return self._map(np.dtype(np.uint8)).tobytes() if self.nbytes else b""
 
     def tofile(self, file: Any) -> None:
         """Copy the bytes to `file` without bringing them into this process where possible."""
@@ -154,16 +194,26 @@ class SpilledTensor:
                 )
                 copied = os.pwrite(target, chunk, position + done)
             if copied == 0:
-                raise OSError("the spill file is shorter than its tensors")
+                raise OSError("the file is shorter than its tensors")
             done += copied
         file.seek(position + total)
 
     def _map(self, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
-        offset = self._offset
+        descriptor, size = self._store.fileno(), self.nbytes
+        if size <= _SMALL:
+            content = os.pread(descriptor, size, self._offset)
+            if len(content) != size:
+                raise OSError("the file is shorter than its tensors")
+            return np.frombuffer(content, dtype=dtype)
+        ahead = self._offset % mmap.ALLOCATIONGRANULARITY
         mapped = mmap.mmap(
-            self._store.fileno(), self.nbytes, access=mmap.ACCESS_READ, offset=offset
+            descriptor, size + ahead, access=mmap.ACCESS_READ, offset=self._offset - ahead
         )
-        return np.frombuffer(mapped, dtype=dtype, count=self.nbytes // dtype.itemsize)
+        return np.frombuffer(mapped, dtype=dtype, count=size // dtype.itemsize, offset=ahead)
+
+
+class SpilledTensor(FileTensor):
+    """A tensor in a `WeightStore`."""
 
 
 _FATAL_COPY = {27, 28, 122}
@@ -184,3 +234,18 @@ def reading(tensor: ir.TensorProtocol) -> Iterator[np.ndarray[Any, Any]]:
         yield tensor.numpy()
     finally:
         release(tensor)
+
+
+def stored_bytes(tensor: ir.TensorProtocol) -> np.ndarray[Any, Any]:
+    """Return a tensor's bytes as they are stored, sub-byte elements packed, as uint8 `[nbytes]`.
+
+    Tensors on disk are mapped, not read; those in memory are viewed, not copied, unless their
+    elements must be packed first.
+    """
+    if isinstance(tensor, FileTensor) and tensor.size:
+        return tensor._map(np.dtype(np.uint8))
+    if isinstance(tensor, ir.ExternalTensor) and tensor.size:
+        return np.memmap(tensor.path, np.uint8, "r", tensor.offset or 0, (tensor.nbytes,))
+    if tensor.dtype.bitwidth >= 8 and tensor.dtype != ir.DataType.STRING:
+        return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
+    return np.frombuffer(tensor.tobytes(), np.uint8)
