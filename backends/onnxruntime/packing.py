@@ -76,7 +76,7 @@ def pack(module: Module, expose: Sequence[str] = ()) -> PackedModule:
             0,
             tensor.nbytes,
             tensor.dtype,
-            shape=ir.Shape(tensor.shape),
+            shape=ir.Shape(tuple(tensor.shape.numpy())),
             name=value.name or "",
         )
     for node in model.graph.all_nodes():

@@ -242,8 +242,9 @@ def stored_bytes(tensor: ir.TensorProtocol) -> np.ndarray[Any, Any]:
     Tensors on disk are mapped, not read; those in memory are viewed, not copied, unless their
     elements must be packed first.
     """
-    if isinstance(tensor, FileTensor) and tensor.size:
-        return tensor._map(np.dtype(np.uint8))
+    kept: object = tensor  # mypy takes FileTensor and TensorProtocol for exclusive
+    if isinstance(kept, FileTensor) and kept.size:
+        return kept._map(np.dtype(np.uint8))
     if isinstance(tensor, ir.ExternalTensor) and tensor.size:
         return np.memmap(tensor.path, np.uint8, "r", tensor.offset or 0, (tensor.nbytes,))
     if tensor.dtype.bitwidth >= 8 and tensor.dtype != ir.DataType.STRING:

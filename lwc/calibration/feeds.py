@@ -1,0 +1,323 @@
+"""Feeds: valid random inputs for any model, found by trial where need be, or read from files."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from lwc.calibration.inputs import InputRole, RoleKind, fed_inputs, input_role
+from lwc.core.dims import evaluate, is_anonymous, parse_dim
+from lwc.core.errors import InputError, LwcError
+
+if TYPE_CHECKING:
+    from lwc.core.module import Module
+    from lwc.pipeline.passes import Runner
+
+__all__ = ["FeedSpec", "dim_names", "load_feeds", "make_feed", "working_feeds"]
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class FeedSpec:
+    """What the user knows about the inputs; everything else is found out or guessed.
+
+    Attributes:
+        dims: Extents by dimension name; an anonymous dimension is named `INPUT:AXIS`.
+        ranges: Inclusive bounds of an input's elements, by input.
+        values: Whole inputs, by name.
+    """
+
+    dims: Mapping[str, int] = field(default_factory=dict)
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    values: Mapping[str, Array] = field(default_factory=dict)
+
+
+_NO_SPEC = FeedSpec()
+
+
+def make_feed(
+    module: Module,
+    bindings: Mapping[str, int] | None = None,
+    seed: int = 0,
+    *,
+    spec: FeedSpec = _NO_SPEC,
+) -> dict[str, Array]:
+    """Make one valid random feed; the same seed gives the same feed.
+
+    Ids stay within their tables, masks are ones, positions count up, images lie in [0, 1], other
+    numbers are standard normal (see `lwc.calibration.inputs`). Dimensions that nothing binds get
+    a usual extent: batch 1, sequence 16, past 8, height and width 224. Not every model runs at
+    those; `working_feeds` finds extents that do.
+
+    Args:
+        module: The model.
+        bindings: Extents by dimension name, over `spec.dims`; `INPUT:AXIS` for anonymous ones.
+        seed: Seed of the random numbers.
+        spec: What the user knows about the inputs.
+
+    Raises:
+        LwcError: An input is no tensor or has no known rank, and `spec.values` lacks it.
+    """
+    slots = dim_names(module)
+    known = {**spec.dims, **(bindings or {})}
+    unknown = [name for name in known if name not in slots]
+    if unknown:
+        raise InputError(
+            f"no input has a dimension '{unknown[0]}'",
+            file=module.source.path,
+            remedy=f"the dimensions are {', '.join(slots) or 'all fixed'}",
+        )
+    extents = {**{name: _USUAL[kind] for name, kind in slots.items()}, **known}
+    feed = {}
+    for value in fed_inputs(module):
+        name = value.name or ""
+        if name in spec.values:
+            feed[name] = spec.values[name]
+            continue
+        shape = tuple(_extent(value, axis, extents) for axis in range(_rank(module, value)))
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        feed[name] = _fill(
+            input_role(module, value), shape, _numpy_type(module, value), rng, spec.ranges.get(name)
+        )
+    return feed
+
+
+def dim_names(module: Module) -> dict[str, str]:
+    """Return the free dimensions of the inputs and their kinds: batch, length, past or spatial.
+
+    Named dimensions keep their names; an anonymous one is called `INPUT:AXIS`.
+    """
+    found: dict[str, str] = {}
+    for value in fed_inputs(module):
+        for axis, dim in enumerate(value.shape or ()):
+            if isinstance(dim, int) and dim >= 0:
+                continue
+            text = None if isinstance(dim, int) else dim.value
+            if text is None or is_anonymous(text):
+                name = f"{value.name}:{axis}"
+                found.setdefault(name, _kind("", axis, len(value.shape or ())))
+                continue
+            for free in sorted(s.name for s in parse_dim(text).free_symbols):
+                found.setdefault(free, _kind(free, axis, len(value.shape or ())))
+    return found
+
+
+_USUAL = {"batch": 1, "length": 16, "past": 8, "spatial": 224}
+
+_KINDS = (
+    ("past", re.compile(r"past|cache", re.I)),
+    ("batch", re.compile(r"batch|^[bn]$", re.I)),
+    ("length", re.compile(r"seq|len|time|frames|samples|tokens|^[lst]$", re.I)),
+    ("spatial", re.compile(r"height|width|^[hw]$", re.I)),
+)
+
+
+def _kind(name: str, axis: int, rank: int) -> str:
+    for kind, pattern in _KINDS:
+        if pattern.search(name):
+            return kind
+    if axis == 0:
+        return "batch"
+    return "spatial" if rank == 4 and axis >= 2 else "length"
+
+
+def _extent(value: ir.Value, axis: int, extents: Mapping[str, int]) -> int:
+    assert value.shape is not None
+    dim = value.shape[axis]
+    if isinstance(dim, int):
+        return dim if dim >= 0 else extents[f"{value.name}:{axis}"]
+    if is_anonymous(dim.value):
+        return extents[f"{value.name}:{axis}"]
+    return evaluate(parse_dim(dim.value or ""), extents)
+
+
+def _rank(module: Module, value: ir.Value) -> int:
+    if value.shape is None or not isinstance(value.type, ir.TensorType):
+        raise LwcError(
+            f"no feed can be made for input '{value.name}': it has no known shape",
+            file=module.source.path,
+            remedy="give it in FeedSpec(values=…) or in an .npz file",
+        )
+    return len(value.shape)
+
+
+def _numpy_type(module: Module, value: ir.Value) -> np.dtype[Any]:
+    if value.dtype is None:
+        raise LwcError(
+            f"no feed can be made for input '{value.name}': it has no element type",
+            file=module.source.path,
+        )
+    return np.dtype(object) if value.dtype == ir.DataType.STRING else value.dtype.numpy()
+
+
+def _fill(
+    role: InputRole,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    rng: np.random.Generator,
+    bounds: tuple[float, float] | None,
+) -> Array:
+    if bounds is not None:
+        if dtype.kind in "iub":
+            return np.asarray(rng.integers(int(bounds[0]), int(bounds[1]) + 1, shape)).astype(dtype)
+        return np.asarray(rng.uniform(*bounds, shape)).astype(dtype)
+    match role.kind:
+        case RoleKind.IDS:
+            return np.asarray(rng.integers(role.low, role.high + 1, shape)).astype(dtype)
+        case RoleKind.POSITIONS:
+            count = np.arange(shape[-1] if shape else 1) % (role.high + 1)
+            return np.broadcast_to(count if shape else count[0], shape).astype(dtype)
+        case RoleKind.MASK:
+            return np.ones(shape, dtype)
+        case RoleKind.FLAG:
+            return np.zeros(shape, dtype)
+        case RoleKind.IMAGE:
+            return rng.random(shape, np.float32).astype(dtype)
+        case RoleKind.TEXT:
+            return np.full(shape, "a light model", dtype)
+        case RoleKind.NUMBERS:
+            return np.asarray(rng.standard_normal(shape, np.float32)).astype(dtype)
+
+
+# Extents a model runs at
+
+_BATCHES = (2, 1, 3)
+_LENGTHS = (16, 7, 576, 640, 64, 128, 2048)
+_PASTS = (8, 5, 0)
+_SPATIAL = ((224, 224), (96, 160), (48, 320), (48, 192), (32, 320), (32, 128), (384, 384))
+_TRIALS = 200
+
+
+def working_feeds(
+    module: Module,
+    runner: Runner,
+    count: int = 2,
+    seed: int = 0,
+    *,
+    spec: FeedSpec = _NO_SPEC,
+) -> list[dict[str, Array]]:
+    """Find feeds the model runs on, each at other extents of its free dimensions, by trial.
+
+    A file's dimension names seldom tell everything: a network may want a height of 48, a state
+    the batch of another input. Extents are tried from the usual to the rare; feeds that differ
+    in every free dimension are preferred to those that differ in some.
+
+    Args:
+        module: The model.
+        runner: Runs the model; what it refuses with an `LwcError` is no valid feed.
+        count: Feeds wanted.
+        seed: Seed of the random numbers; feed `i` has seed `seed + i`.
+        spec: What the user knows about the inputs.
+
+    Returns:
+        `count` feeds, or fewer where the model runs at fewer extents; one where all dimensions
+        are fixed.
+
+    Raises:
+        LwcError: The model runs at none of the extents tried; the message is the first failure.
+    """
+    free = {name: kind for name, kind in dim_names(module).items() if name not in spec.dims}
+    chosen: list[dict[str, int]] = []
+    spare: list[dict[str, int]] = []
+    failure: LwcError | None = None
+    for bindings in itertools.islice(_candidates(free), _TRIALS):
+        if len(chosen) == count:
+            break
+        clash = any(bindings[name] == taken[name] for taken in chosen for name in free)
+        if clash and (len(chosen) + len(spare) >= count or bindings in chosen + spare):
+            continue
+        try:
+            runner.run(make_feed(module, bindings, seed, spec=spec))
+        except LwcError as error:
+            failure = failure or error
+            continue
+        (spare if clash else chosen).append(bindings)
+    if not chosen:
+        raise LwcError(
+            f"the model runs at none of the input shapes tried; the first failure: {failure}",
+            file=module.source.path,
+            remedy="give extents of its dimensions, or feeds in an .npz file",
+        )
+    chosen = [*chosen, *spare][:count]
+    return [make_feed(module, at, seed + index, spec=spec) for index, at in enumerate(chosen)]
+
+
+def _candidates(free: Mapping[str, str]) -> Iterator[dict[str, int]]:
+    """Yield extents to try, every dimension with its own first, then alike where kinds agree."""
+    if not free:
+        yield {}
+        return
+    doubtful = [name for name, kind in free.items() if ":" in name and kind == "length"]
+    for swaps in _subsets(doubtful):
+        kinds = {name: "batch" if name in swaps else kind for name, kind in free.items()}
+        present = set(kinds.values())
+        lengths = _LENGTHS if "length" in present else (0,)
+        spatial = _SPATIAL if "spatial" in present else ((0, 0),)
+        pasts = _PASTS if "past" in present else (0,)
+        batches = _BATCHES if "batch" in present else (0,)
+        for apart in (True, False) if _repeats(kinds) else (False,):
+            for index, (length, area) in enumerate(itertools.product(lengths, spatial)):
+                for turn in range(len(batches)):
+                    base = {
+                        "batch": batches[(index + turn) % len(batches)],
+                        "length": length,
+                        "past": pasts[index % len(pasts)],
+                    }
+                    yield _extents(kinds, base, area, apart)
+
+
+def _subsets(names: list[str]) -> Iterator[tuple[str, ...]]:
+    for size in range(len(names) + 1):
+        yield from itertools.combinations(names, size)
+
+
+def _repeats(kinds: Mapping[str, str]) -> bool:
+    counted = [kind for kind in kinds.values() if kind in ("length", "past")]
+    return len(counted) > len(set(counted))
+
+
+def _extents(
+    kinds: Mapping[str, str], base: Mapping[str, int], area: tuple[int, int], apart: bool
+) -> dict[str, int]:
+    seen: dict[str, int] = {}
+    extents = {}
+    for name, kind in kinds.items():
+        place = seen.get(kind, 0)
+        seen[kind] = place + 1
+        if kind == "spatial":
+            extents[name] = area[place % 2]
+        else:
+            step = 2 * place if apart and kind != "batch" else 0
+            extents[name] = base[kind] + step
+    return extents
+
+
+def load_feeds(path: str | Path) -> Iterator[dict[str, Array]]:
+    """Read feeds from an `.npz` file, or from every `.npz` file of a folder in name order.
+
+    Each file holds one feed: an array for each graph input, by name.
+
+    Raises:
+        InputError: There is no such file, or one holds no plain arrays.
+    """
+    path = Path(path)
+    files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
+    if not files:
+        raise InputError("the folder holds no .npz file", file=path)
+    for file in files:
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                if not isinstance(arrays, np.lib.npyio.NpzFile):
+                    raise InputError("not an .npz archive", file=file, remedy="use numpy.savez")
+                yield {name: arrays[name] for name in arrays.files}
+        except (OSError, ValueError, EOFError, zlib.error) as error:
+            raise InputError(f"no feed can be read: {error}", file=file) from error

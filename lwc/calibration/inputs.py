@@ -1,0 +1,151 @@
+"""What a graph input means: token ids, a mask, positions, a choice, an image, plain numbers.
+
+What an integer may be is read from the dataflow: an input that indexes a table is an id below the
+table's rows; one that is compared with constants takes their values. Where the dataflow says
+nothing, two guesses are made by name (`position`, `mask`), and a third for audio (`sr`,
+`sample_rate`, `sampling_rate` is 16000).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from lwc.core.walk import constant_tensor, op_name
+from lwc.core.weights import reading
+
+if TYPE_CHECKING:
+    from lwc.core.module import Module
+
+__all__ = ["InputRole", "RoleKind", "fed_inputs", "input_role"]
+
+
+class RoleKind(Enum):
+    """What the elements of an input stand for."""
+
+    IDS = "ids"
+    """Integers in `[low, high]`."""
+    POSITIONS = "positions"
+    """0, 1, 2, … along the last axis, at most `high`."""
+    MASK = "mask"
+    """Ones (true)."""
+    FLAG = "flag"
+    """A single boolean; false."""
+    IMAGE = "image"
+    """Numbers in `[0, 1]`, `[batch, channels, height, width]`."""
+    NUMBERS = "numbers"
+    """Normally distributed numbers."""
+    TEXT = "text"
+    """Strings."""
+
+
+@dataclass(frozen=True)
+class InputRole:
+    """The meaning of one input and the bounds of its integers."""
+
+    kind: RoleKind
+    low: int = 0
+    high: int = 0
+
+
+_TRANSPARENT = {
+    "Cast", "Expand", "Flatten", "Identity", "Reshape", "Slice", "Squeeze", "Tile", "Transpose",
+    "Unsqueeze",
+}  # fmt: skip
+"""Operators whose first input's elements come out unchanged."""
+
+_TABLES = {
+    ("Gather", 1): (0, "axis"),
+    ("com.microsoft::GatherBlockQuantized", 1): (0, "gather_axis"),
+    ("com.microsoft::EmbedLayerNormalization", 0): (2, None),
+    ("com.microsoft::EmbedLayerNormalization", 1): (4, None),
+    ("com.microsoft::EmbedLayerNormalization", 7): (3, None),
+}
+"""(operator, input that holds indices) -> (input that holds the table, attribute of its axis)."""
+
+_COMPARISONS = {"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"}
+
+_SAMPLE_RATES = {"sr", "sample_rate", "sampling_rate"}
+_SAMPLE_RATE = 16000
+
+
+def fed_inputs(module: Module) -> list[ir.Value]:
+    """Return the graph inputs a feed must have: those without a default value."""
+    return [value for value in module.graph.inputs if value.const_value is None]
+
+
+def input_role(module: Module, value: ir.Value) -> InputRole:
+    """Find out what the elements of the graph input `value` stand for."""
+    dtype, name = value.dtype, (value.name or "").lower()
+    rank = None if value.shape is None else len(value.shape)
+    if dtype == ir.DataType.STRING:
+        return InputRole(RoleKind.TEXT)
+    if dtype == ir.DataType.BOOL:
+        return InputRole(RoleKind.MASK if rank else RoleKind.FLAG)
+    if dtype is None or dtype.is_floating_point():
+        if "mask" in name:
+            return InputRole(RoleKind.MASK)
+        return InputRole(RoleKind.IMAGE if rank == 4 else RoleKind.NUMBERS)
+    bounds = list(_integer_bounds(module, value))
+    low = max((low for low, _ in bounds), default=0)
+    high = min((high for _, high in bounds), default=np.iinfo(np.int32).max)
+    if "position" in name:
+        return InputRole(RoleKind.POSITIONS, high=high)
+    if bounds:
+        return InputRole(RoleKind.IDS, low, max(low, high))
+    if name in _SAMPLE_RATES:
+        return InputRole(RoleKind.IDS, _SAMPLE_RATE, _SAMPLE_RATE)
+    return InputRole(RoleKind.MASK)
+
+
+def _integer_bounds(module: Module, value: ir.Value) -> Iterator[tuple[int, int]]:
+    """Yield what each use says about the integers in `value`, as inclusive bounds."""
+    seen: set[ir.Value] = set()
+    stack = [value]
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        for use in current.uses():
+            node, index = use.node, use.idx
+            op = op_name(node)
+            function = module.model.functions.get(node.op_identifier())
+            if function is not None:
+                stack.append(function.inputs[index])
+            elif (op, index) in _TABLES:
+                rows = _table_rows(node, *_TABLES[op, index])
+                if rows:
+                    yield 0, rows - 1
+            elif op in _COMPARISONS:
+                yield from _compared(node.inputs[1 - index])
+            elif index == 0 and (op in _TRANSPARENT or op == "Gather"):
+                stack.append(node.outputs[0])
+
+
+def _table_rows(node: ir.Node, table_index: int, axis_name: str | None) -> int | None:
+    axis = 0 if axis_name is None else node.attributes.get_int(axis_name, 0)
+    table = node.inputs[table_index]
+    while table is not None:
+        if table.shape is not None:
+            rows = table.shape[axis]
+            return rows if isinstance(rows, int) else None
+        producer = table.producer()
+        if producer is None or not producer.inputs or producer.op_type in _TRANSPARENT - {"Cast"}:
+            return None
+        table = producer.inputs[0]  # dequantization and scaling keep the table's rows
+    return None
+
+
+def _compared(other: ir.Value | None) -> Iterator[tuple[int, int]]:
+    tensor = constant_tensor(other)
+    if tensor is not None and 0 < math.prod(tensor.shape.numpy()) <= 1 << 20:
+        with reading(tensor) as array:
+            if array.dtype.kind in "iu":
+                yield int(array.min()), int(array.max())
