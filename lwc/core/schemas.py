@@ -1,0 +1,104 @@
+"""Operator schemas: what the standard says of an operator, looked up once per operator."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["STANDARD_DOMAINS", "find_schema", "newest_opset", "signature_problem"]
+
+STANDARD_DOMAINS = frozenset({"", "ai.onnx.ml", "ai.onnx.preview", "ai.onnx.preview.training"})
+"""Domains whose operators the onnx package knows all of; `ai.onnx` is written as ``."""
+
+RUNTIME_OPERATORS = frozenset({"LayerNormalization", "SimplifiedLayerNormalization"})
+"""Operators that ONNX Runtime has in the standard domain at versions where the standard has none."""
+
+
+@functools.lru_cache(maxsize=None)
+def find_schema(domain: str, op_type: str, version: int) -> onnx.defs.OpSchema | None:
+    """Return the schema of an operator at an opset version, or None where there is none."""
+    import onnx
+
+    try:
+        return onnx.defs.get_schema(op_type, version, domain)
+    except onnx.defs.SchemaError:
+        return None
+
+
+@functools.lru_cache(maxsize=None)
+def newest_opset(domain: str) -> int:
+    """Return the newest version of a standard domain that the installed onnx package knows."""
+    import onnx
+
+    return max(
+        (s.since_version for s in onnx.defs.get_all_schemas_with_history() if s.domain == domain),
+        default=0,
+    )
+
+
+@functools.lru_cache(maxsize=None)
+def _signature(
+    domain: str, op_type: str, version: int
+) -> tuple[bool, int, int, int, int, dict[str, int], frozenset[str]] | None:
+    schema = find_schema(domain, op_type, version)
+    if schema is None:
+        return None
+    return (
+        schema.deprecated,
+        schema.min_input,
+        schema.max_input,
+        schema.min_output,
+        schema.max_output,
+        {name: int(attribute.type) for name, attribute in schema.attributes.items()},
+        frozenset(name for name, attribute in schema.attributes.items() if attribute.required),
+    )
+
+
+def signature_problem(
+    domain: str,
+    op_type: str,
+    version: int,
+    inputs: int,
+    outputs: int,
+    attributes: Mapping[str, int],
+) -> str | None:
+    """Say what is wrong with a use of a standard operator, or return None.
+
+    Args:
+        domain: A member of `STANDARD_DOMAINS`.
+        op_type: The operator.
+        version: Version of the domain that is imported.
+        inputs: Number of inputs, absent ones before the last present one included.
+        outputs: Number of outputs, likewise.
+        attributes: Type of each attribute by name, as `onnx.AttributeProto.AttributeType`.
+    """
+    signature = _signature(domain, op_type, version)
+    if signature is None:
+        if not domain and op_type in RUNTIME_OPERATORS:
+            return None
+        return f"operator {op_type} does not exist in opset {version} of {domain or 'ai.onnx'}"
+    deprecated, min_in, max_in, min_out, max_out, known, required = signature
+    if deprecated:
+        return f"operator {op_type} was removed before opset {version} of {domain or 'ai.onnx'}"
+    if not min_in <= inputs <= max_in:
+        return f"has {inputs} inputs, {_range(min_in, max_in)} expected"
+    if not min_out <= outputs <= max_out:
+        return f"has {outputs} outputs, {_range(min_out, max_out)} expected"
+    for name, kind in attributes.items():
+        if name not in known:
+            return f"has an attribute '{name}' that opset {version} does not know"
+        if known[name] != kind:
+            return f"attribute '{name}' has the wrong type"
+    if not required.issubset(attributes):
+        return f"lacks the attribute '{min(required.difference(attributes))}'"
+    return None
+
+
+def _range(low: int, high: int) -> str:
+    if low == high:
+        return str(low)
+    return f"at least {low}" if high >= 2**31 - 1 else f"{low} to {high}"
