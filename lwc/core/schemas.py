@@ -15,10 +15,10 @@ STANDARD_DOMAINS = frozenset({"", "ai.onnx.ml", "ai.onnx.preview", "ai.onnx.prev
 """Domains whose operators the onnx package knows all of; `ai.onnx` is written as ``."""
 
 RUNTIME_OPERATORS = frozenset({"LayerNormalization", "SimplifiedLayerNormalization"})
-"""Operators that ONNX Runtime has in the standard domain at versions where the standard has none."""
+"""Operators that ONNX Runtime has in the standard domain where the standard has none."""
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def find_schema(domain: str, op_type: str, version: int) -> onnx.defs.OpSchema | None:
     """Return the schema of an operator at an opset version, or None where there is none."""
     import onnx
@@ -29,7 +29,7 @@ def find_schema(domain: str, op_type: str, version: int) -> onnx.defs.OpSchema |
         return None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def newest_opset(domain: str) -> int:
     """Return the newest version of a standard domain that the installed onnx package knows."""
     import onnx
@@ -40,7 +40,7 @@ def newest_opset(domain: str) -> int:
     )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _signature(
     domain: str, op_type: str, version: int
 ) -> tuple[bool, int, int, int, int, dict[str, int], frozenset[str]] | None:
@@ -62,6 +62,7 @@ def signature_problem(
     domain: str,
     op_type: str,
     version: int,
+    *,
     inputs: int,
     outputs: int,
     attributes: Mapping[str, int],

@@ -83,7 +83,7 @@ class DataFolder:
             return known
         if self._model is None:
             raise self._error(
-                f"tensor '{name}' lies in external data file '{location}', but the model has no path",
+                f"tensor '{name}' lies in data file '{location}', but the model has no path",
                 "load the model from its file",
             )
         path = self._allowed_path(location, name)
@@ -120,7 +120,7 @@ class DataFolder:
         path = os.path.normpath(os.path.join(folder, location))
         if os.path.commonpath([folder, path]) != folder or "..\\" in location:
             raise self._error(
-                f"tensor '{name}' has its external data at '{location}', outside the model's folder",
+                f"tensor '{name}' has its external data outside the model's folder, at '{location}'",
                 outside,
             )
         real_folder, real_path = os.path.realpath(folder), os.path.realpath(path)

@@ -221,9 +221,9 @@ class _Checker:
                 domain,
                 op_type,
                 version,
-                len(node.input),
-                len(node.output),
-                {attribute.name: attribute.type for attribute in node.attribute},
+                inputs=len(node.input),
+                outputs=len(node.output),
+                attributes={attribute.name: attribute.type for attribute in node.attribute},
             )
             if problem is not None:
                 raise self._error(problem, f"the model says opset {version}", _describe(node))
@@ -332,10 +332,8 @@ class _Checker:
             for f in self.proto.functions
         }
         done: set[tuple[str, str]] = set()
-        for start in calls:
-            path: list[tuple[tuple[str, str], list[tuple[str, str]]]] = [
-                (start, sorted(calls[start]))
-            ]
+        for start, callees in calls.items():
+            path: list[tuple[tuple[str, str], list[tuple[str, str]]]] = [(start, sorted(callees))]
             open_: set[tuple[str, str]] = {start}
             while path:
                 key, rest = path[-1]

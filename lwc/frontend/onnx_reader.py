@@ -19,7 +19,7 @@ from lwc.core.module import Module, Source
 from lwc.core.walk import graph_and_subgraphs
 from lwc.core.weights import DataFile, FileTensor
 from lwc.frontend.external_data import DataFolder
-from lwc.frontend.onnx_checks import Findings, check_model
+from lwc.frontend.onnx_checks import check_model
 from lwc.frontend.opset import MIN_OPSET, raise_opset, standard_opset
 from lwc.frontend.outline import Outline, outline
 

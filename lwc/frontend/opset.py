@@ -64,6 +64,10 @@ def raise_opset(proto: onnx.ModelProto, file: str | None) -> onnx.ModelProto:
             file=file,
             remedy=f"export it with opset {MIN_OPSET} or newer",
         ) from error
+    described = {value.name for value in proto.graph.value_info}
+    kept = [value for value in raised.graph.value_info if value.name in described]
+    del raised.graph.value_info[:]
+    raised.graph.value_info.extend(kept)
     for tensor in raised.graph.initializer:
         if tensor.name in weights:
             tensor.CopyFrom(weights[tensor.name])

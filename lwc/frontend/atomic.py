@@ -1,0 +1,96 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from types import TracebackType
+from typing import BinaryIO, Self, cast
+
+from lwc.core.errors import LwcError
+
+__all__ = ["StagedFile", "sync_folder", "writing"]
+
+
+@contextlib.contextmanager
+def writing(target: str) -> Iterator[None]:
+    """Turn a failing system call into one line that names the file.
+
+    Raises:
+        LwcError: The disk is full, the folder is missing or forbidden, or the like.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise LwcError(
+            f"cannot be written: {error.strerror or error}",
+            file=target,
+            remedy="what was there before is untouched",
+        ) from error
+
+
+class StagedFile:
+    """A temporary file that `commit` turns into its target; without that it is removed.
+
+    Use it as a context manager. The content reaches the disk before the rename, so whoever
+    reads the target finds the old content or the new, also after a power failure.
+
+    Args:
+        folder: The folder of the target; a rename works only within a file system.
+        name: Base of the temporary name.
+
+    Attributes:
+        file: The file, open for reading and writing.
+    """
+
+    def __init__(self, folder: str, name: str) -> None:
+        descriptor, self._path = tempfile.mkstemp(dir=folder, prefix=f".{name}.", suffix=".tmp")
+        self._committed = False
+        try:
+            self.file = cast(BinaryIO, os.fdopen(descriptor, "w+b"))
+        except BaseException:
+            os.unlink(self._path)
+            raise
+
+    def commit(self, target: str) -> None:
+        """Rename the file to `target`, replacing what is there."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        os.chmod(self._path, _default_mode())
+        os.replace(self._path, target)
+        self._committed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            # Closing flushes; on a full disk that fails again, and the first error matters.
+            with contextlib.suppress(OSError):
+                self.file.close()
+        finally:
+            if not self._committed:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._path)
+
+
+def sync_folder(folder: str) -> None:
+    """Make the renames done in a folder last."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _default_mode() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask

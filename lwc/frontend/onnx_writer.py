@@ -1,0 +1,341 @@
+"""Write modules as ONNX: big weights streamed to a data file, everything atomically.
+
+The order makes a run that is killed at any point leave a whole model, the old or the new one:
+the data file gets a name made of its content, so it never overwrites the one the old model uses;
+the model is renamed into place after it; the old data file goes last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import mmap
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import onnx
+import onnx.helper
+import onnx.parser
+import onnx.printer
+import onnx_ir as ir
+from google.protobuf.message import EncodeError
+
+from lwc.core.errors import LwcError, UsageError
+from lwc.core.module import Module
+from lwc.core.weights import release
+from lwc.frontend.atomic import StagedFile, sync_folder, writing
+
+__all__ = ["EXTERNAL_THRESHOLD", "SaveResult", "save", "save_folder"]
+
+EXTERNAL_THRESHOLD = 64 << 20
+"""Bytes of weights from which they go to a data file by default."""
+
+_SMALLEST_EXTERNAL = 1024
+_TEXT_LIMIT = 16 << 20
+_PAGE = 4096
+_CACHE_LINE = 64
+_BIG = 64 << 10
+_CHUNK = 1 << 20
+_PROTOBUF_LIMIT = 2**31 - 1
+_TYPE_IR_VERSION = {
+    ir.DataType.INT4: 10,
+    ir.DataType.UINT4: 10,
+    ir.DataType.FLOAT4E2M1: 11,
+    ir.DataType.FLOAT8E8M0: 12,
+    ir.DataType.INT2: 13,
+    ir.DataType.UINT2: 13,
+}
+
+
+@dataclass(frozen=True)
+class SaveResult:
+    """What was written.
+
+    Attributes:
+        path: The model file.
+        data_path: The file of its weights, or None when they are inside the model.
+        nbytes: Size of both together.
+    """
+
+    path: str
+    data_path: str | None
+    nbytes: int
+
+
+def save(
+    module: Module,
+    path: str | os.PathLike[str],
+    *,
+    external_threshold: int = EXTERNAL_THRESHOLD,
+) -> SaveResult:
+    """Write a module to a `.onnx` file, or as text to a `.onnxtxt` file, atomically.
+
+    From `external_threshold` bytes of weights on, those of 1 KiB and more are streamed to
+    `NAME.<content hash>.data` beside the model. The file that the module was read from may be
+    the target.
+
+    Args:
+        module: The module; it is not changed.
+        path: The file to write.
+        external_threshold: Bytes of weights from which they leave the model file; 0 for always.
+
+    Raises:
+        UsageError: The suffix names no format that lwc writes.
+        LwcError: The disk is full, the folder is missing, or the format cannot hold the model.
+    """
+    target = os.fspath(path)
+    suffix = os.path.splitext(target)[1].lower()
+    if suffix not in (".onnx", ".onnxtxt"):
+        raise UsageError(
+            f"cannot write '{target}': its suffix names no format that lwc writes",
+            remedy="end the name in .onnx or .onnxtxt",
+        )
+    if os.path.isdir(target):
+        raise UsageError(f"cannot write '{target}': it is a folder", remedy="name a file")
+    with writing(target):
+        if suffix == ".onnxtxt":
+            return _save_text(module, target)
+        weights = _movable_weights(module)
+        if sum(tensor.nbytes for tensor in weights) < external_threshold:
+            weights = []
+        return _save_binary(module, target, weights)
+
+
+def save_folder(module: Module, directory: str | os.PathLike[str]) -> SaveResult:
+    """Write `model.onnx` to a folder, with the files that belong beside it.
+
+    Raises:
+        LwcError: See `save`.
+    """
+    folder = os.fspath(directory)
+    with writing(folder):
+        os.makedirs(folder, exist_ok=True)
+        for name, origin in sorted(module.source.companions.items()):
+            place = os.path.join(folder, os.path.basename(name))
+            if os.path.exists(place) and os.path.samefile(origin, place):
+                continue
+            with (
+                open(origin, "rb") as source,
+                StagedFile(folder, os.path.basename(place)) as staged,
+            ):
+                shutil.copyfileobj(source, staged.file)
+                staged.commit(place)
+    return save(module, os.path.join(folder, "model.onnx"))
+
+
+def _movable_weights(module: Module) -> list[ir.TensorProtocol]:
+    """Return the tensors that may leave the model file, each once, in the order of the graph."""
+    found: dict[int, ir.TensorProtocol] = {}
+    for _, value in module.initializers():
+        tensor = value.const_value
+        if (
+            tensor is not None
+            and tensor.dtype != ir.DataType.STRING
+            and tensor.nbytes >= _SMALLEST_EXTERNAL
+        ):
+            found.setdefault(id(tensor), tensor)
+    return list(found.values())
+
+
+def _save_binary(module: Module, target: str, weights: Sequence[ir.TensorProtocol]) -> SaveResult:
+    folder, name = os.path.split(os.path.abspath(target))
+    stem = os.path.splitext(name)[0]
+    old_data = _data_files_of(folder, name, stem)
+    data, places, created = None, {}, False
+    try:
+        if weights:
+            data, places, created = _write_data(folder, stem, weights)
+        message = _serialize(module, data, places, target)
+        with StagedFile(folder, name) as staged:
+            staged.file.write(message)
+            staged.commit(os.path.join(folder, name))
+    except BaseException:
+        if created and data is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(folder, data))
+        raise
+    sync_folder(folder)
+    for old in old_data - {data}:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(folder, old))
+    if data is None:
+        return SaveResult(target, None, len(message))
+    size = len(message) + os.path.getsize(os.path.join(folder, data))
+    return SaveResult(target, os.path.join(os.path.dirname(target), data), size)
+
+
+def _write_data(
+    folder: str, stem: str, weights: Sequence[ir.TensorProtocol]
+) -> tuple[str, dict[int, tuple[int, int]], bool]:
+    """Stream tensors to a data file named by its content.
+
+    The name is a hash of the CRC-32 of every mebibyte. It must differ only from the name of the
+    file that the old model at this place uses, where their contents differ: two given contents
+    get the same name with a probability of 2^-32 at most. Unlike a cryptographic hash of all the
+    bytes it costs little beside the copy, which mostly happens inside the kernel.
+
+    Returns:
+        Name of the file, offset and length of each tensor by its id, whether the file is new.
+    """
+    places: dict[int, tuple[int, int]] = {}
+    digest = hashlib.blake2b(digest_size=8)
+    with StagedFile(folder, f"{stem}.data") as staged:
+        file = staged.file
+        for tensor in weights:
+            alignment = _PAGE if tensor.nbytes >= _BIG else _CACHE_LINE
+            start = -(-file.tell() // alignment) * alignment
+            file.seek(start)
+            tensor.tofile(file)  # type: ignore[attr-defined]
+            file.flush()
+            release(tensor)
+            if file.tell() != start + tensor.nbytes:
+                raise LwcError(f"weight '{tensor.name}' has not the size that its shape says")
+            places[id(tensor)] = (start, tensor.nbytes)
+            for checksum in _checksums(file.fileno(), start, file.tell()):
+                digest.update(checksum.to_bytes(4, "little"))
+        name = f"{stem}.{digest.hexdigest()}.data"
+        created = not os.path.exists(os.path.join(folder, name))
+        staged.commit(os.path.join(folder, name))
+    return name, places, created
+
+
+def _checksums(descriptor: int, position: int, end: int) -> Iterator[int]:
+    while position < end:
+        chunk = os.pread(descriptor, min(_CHUNK, end - position), position)
+        if not chunk:
+            raise OSError("the data file lost its end while it was written")
+        yield zlib.crc32(chunk)
+        position += len(chunk)
+
+
+def _data_files_of(folder: str, name: str, stem: str) -> set[str]:
+    """Return the data files that lwc wrote for the model that is in place now."""
+    pattern = re.compile(re.escape(stem) + r"\.[0-9a-f]{16}\.data")
+    candidates = [entry for entry in os.listdir(folder) if pattern.fullmatch(entry)]
+    path = os.path.join(folder, name)
+    if not candidates or not os.path.isfile(path) or os.path.getsize(path) == 0:
+        return set()
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as old:
+        return {entry for entry in candidates if old.find(entry.encode()) >= 0}
+
+
+def _serialize(
+    module: Module, data: str | None, places: dict[int, tuple[int, int]], target: str
+) -> bytes:
+    proto = _model_proto(module, data, places)
+    try:
+        message = proto.SerializeToString()
+    except (ValueError, EncodeError) as error:
+        raise _too_big(target) from error
+    if len(message) > _PROTOBUF_LIMIT:
+        raise _too_big(target)
+    return message
+
+
+def _too_big(target: str) -> LwcError:
+    return LwcError(
+        "holds more than 2 GiB inside the model file, which protobuf cannot",
+        file=target,
+        remedy="lower external_threshold, and make big Constant nodes initializers",
+    )
+
+
+def _model_proto(
+    module: Module, data: str | None = None, places: dict[int, tuple[int, int]] | None = None
+) -> onnx.ModelProto:
+    """Serialise a module; the tensors in `places` are referred to, not contained."""
+    with _placeholders(module, data or "", places or {}):
+        proto = ir.serde.serialize_model(module.model)
+    _declare_domains(proto)
+    proto.ir_version = max(proto.ir_version, _least_ir_version(module, proto))
+    return proto
+
+
+@contextlib.contextmanager
+def _placeholders(module: Module, data: str, places: dict[int, tuple[int, int]]) -> Iterator[None]:
+    held: list[tuple[ir.Value, ir.TensorProtocol]] = []
+    try:
+        for _, value in module.initializers() if places else ():
+            tensor = value.const_value
+            if tensor is None or id(tensor) not in places:
+                continue
+            offset, length = places[id(tensor)]
+            held.append((value, tensor))
+            value.const_value = ir.ExternalTensor(
+                data,
+                offset,
+                length,
+                tensor.dtype,
+                shape=ir.Shape(tensor.shape),  # type: ignore[arg-type]
+                name=value.name or "",
+                doc_string=tensor.doc_string,
+            )
+        yield
+    finally:
+        for value, tensor in held:
+            value.const_value = tensor
+
+
+def _declare_domains(proto: onnx.ModelProto) -> None:
+    """Import every operator domain that nodes use, in the model and in each function."""
+    declared = {entry.domain: entry.version for entry in proto.opset_import}
+    scopes = [(proto.opset_import, list(proto.graph.node))]
+    scopes += [(function.opset_import, list(function.node)) for function in proto.functions]
+    for imports, nodes in scopes:
+        have = {entry.domain for entry in imports}
+        missing = {node.domain for node in _all_nodes(nodes)} - have
+        if imports is proto.opset_import:
+            missing |= {function.domain for function in proto.functions} - have
+        for domain in sorted(missing):
+            imports.add(domain=domain, version=declared.get(domain, 1))
+
+
+def _all_nodes(nodes: list[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _all_nodes(list(attribute.g.node))
+            elif attribute.type == onnx.AttributeProto.GRAPHS:
+                for graph in attribute.graphs:
+                    yield from _all_nodes(list(graph.node))
+
+
+def _least_ir_version(module: Module, proto: onnx.ModelProto) -> int:
+    least = onnx.helper.find_min_ir_version_for(proto.opset_import, ignore_unknown=True)
+    if proto.functions:
+        least = max(least, 10 if any(f.overload for f in proto.functions) else 8)
+    for _, value in module.initializers():
+        if value.const_value is not None:
+            least = max(least, _TYPE_IR_VERSION.get(value.const_value.dtype, 0))
+    return least
+
+
+def _save_text(module: Module, target: str) -> SaveResult:
+    weights = sum(tensor.nbytes for tensor in _movable_weights(module))
+    if weights > _TEXT_LIMIT:
+        raise LwcError(
+            f"has {weights >> 20} MiB of weights, too much for text",
+            file=target,
+            remedy="write a .onnx file",
+        )
+    text = onnx.printer.to_text(_model_proto(module))
+    try:
+        onnx.parser.parse_model(text)
+    except onnx.parser.ParseError as error:
+        raise LwcError(
+            "ONNX's textual syntax cannot express this model: "
+            + " ".join(str(error).split())[:200],
+            file=target,
+            remedy="write a .onnx file",
+        ) from error
+    folder, name = os.path.split(os.path.abspath(target))
+    with StagedFile(folder, name) as staged:
+        staged.file.write(text.encode())
+        staged.commit(os.path.join(folder, name))
+    sync_folder(folder)
+    return SaveResult(target, None, len(text.encode()))
