@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -67,6 +68,7 @@ class WeightStore:
     def __init__(self, directory: str | os.PathLike[str] | None = None) -> None:
         self._file = tempfile.TemporaryFile(dir=directory, prefix=".lwc-")  # noqa: SIM115
         self._end = 0
+        self._lock = threading.Lock()
 
     def put(self, array: np.ndarray[Any, Any], name: str | None = None) -> SpilledTensor:
         """Write `array` to the store and return a tensor that reads it back on demand.
@@ -80,12 +82,13 @@ class WeightStore:
         return self.put_tensor(tensor)
 
     def put_tensor(self, tensor: ir.TensorProtocol) -> SpilledTensor:
-        """Write the content of `tensor` to the store; see `put`."""
-        start = -(-self._end // _PAGE) * _PAGE
-        self._file.seek(start)
-        tensor.tofile(self._file)
-        self._file.flush()
-        self._end = start + tensor.nbytes
+        """Write the content of `tensor` to the store; see `put`. Safe to call from several threads."""
+        with self._lock:
+            start = -(-self._end // _PAGE) * _PAGE
+            self._file.seek(start)
+            tensor.tofile(self._file)
+            self._file.flush()
+            self._end = start + tensor.nbytes
         return SpilledTensor(self, start, tensor.dtype, tensor.shape, tensor.name)
 
     @property
@@ -225,6 +228,28 @@ def release(tensor: ir.TensorProtocol | None) -> None:
     if isinstance(tensor, ir.ExternalTensor):
         tensor._array = None
         tensor.raw = None
+
+
+def prefetch(tensor: ir.TensorProtocol) -> None:
+    """Ask the system to read a memory-mapped tensor's bytes ahead of their use.
+
+    Reading a mapping page by page reaches a fraction of a disk's rate. It is a hint: systems
+    without it, and other tensors, are left as they are.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return
+    kept: object = tensor  # mypy takes FileTensor and TensorProtocol for exclusive
+    if isinstance(kept, FileTensor):
+        os.posix_fadvise(kept._store.fileno(), kept._offset, kept.nbytes, os.POSIX_FADV_WILLNEED)
+    if not isinstance(tensor, ir.ExternalTensor):
+        return
+    with open(tensor.path, "rb") as file:
+        os.posix_fadvise(
+            file.fileno(),
+            tensor.offset or 0,
+            tensor.length or tensor.nbytes,
+            os.POSIX_FADV_WILLNEED,
+        )
 
 
 @contextlib.contextmanager
