@@ -1,0 +1,181 @@
+"""Putting quantized weights into the graph: MatMulNBits, GatherBlockQuantized, DequantizeLinear."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from lwc.core.walk import constant_tensor
+from lwc.passes.quantization.streaming import QuantizedWeight
+from lwc.passes.quantization.weight_uses import WeightUse, WeightUses
+from lwc.rewrite.editor import Editor, attribute
+
+__all__ = ["PackedWeight", "lower_to_contrib", "lower_to_standard"]
+
+_CONTRIB = "com.microsoft"
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """The initializers of a quantized weight.
+
+    Attributes:
+        codes: See `QuantizedWeight`.
+        scales: See `QuantizedWeight`.
+        zero_points: See `QuantizedWeight`.
+        inputs: Inputs of the layer, or the width of the embedding.
+        outputs: Outputs of the layer, or the rows of the table.
+        bits: Bits of a code.
+        block_size: Weights per block; 0 is one block for all inputs.
+    """
+
+    codes: ir.Value
+    scales: ir.Value
+    zero_points: ir.Value | None
+    inputs: int
+    outputs: int
+    bits: int
+    block_size: int
+
+    @classmethod
+    def register(
+        cls,
+        editor: Editor,
+        name: str,
+        weight: QuantizedWeight,
+        shape: tuple[int, int],
+        **sizes: int,
+    ) -> PackedWeight:
+        """Add the tensors to the main graph, named after the weight; `shape` is [inputs, outputs]."""
+        add = editor.module.add_initializer
+        zeros = weight.zero_points
+        return cls(
+            codes=add(f"{name}_q{sizes['bits']}", weight.codes),
+            scales=add(f"{name}_scales", weight.scales),
+            zero_points=None if zeros is None else add(f"{name}_zero_points", zeros),
+            inputs=shape[0],
+            outputs=shape[1],
+            **sizes,
+        )
+
+
+def lower_to_contrib(
+    editor: Editor, weight: WeightUses, packed: PackedWeight, accuracy_level: int
+) -> None:
+    """Replace every use of `weight` by an operator of ONNX Runtime that reads packed codes."""
+    editor.module.import_opset(_CONTRIB, 1)
+    for use in weight.uses:
+        editor.root = use.node
+        if use.role == "Gather":
+            result = _gather(editor, use.node, packed, shared=weight.tied)
+        else:
+            result = _linear(editor, use, packed, accuracy_level)
+        _replace(editor, use.node, result)
+
+
+def _linear(editor: Editor, use: WeightUse, packed: PackedWeight, accuracy_level: int) -> ir.Value:
+    node = use.node
+    inputs = [node.inputs[0], packed.codes, packed.scales, packed.zero_points]
+    attributes = {
+        "K": packed.inputs,
+        "N": packed.outputs,
+        "bits": packed.bits,
+        "block_size": packed.block_size,
+        "accuracy_level": accuracy_level,
+    }
+    if use.role == "MatMul":
+        return editor.op("MatMulNBits", inputs, attributes, domain=_CONTRIB)
+    # Gemm is alpha * (x @ W) + beta * C.
+    alpha, beta = attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0)
+    addend = node.inputs[2] if len(node.inputs) > 2 and beta != 0 else None
+    bias = constant_tensor(addend)
+    plain = alpha == beta == 1 and bias is not None and tuple(bias.shape) == (packed.outputs,)
+    if plain:
+        inputs += [None, addend]
+    result = editor.op("MatMulNBits", inputs, attributes, domain=_CONTRIB)
+    if plain:
+        return result
+    if alpha != 1:
+        result = editor.op("Mul", [result, _scalar(editor, alpha, packed)])
+    if addend is not None:
+        if beta != 1:
+            addend = editor.op("Mul", [addend, _scalar(editor, beta, packed)])
+        result = editor.op("Add", [result, addend])
+    return result
+
+
+def _gather(editor: Editor, node: ir.Node, packed: PackedWeight, *, shared: bool) -> ir.Value:
+    """Look up rows.
+
+    A table shared with a linear layer keeps MatMulNBits' three axes, and the *result* is
+    reshaped, which costs nothing. Reshaping the table instead makes ONNX Runtime fold a second
+    copy of it when the model is loaded.
+    """
+    indices = node.inputs[1]
+    attributes = {"bits": packed.bits, "block_size": packed.block_size, "gather_axis": 0}
+    if not shared:
+        inputs = [packed.codes, indices, packed.scales, packed.zero_points]
+        return editor.op(
+            "GatherBlockQuantized", inputs, attributes | {"quantize_axis": 1}, domain=_CONTRIB
+        )
+    last = editor.constant([2], "last_axis")
+    scales = editor.op("Unsqueeze", [packed.scales, last])
+    zeros = None
+    if packed.zero_points is not None:
+        assert packed.bits == 8, "a shared 4-bit table has no packed zero points"
+        zeros = editor.op("Unsqueeze", [packed.zero_points, last])
+    rows = editor.op(
+        "GatherBlockQuantized",
+        [packed.codes, indices, scales, zeros],
+        attributes | {"quantize_axis": 2},
+        domain=_CONTRIB,
+    )
+    rank = editor.rank(indices)
+    if rank is None:
+        width = editor.constant([packed.inputs], "embedding_width")
+        shape = editor.op("Concat", [editor.op("Shape", [indices]), width], {"axis": 0})
+    else:
+        shape = editor.constant([0] * rank + [packed.inputs], "embedding_shape")
+    return editor.op("Reshape", [rows, shape])
+
+
+def lower_to_standard(editor: Editor, weight: WeightUses, packed: PackedWeight) -> None:
+    """Put DequantizeLinear between the codes and what read the weight.
+
+    An embedding looks up codes and scales first and dequantizes only the rows it found.
+    """
+    transposed = weight.uses[0].transposed
+    for user, index in list(weight.value.uses()):
+        editor.root = user
+        if user.op_type == "Gather":
+            indices = user.inputs[1]
+            tensors = (packed.codes, packed.scales, packed.zero_points)
+            found = [v if v is None else editor.op("Gather", [v, indices]) for v in tensors]
+            attributes = {"axis": -1, "block_size": packed.block_size}
+            _replace(editor, user, editor.op("DequantizeLinear", _trim(found), attributes))
+            continue
+        inputs = _trim([packed.codes, packed.scales, packed.zero_points])
+        if packed.block_size:
+            attributes = {"axis": int(transposed), "block_size": packed.block_size}
+        else:
+            attributes = {"axis": int(not transposed)}
+        editor.set_input(user, index, editor.op("DequantizeLinear", inputs, attributes))
+
+
+def _replace(editor: Editor, node: ir.Node, result: ir.Value) -> None:
+    old = node.outputs[0]
+    result.type = result.type or old.type
+    editor.replace(old, result)
+    editor.erase(node)
+
+
+def _trim(values: list[ir.Value | None]) -> list[ir.Value | None]:
+    return values[:-1] if values[-1] is None else values
+
+
+def _scalar(editor: Editor, number: float, packed: PackedWeight) -> ir.Value:
+    dtype: Any = packed.scales.dtype.numpy() if packed.scales.dtype else np.float32
+    return editor.constant(np.array(number, dtype=dtype), "factor")

@@ -1,0 +1,324 @@
+"""`quantize-weights`: weight-only quantization by rounding to nearest, in blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from lwc.core.diagnostics import describe
+from lwc.core.errors import PassError, UsageError
+from lwc.pipeline.passes import Contract, Lossy, Pass, PassContext, PassResult
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from lwc.core.module import Module
+    from lwc.passes.quantization.streaming import QuantizedWeight, WeightSpec
+    from lwc.passes.quantization.weight_uses import WeightUses
+    from lwc.rewrite.editor import Editor
+
+__all__ = ["QuantizeWeights"]
+
+_WORTHWHILE = 0.75
+"""A weight stays as it is if its quantized form takes more than this fraction of its bytes."""
+
+
+@dataclass(frozen=True)
+class QuantizeWeights(Pass):
+    """Round the weights of linear layers and embeddings to 4 or 8 bits, in blocks.
+
+    Weights are processed one at a time from the memory-mapped file to the module's spill file.
+    A weight that several nodes share is packed once; where an embedding and a linear layer share
+    it, `embeddings` says its bits. A weight is quantized for all that reads it or not at all:
+    otherwise it would be stored twice.
+
+    Attributes:
+        bits: Bits of the weights of MatMul and Gemm.
+        embeddings: Bits of tables read by Gather; none leaves them, and what is tied to them.
+        block_size: Weights that share a scale; a power of two from 16. With `format=qdq`, 0
+            gives each output channel one scale.
+        symmetric: Whether the zero point is fixed in the middle. By default 8-bit codes are
+            symmetric and 4-bit codes are not.
+        search: How scales are chosen: `mse` tries a few grids per block and keeps the one of
+            least squared error, `none` takes the block's range.
+        ops: Operators whose weights are quantized.
+        exclude: Patterns (`*`, `?`, `[...]`) of names of nodes or weights to leave alone.
+        format: `matmulnbits` lowers to ONNX Runtime's MatMulNBits and GatherBlockQuantized,
+            `qdq` to the standard DequantizeLinear.
+        accuracy_level: How MatMulNBits computes: 4 rounds activations to int8 per block, which
+            is fast and adds about 0.5 % relative error to a layer's output; 1 is float32.
+    """
+
+    name: ClassVar[str] = "quantize-weights"
+    contract: ClassVar[Contract] = Lossy()
+
+    bits: Literal[4, 8] = 4
+    embeddings: Literal[4, 8] | None = 8
+    block_size: int = 32
+    symmetric: bool | None = None
+    search: Literal["none", "mse"] = "mse"
+    ops: tuple[str, ...] = ("MatMul", "Gemm")
+    exclude: tuple[str, ...] = ()
+    format: Literal["matmulnbits", "qdq"] = "matmulnbits"
+    accuracy_level: Literal[0, 1, 2, 3, 4] = 4
+
+    def __post_init__(self) -> None:
+        size = self.block_size
+        whole = size == 0 and self.format == "qdq"
+        if not whole and (size < 16 or size & (size - 1)):
+            raise UsageError(
+                f"block-size={size} is no power of two from 16",
+                remedy="use 32; 0, one block per channel, needs format=qdq",
+            )
+        for op in self.ops:
+            if op not in ("MatMul", "Gemm"):
+                raise UsageError(
+                    f"ops={op} has no quantized form", remedy="choose from MatMul, Gemm"
+                )
+
+    def run(self, module: Module, ctx: PassContext) -> PassResult:
+        """See the class."""
+        from lwc.analysis.shapes import Shapes
+        from lwc.core.weights import prefetch
+        from lwc.passes.quantization.streaming import in_threads, quantize
+        from lwc.passes.quantization.weight_uses import find_weights
+        from lwc.rewrite.editor import Editor
+
+        editor = Editor(module, ctx.analyses.get(Shapes), ctx.source or self.name)
+        chosen: list[tuple[WeightUses, WeightSpec]] = []
+        skipped = 0
+        for weight in find_weights(module):
+            reason = self._obstacle(weight, editor)
+            if reason is None:
+                chosen.append((weight, self._spec(weight, module)))
+            else:
+                skipped += 1
+                ctx.missed(f"'{weight.value.name}' stays: {reason}", weight.uses[0].node)
+        store = module.store
+        results = in_threads(
+            lambda item: quantize(item[0].tensor, item[1], store),
+            chosen,
+            upcoming=lambda item: prefetch(item[0].tensor),
+        )
+        tally = _Tally(requested=self.bits, skipped=skipped)
+        described = "quantizing weights"
+        for item, result in zip(
+            chosen, ctx.progress.track(results, described, len(chosen)), strict=True
+        ):
+            weight, spec = item
+            node = weight.uses[0].node
+            if result is None:
+                tally.skipped += 1
+                ctx.missed(f"'{weight.value.name}' stays: it holds infinities or NaN", node)
+                continue
+            tally.add(weight, spec, result)
+            ctx.applied(
+                f"'{weight.value.name}' in {spec.grid.bits} bits, relative error "
+                f"{result.relative_error:.2e}",
+                node,
+            )
+            self._lower(editor, weight, spec, result)
+        if not chosen:
+            ctx.note("no weight to quantize")
+        return PassResult(changed=tally.layers > 0, statistics=tally.statistics())
+
+    def _obstacle(self, weight: WeightUses, editor: Editor) -> str | None:
+        """Say why a weight stays as it is, or return None."""
+        import onnx_ir as ir
+
+        if weight.obstacle is not None:
+            return weight.obstacle
+        roles = {use.role for use in weight.uses}
+        if "Gather" in roles and self.embeddings is None:
+            return "it is an embedding table, and embeddings=none"
+        unwanted = sorted(roles - {"Gather"} - set(self.ops))
+        if unwanted:
+            return f"{unwanted[0]} is not among ops"
+        pattern = self._excluded(weight)
+        if pattern is not None:
+            return f"exclude={pattern} matches"
+        if any(editor.in_function(use.node) for use in weight.uses):
+            return "it belongs to a function body, which holds no initializers"
+        if weight.tensor.dtype == ir.DataType.BFLOAT16 and self.format == "matmulnbits":
+            raise PassError(
+                f"'{weight.value.name}' is bfloat16, for which MatMulNBits has no CPU kernel",
+                node=describe(weight.uses[0].node),
+                remedy="run convert-dtype{float16} first, or use format=qdq",
+            )
+        if weight.tensor.dtype not in (
+            ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
+        ):  # fmt: skip
+            return f"its type is {weight.tensor.dtype}"
+        inputs, outputs = _matrix(weight)
+        if "Gather" in roles and self.block_size and inputs % self.block_size:
+            return f"rows of {inputs} do not divide into blocks of {self.block_size}"
+        if (
+            "Gather" in roles
+            and self.format == "qdq"
+            and (self.block_size == 0 or self.embeddings == 4)
+        ):
+            return "a standard embedding needs 8 bits in blocks"
+        if any(
+            use.role == "MatMul" and editor.rank(use.node.inputs[0]) == 1 for use in weight.uses
+        ):
+            return "the left operand is a vector"
+        small = self._packed_bytes(weight, inputs, outputs)
+        if small > _WORTHWHILE * weight.tensor.nbytes:
+            return f"it is too small: {weight.tensor.nbytes} bytes would become {small}"
+        return None
+
+    def _excluded(self, weight: WeightUses) -> str | None:
+        names = [weight.value.name, *(use.node.name for use in weight.uses)]
+        for pattern in self.exclude:
+            if any(name is not None and fnmatchcase(name, pattern) for name in names):
+                return pattern
+        return None
+
+    def _bits(self, weight: WeightUses) -> Literal[4, 8]:
+        table = any(use.role == "Gather" for use in weight.uses)
+        return self.embeddings if table and self.embeddings else self.bits
+
+    def _is_symmetric(self, weight: WeightUses) -> bool:
+        bits = self._bits(weight)
+        return bits == 8 if self.symmetric is None else self.symmetric
+
+    def _packed_bytes(self, weight: WeightUses, inputs: int, outputs: int) -> int:
+        bits, size = self._bits(weight), self.block_size or inputs
+        blocks = -(-inputs // size)
+        zeros = 0 if self._is_symmetric(weight) else -(-blocks * bits // 8)
+        codes = blocks * size * bits // 8
+        return outputs * (codes + zeros + blocks * weight.tensor.dtype.bitwidth // 8)
+
+    def _spec(self, weight: WeightUses, module: Module) -> WeightSpec:
+        """Say how to quantize a weight.
+
+        Raises:
+            PassError: The module's opset cannot express it.
+        """
+        from lwc.passes.quantization.rounding import Grid
+        from lwc.passes.quantization.streaming import WeightSpec
+
+        bits = self._bits(weight)
+        # A shared 4-bit table would need its zero points packed in two ways.
+        symmetric = self._is_symmetric(weight) or (weight.tied and bits == 4)
+        grid = Grid(bits, symmetric, self.search)
+        if self.format == "qdq":
+            self._check_opset(weight, bits, module.opset)
+            layout: Any = "qdq"
+        else:
+            table = all(use.role == "Gather" for use in weight.uses)
+            layout = "table" if table else "matmulnbits"
+        return WeightSpec(grid, self.block_size, weight.uses[0].transposed, layout)
+
+    def _check_opset(self, weight: WeightUses, bits: int, opset: int) -> None:
+        import onnx_ir as ir
+
+        if bits == 4 or self.block_size:
+            needed, what = 21, "DequantizeLinear in blocks or with 4 bits"
+        else:
+            half = weight.tensor.dtype != ir.DataType.FLOAT
+            needed, what = (19, "DequantizeLinear to float16") if half else (13, "")
+        if opset < needed:
+            raise PassError(
+                f"{what} needs opset {needed}, the model has {opset}",
+                node=describe(weight.uses[0].node),
+                remedy="export the model at that opset, use format=matmulnbits, or, for 8-bit "
+                "layers, block-size=0 embeddings=none",
+            )
+
+    def _lower(
+        self, editor: Editor, weight: WeightUses, spec: WeightSpec, result: QuantizedWeight
+    ) -> None:
+        from lwc.passes.quantization.lowering import (
+            PackedWeight,
+            lower_to_contrib,
+            lower_to_standard,
+        )
+
+        packed = PackedWeight.register(
+            editor,
+            weight.value.name or "weight",
+            result,
+            _matrix(weight),
+            bits=spec.grid.bits,
+            block_size=spec.block_size,
+        )
+        transposes = [user for user, _ in weight.value.uses() if user.op_type == "Transpose"]
+        if self.format == "qdq":
+            lower_to_standard(editor, weight, packed)
+        else:
+            lower_to_contrib(editor, weight, packed, self.accuracy_level)
+            for node in transposes:
+                _erase_dead(editor, node)
+        _remove_constant(editor, weight.value)
+
+
+@dataclass
+class _Tally:
+    """Counts for the report."""
+
+    requested: int
+    skipped: int
+    layers: int = 0
+    nodes: int = 0
+    weights: int = 0
+    before: int = 0
+    after: int = 0
+    error: float = 0.0
+    worst: float = 0.0
+    worst_name: str = ""
+
+    def add(self, weight: WeightUses, spec: WeightSpec, result: QuantizedWeight) -> None:
+        inputs, outputs = _matrix(weight)
+        self.layers += 1
+        self.nodes += len(weight.uses)
+        self.weights += inputs * outputs
+        self.before += weight.tensor.nbytes
+        self.after += result.nbytes
+        self.error += result.relative_error * inputs * outputs
+        if result.relative_error >= self.worst:
+            self.worst, self.worst_name = result.relative_error, weight.value.name or ""
+
+    def statistics(self) -> dict[str, int | float | str]:
+        if not self.layers:
+            return {"weights quantized": 0, "weights skipped": self.skipped}
+        return {
+            "weights quantized": self.layers,
+            "weights skipped": self.skipped,
+            "nodes lowered": self.nodes,
+            "bits requested": self.requested,
+            "bits per weight": 8 * self.after / self.weights,
+            "bytes before": self.before,
+            "bytes after": self.after,
+            "mean relative error": self.error / self.weights,
+            "worst relative error": self.worst,
+            "worst weight": self.worst_name,
+        }
+
+
+def _matrix(weight: WeightUses) -> tuple[int, int]:
+    """Return (inputs, outputs) of the layer."""
+    rows, columns = weight.tensor.shape.numpy()
+    return (columns, rows) if weight.uses[0].transposed else (rows, columns)
+
+
+def _erase_dead(editor: Editor, node: ir.Node) -> None:
+    """Erase a Transpose, and those that read it, if nothing else does."""
+    for user, _ in list(node.outputs[0].uses()):
+        if user.op_type == "Transpose":
+            _erase_dead(editor, user)
+    if editor.is_dead(node):
+        editor.erase(node)
+
+
+def _remove_constant(editor: Editor, value: ir.Value) -> None:
+    """Take a constant that nothing reads any more out of its graph."""
+    if value.uses() or value.is_graph_output():
+        return
+    producer = value.producer()
+    if producer is not None:
+        editor.erase(producer)
+    elif value.graph is not None and value.name is not None:
+        value.graph.initializers.pop(value.name)
