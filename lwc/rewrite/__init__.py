@@ -1,1 +1,22 @@
-"""Pattern matching, the rewrite driver and the builder of new nodes."""
+"""Rewriting: rules, the editor they change graphs through, and the driver that applies them."""
+
+from lwc.rewrite.driver import Missed, Rewriting, rewrite
+from lwc.rewrite.editor import Editor, attribute, use_count
+from lwc.rewrite.rules import ANY, EDITED, Edited, Miss, Outcome, Rule, RuleSet, rule
+
+__all__ = [
+    "ANY",
+    "EDITED",
+    "Edited",
+    "Editor",
+    "Miss",
+    "Missed",
+    "Outcome",
+    "Rewriting",
+    "Rule",
+    "RuleSet",
+    "attribute",
+    "rewrite",
+    "rule",
+    "use_count",
+]

@@ -1,0 +1,206 @@
+"""The driver: a worklist that applies rules until none matches.
+
+Every node is visited once in topological order; after that only nodes that a rewrite touched are
+visited again, so that the cost grows with the graph and the matches.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from lwc.core.diagnostics import describe
+from lwc.core.errors import PassError
+from lwc.core.walk import attribute_graphs, op_name
+from lwc.rewrite.editor import Editor
+from lwc.rewrite.rules import Edited, Miss, Outcome, Rule, RuleSet
+
+if TYPE_CHECKING:
+    from lwc.analysis.shapes import Fact, Shapes
+
+__all__ = ["Missed", "Rewriting", "rewrite"]
+
+_HITS_PER_NODE = 64
+"""A node rewritten this often in one run means that two rules undo each other."""
+
+
+@dataclass(frozen=True)
+class Missed:
+    """A rule that came near, at the node where it stopped."""
+
+    rule: str
+    node: ir.Node
+    reason: str
+
+
+@dataclass
+class Rewriting:
+    """What a run of the driver did.
+
+    Attributes:
+        hits: How often each rule applied.
+        erased: Nodes removed because nothing read them.
+        missed: Rules that came near and did not apply in the end.
+    """
+
+    hits: Counter[str] = field(default_factory=Counter)
+    erased: int = 0
+    missed: list[Missed] = field(default_factory=list)
+
+
+def rewrite(
+    editor: Editor, rules: RuleSet, *, sweep: Callable[[Editor], Counter[str]] | None = None
+) -> Rewriting:
+    """Apply `rules` everywhere in the editor's module until nothing changes.
+
+    Args:
+        editor: Gives access to the module.
+        rules: What to apply.
+        sweep: A step over whole graphs (such as common subexpressions) that runs whenever the
+            worklist is empty; the nodes it touches are visited again.
+
+    Raises:
+        PassError: Rules keep changing the same node.
+    """
+    result = Rewriting()
+    worklist = _Worklist(_in_order(editor))
+    missed: dict[tuple[str, ir.Node], Missed] = {}
+    while True:
+        for node, inputs_changed in worklist:
+            if inputs_changed and _facts_improved(node, editor):
+                for output in node.outputs:
+                    editor.touch(*(use.node for use in output.uses()), inputs_changed=True)
+            _visit(node, editor, rules, result, missed)
+            if editor.touched:
+                worklist.push(editor.touched)
+                editor.touched = {}
+        if sweep is None:
+            break
+        result.hits += sweep(editor)
+        if not editor.touched:
+            break
+        worklist.push(editor.touched)
+        editor.touched = {}
+    result.missed = [each for each in missed.values() if each.node.graph is not None]
+    return result
+
+
+def _visit(
+    node: ir.Node,
+    editor: Editor,
+    rules: RuleSet,
+    result: Rewriting,
+    missed: dict[tuple[str, ir.Node], Missed],
+) -> None:
+    if editor.is_dead(node):
+        editor.erase(node)
+        result.erased += 1
+        return
+    if any(each.is_ref() for each in node.attributes.values()):
+        return
+    for rule in rules.at(op_name(node)):
+        editor.root = node
+        outcome = rule.apply(node, editor)
+        if outcome is None:
+            missed.pop((rule.name, node), None)
+            continue
+        if isinstance(outcome, Miss):
+            missed[(rule.name, node)] = Missed(rule.name, outcome.node or node, outcome.reason)
+            continue
+        missed.pop((rule.name, node), None)
+        result.hits[rule.name] += 1
+        _carry_out(node, rule, outcome, editor)
+        return
+
+
+def _carry_out(node: ir.Node, rule: Rule, outcome: Outcome, editor: Editor) -> None:
+    if isinstance(outcome, Edited):
+        editor.changed = True
+        editor.touch(node, inputs_changed=True)
+        return
+    replacements: Sequence[ir.Value | None]
+    replacements = [outcome] if isinstance(outcome, ir.Value) else list(outcome)  # type: ignore[arg-type]
+    if len(replacements) > len(node.outputs):
+        raise PassError(
+            f"rule '{rule.name}' returned {len(replacements)} values for {len(node.outputs)} outputs",
+            node=describe(node),
+        )
+    for old, new in zip(node.outputs, replacements, strict=False):
+        if new is not None:
+            editor.replace(old, new)
+    if node.graph is not None and editor.is_dead(node):
+        editor.erase(node)
+
+
+def _facts_improved(node: ir.Node, editor: Editor) -> bool:
+    """Infer a node again; tell whether its consumers can learn from it.
+
+    Facts that say no more than the old ones are put back: fresh symbols under other names would
+    look like news all the way down the graph.
+    """
+    shapes = editor.shapes
+    before = [shapes.fact(value) for value in node.outputs]
+    shapes.infer(node)
+    improved = False
+    for value, old in zip(node.outputs, before, strict=True):
+        new = shapes.fact(value)
+        if old is new or _weight(old, shapes) >= _weight(new, shapes):
+            shapes.set_fact(value, old)
+        else:
+            improved = True
+    return improved
+
+
+def _weight(fact: Fact, shapes: Shapes) -> int:
+    """Measure how much a fact says; more for a number than for an expression."""
+    weight = int(fact.dtype is not None)
+    if fact.shape is not None:
+        weight += 1
+        for dim in fact.shape:
+            weight += 2 if isinstance(dim, int) else not shapes.mentions_fresh(dim)
+    if fact.known is not None:
+        weight += 1
+        for each in fact.known.ravel():
+            weight += 2 if isinstance(each, int | float) else not shapes.mentions_fresh(each)
+    return weight
+
+
+def _in_order(editor: Editor) -> Iterator[ir.Node]:
+    """Yield every node in topological order, the bodies it holds right after a node."""
+    roots = [editor.module.graph]
+    roots.extend(function.graph for function in editor.module.model.functions.values())
+    stack = [iter(list(graph)) for graph in reversed(roots)]
+    while stack:
+        node = next(stack[-1], None)
+        if node is None:
+            stack.pop()
+            continue
+        yield node
+        if node.attributes:
+            stack.extend(iter(list(graph)) for graph in attribute_graphs(node))
+
+
+class _Worklist:
+    def __init__(self, nodes: Iterator[ir.Node]) -> None:
+        self._queue = deque(nodes)
+        self._waiting = dict.fromkeys(self._queue, False)
+
+    def push(self, nodes: dict[ir.Node, bool]) -> None:
+        for node, inputs_changed in nodes.items():
+            if node not in self._waiting:
+                self._queue.append(node)
+                self._waiting[node] = inputs_changed
+            elif inputs_changed:
+                self._waiting[node] = True
+
+    def __iter__(self) -> Iterator[tuple[ir.Node, bool]]:
+        while self._queue:
+            node = self._queue.popleft()
+            inputs_changed = self._waiting.pop(node)
+            if node.graph is None:
+                continue
+            yield node, inputs_changed

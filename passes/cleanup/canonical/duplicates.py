@@ -1,0 +1,124 @@
+"""Common subexpressions: equal nodes, and values of equal symbolic content, computed once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from lwc.core.walk import attribute_graphs
+from lwc.rewrite import Editor
+
+__all__ = ["RANDOM_OPS", "merge_duplicates"]
+
+RANDOM_OPS = frozenset({
+    "Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform",
+    "RandomUniformLike",
+})  # fmt: skip
+"""Standard operators that give another result on every run."""
+
+_KNOWN_DOMAINS = {"", "ai.onnx.ml", "com.microsoft"}
+_SMALL = 1024
+
+_Scope = dict[Hashable, list[ir.Value]]
+
+
+def merge_duplicates(editor: Editor) -> Counter[str]:
+    """Let one node do the work of all that compute the same.
+
+    An earlier node of the same graph or of an enclosing one is reused; functions stand alone.
+
+    Returns:
+        How many nodes became superfluous, by reason.
+    """
+    hits: Counter[str] = Counter()
+    if editor.share_constants():
+        hits["shared-constants"] += 1
+    _walk(editor, editor.module.graph, [], hits)
+    for function in editor.module.model.functions.values():
+        _walk(editor, function.graph, [], hits)
+    return hits
+
+
+def _walk(editor: Editor, graph: ir.Graph, outer: list[_Scope], hits: Counter[str]) -> None:
+    own: _Scope = {}
+    scopes = [own, *outer]
+    for node in graph:
+        if any(True for _ in attribute_graphs(node)):
+            for body in attribute_graphs(node):
+                _walk(editor, body, scopes, hits)
+            continue
+        key = _key(node)
+        if key is not None and _reuse(editor, node, key, scopes):
+            hits["common-subexpression"] += 1
+            continue
+        content = _content(editor, node)
+        if content is not None and _reuse(editor, node, content, scopes):
+            hits["equal-content"] += 1
+
+
+def _reuse(editor: Editor, node: ir.Node, key: Hashable, scopes: list[_Scope]) -> bool:
+    for scope in scopes:
+        earlier = scope.get(key)
+        if earlier is not None:
+            return _merge(editor, node, earlier)
+    scopes[0][key] = list(node.outputs)
+    return False
+
+
+def _merge(editor: Editor, node: ir.Node, earlier: list[ir.Value]) -> bool:
+    """Redirect the users of a duplicate; a second graph output of one value needs its node."""
+    graph = node.graph
+    assert graph is not None
+    if len(earlier) < len(node.outputs):
+        return False
+    for old, new in zip(node.outputs, earlier, strict=False):
+        if old.is_graph_output() and not editor.may_become_output(new, graph):
+            return False
+    for old, new in zip(node.outputs, earlier, strict=False):
+        editor.replace(old, new)
+    editor.touch(node)
+    return True
+
+
+def _key(node: ir.Node) -> Hashable | None:
+    if node.domain not in _KNOWN_DOMAINS or node.op_type in RANDOM_OPS:
+        return None
+    if node.op_type == "Dropout" and len(node.inputs) > 2 and node.inputs[2] is not None:
+        return None
+    return (
+        node.domain,
+        node.op_type,
+        node.overload,
+        len(node.outputs),
+        tuple(map(id, node.inputs)),
+        tuple(sorted((name, _attribute_key(each)) for name, each in node.attributes.items()))
+        if node.attributes
+        else (),
+    )
+
+
+def _attribute_key(attribute: ir.Attr) -> Any:
+    if attribute.is_ref():
+        return ("ref", attribute.ref_attr_name)
+    value = attribute.value
+    if attribute.type == ir.AttributeType.TENSOR:
+        if value.nbytes > _SMALL or value.dtype == ir.DataType.STRING:
+            return ("tensor", id(value))
+        return ("content", int(value.dtype), tuple(value.shape), value.tobytes())
+    return (str(attribute.type), repr(value))
+
+
+def _content(editor: Editor, node: ir.Node) -> Hashable | None:
+    """Describe what the shape analysis knows about the content of a node's only output."""
+    if len(node.outputs) != 1:
+        return None
+    value = node.outputs[0]
+    known = editor.shapes.known(value)
+    if known is None:
+        return None
+    elements = np.asarray(known, dtype=object)
+    return ("known", editor.dtype(value), elements.shape, tuple(elements.ravel()))

@@ -1,0 +1,130 @@
+"""Slices of slices, concatenations of concatenations, splits put together again."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import onnx_ir as ir
+
+from lwc.rewrite import Editor, Outcome, Rule, attribute, rule
+
+__all__ = ["RULES"]
+
+_END = 2**63 - 1
+
+
+class _Range(NamedTuple):
+    start: int
+    end: int
+    step: int
+
+
+def _ranges(node: ir.Node, edit: Editor) -> dict[int, _Range] | None:
+    """Return what a Slice with constant bounds keeps, by non-negative axis."""
+    bounds = [edit.ints(value) for value in node.inputs[1:]]
+    if any(each is None for each, v in zip(bounds, node.inputs[1:], strict=True) if v is not None):
+        return None
+    starts, ends = bounds[0], bounds[1]
+    if starts is None or ends is None:
+        return None
+    axes = bounds[2] if len(bounds) > 2 and bounds[2] is not None else list(range(len(starts)))
+    steps = bounds[3] if len(bounds) > 3 and bounds[3] is not None else [1] * len(starts)
+    rank = edit.rank(node.inputs[0])
+    if any(axis < 0 for axis in axes):
+        if rank is None:
+            return None
+        axes = [axis % rank for axis in axes]
+    return {
+        axis: _Range(start, end, step)
+        for axis, start, end, step in zip(axes, starts, ends, steps, strict=True)
+    }
+
+
+@rule("Slice")
+def slice_of_slice(node: ir.Node, edit: Editor) -> Outcome:
+    """Two slices with constant bounds: one, where axes differ or the bounds add up."""
+    value = node.inputs[0]
+    inner = None if value is None else value.producer()
+    if value is None or inner is None or inner.op_type != "Slice" or inner.domain:
+        return None
+    if not edit.single_use(value):
+        return None
+    outer_ranges, inner_ranges = _ranges(node, edit), _ranges(inner, edit)
+    if outer_ranges is None or inner_ranges is None:
+        return None
+    merged = dict(inner_ranges)
+    for axis, kept in outer_ranges.items():
+        have = merged.get(axis)
+        both = kept if have is None else _compose(have, kept)
+        if both is None:
+            return None
+        merged[axis] = both
+    axes = sorted(merged)
+    columns = [
+        [merged[axis].start for axis in axes],
+        [merged[axis].end for axis in axes],
+        axes,
+    ]
+    if any(merged[axis].step != 1 for axis in axes):
+        columns.append([merged[axis].step for axis in axes])
+    names = ("starts", "ends", "axes", "steps")
+    constants = [edit.constant(column, name) for name, column in zip(names, columns, strict=False)]
+    return edit.op("Slice", [inner.inputs[0], *constants])
+
+
+def _compose(inner: _Range, outer: _Range) -> _Range | None:
+    """Slice the slice of one axis, where neither counts from the end."""
+    plain = inner.step == outer.step == 1 and min(*inner, *outer) >= 0
+    if not plain:
+        return None
+    start = inner.start + outer.start
+    end = inner.end if outer.end >= _END else min(inner.end, inner.start + outer.end)
+    return _Range(start, max(start, end), 1)
+
+
+@rule("Concat")
+def concat_of_concat(node: ir.Node, edit: Editor) -> Outcome:
+    """Concatenations along one axis: a single one."""
+    axis = _axis(node, edit)
+    operands: list[ir.Value | None] = []
+    for value in node.inputs:
+        inner = None if value is None else value.producer()
+        if (
+            value is not None
+            and inner is not None
+            and inner.op_type == "Concat"
+            and not inner.domain
+            and edit.single_use(value)
+            and axis is not None
+            and _axis(inner, edit) == axis
+        ):
+            operands.extend(inner.inputs)
+        else:
+            operands.append(value)
+    if len(operands) == len(node.inputs):
+        return None
+    return edit.op("Concat", operands, {"axis": axis})
+
+
+def _axis(node: ir.Node, edit: Editor) -> int | None:
+    axis: int = attribute(node, "axis", 0)
+    if axis >= 0:
+        return axis
+    rank = edit.rank(node.outputs[0])
+    return None if rank is None else axis + rank
+
+
+@rule("Concat")
+def concat_of_split(node: ir.Node, edit: Editor) -> Outcome:
+    """All parts of a split, put together in order: what was split."""
+    first = node.inputs[0]
+    split = None if first is None else first.producer()
+    if split is None or split.op_type != "Split" or split.domain:
+        return None
+    if list(node.inputs) != list(split.outputs):
+        return None
+    axis, other = _axis(node, edit), _axis(split, edit)
+    return split.inputs[0] if axis is not None and axis == other else None
+
+
+RULES: tuple[Rule, ...] = (slice_of_slice, concat_of_concat, concat_of_split)

@@ -1,0 +1,102 @@
+"""canonicalize: the same function with the fewest nodes that exact rewriting finds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lwc.analysis.shapes import Shapes
+from lwc.core.module import Module
+from lwc.passes.cleanup.canonical import (
+    casts,
+    control,
+    identities,
+    layout,
+    shape_values,
+    slices,
+    tidy,
+)
+from lwc.passes.cleanup.canonical.duplicates import merge_duplicates
+from lwc.passes.cleanup.canonical.folding import Folding
+from lwc.pipeline.passes import Exact, Pass, PassContext, PassResult
+from lwc.rewrite import Editor, Rewriting, RuleSet, rewrite
+
+__all__ = ["Canonicalize", "canonicalize"]
+
+_ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class Canonicalize(Pass):
+    """Fold constants, merge duplicates, drop what does nothing, simplify shape computations.
+
+    Attributes:
+        decompress: Also fold constants into weights larger than those they are made of.
+        fold_memory: Bound in MiB on the memory one constant folding may take.
+    """
+
+    decompress: bool = False
+    fold_memory: int = 1024
+
+    name: ClassVar[str] = "canonicalize"
+    contract: ClassVar[Exact] = Exact()
+
+    def run(self, module: Module, ctx: PassContext) -> PassResult:
+        """Rewrite until nothing changes."""
+        memory = self.fold_memory << 20
+        if ctx.max_memory is not None:
+            memory = min(memory, ctx.max_memory)
+        before = sum(1 for _ in module.nodes())
+        changed, outcome = canonicalize(module, ctx, Folding(self.decompress, memory))
+        for miss in outcome.missed:
+            ctx.missed(miss.reason, miss.node, miss.rule)
+        after = sum(1 for _ in module.nodes())
+        if not changed:
+            ctx.note("nothing to simplify")
+        statistics = {"nodes-before": before, "nodes-after": after, **sorted_counts(outcome.hits)}
+        return PassResult(changed, statistics=statistics)
+
+
+def canonicalize(module: Module, ctx: PassContext, folding: Folding) -> tuple[bool, Rewriting]:
+    """Rewrite `module` to a fixed point of every rule of this pass.
+
+    Facts are inferred anew after a round that changed something: what a rewrite uncovered may
+    let the analysis prove more than the updates on the way did.
+
+    Returns:
+        Whether anything changed, and what was done.
+    """
+    rules = RuleSet(
+        [
+            *tidy.RULES,
+            *shape_values.RULES,
+            folding.rule(),
+            *identities.RULES,
+            *casts.RULES,
+            *layout.RULES,
+            *slices.RULES,
+            *control.RULES,
+        ]
+    )
+    total = Rewriting()
+    changed = False
+    for _ in range(_ROUNDS):
+        editor = Editor(module, ctx.analyses.get(Shapes), ctx.source)
+        done = rewrite(editor, rules, sweep=merge_duplicates)
+        unused = tidy.remove_unused(module)
+        total.hits += done.hits + unused
+        total.erased += done.erased
+        total.missed = done.missed
+        if not editor.changed and not unused:
+            break
+        changed = True
+        ctx.analyses.invalidate()
+    if total.erased:
+        total.hits["dead-code"] = total.erased
+    return changed, total
+
+
+def sorted_counts(hits: Counter[str]) -> dict[str, int]:
+    """Return counts by name in an order that does not depend on the run."""
+    return {f"hits-{name}": count for name, count in sorted(hits.items())}

@@ -1,0 +1,1 @@
+"""The rules of fold-linear, by idea."""
