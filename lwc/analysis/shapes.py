@@ -18,6 +18,7 @@ from lwc.analysis.shape_rules.registry import (
     Site,
     SymbolicArray,
     array_of,
+    is_clipped,
     not_one,
     trackable,
 )
@@ -208,7 +209,8 @@ class Shapes(Analysis):
         """Return the extent two extents broadcast to.
 
         Of two different symbols either may be 1 at run time, so their result is a fresh symbol,
-        the same one each time, unless one of them is provably not 1.
+        the same one each time, unless one of them is provably not 1. `Min(n, a)` with `a` (a
+        table cut to a length) gives `a`: the two are 1 together, and else must be equal.
         """
         if a is b or a == b:
             return a
@@ -224,8 +226,12 @@ class Shapes(Analysis):
             return a if b == 1 else b
         found = self._broadcasts.get((a, b))
         if found is None:
-            same = dims.equal(a, b) or not_one(a)
-            found = a if same else b if not_one(b) else self.fresh()
+            if dims.equal(a, b) or not_one(a) or is_clipped(b, a):
+                found = a
+            elif not_one(b) or is_clipped(a, b):
+                found = b
+            else:
+                found = self.fresh()
             self._broadcasts[a, b] = self._broadcasts[b, a] = found
         return found
 
@@ -237,7 +243,7 @@ class Shapes(Analysis):
         """Infer the nodes of a graph in order; its inputs must have facts."""
         facts = self._facts
         for node in graph:
-            inputs = []
+            inputs: list[Fact | None] = []
             for value in node.inputs:
                 if value is None:
                     inputs.append(None)
@@ -400,7 +406,7 @@ def tensor_fact(tensor: ir.TensorProtocol) -> Fact:
 
 
 def _declared_names(module: Module) -> set[str]:
-    names = set()
+    names: set[str] = set()
     for value in module.graph.inputs:
         for dim in value.shape or ():
             if not isinstance(dim, int) and dim.value is not None and not is_anonymous(dim.value):

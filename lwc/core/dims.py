@@ -14,6 +14,7 @@ import sympy
 __all__ = [
     "Dim",
     "DimShape",
+    "Expr",
     "add",
     "as_ir_dim",
     "at_least",

@@ -1,5 +1,27 @@
 """Shape rules by family of operators. Importing the package registers them all."""
 
-from lwc.analysis.shape_rules import elementwise, layout, linear, reduction, spatial
+from lwc.analysis.shape_rules import (
+    attention,
+    control_flow,
+    elementwise,
+    generators,
+    layout,
+    linear,
+    quantized,
+    reduction,
+    sequences,
+    spatial,
+)
 
-__all__ = ["elementwise", "layout", "linear", "reduction", "spatial"]
+__all__ = [
+    "attention",
+    "control_flow",
+    "elementwise",
+    "generators",
+    "layout",
+    "linear",
+    "quantized",
+    "reduction",
+    "sequences",
+    "spatial",
+]

@@ -42,7 +42,7 @@ _UNARY = """
     HardSwish Hardmax Identity LeakyRelu Log LogSoftmax LpNormalization MeanVarianceNormalization
     Mish PRelu Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh Softmax Softplus Softsign
     Sqrt Swish Tan Tanh ThresholdedRelu Trilu CumSum CumProd LRN InstanceNormalization
-    GroupNormalization RMSNormalization RotaryEmbedding ReverseSequence Clip Abs Neg Floor Ceil Not
+    GroupNormalization RotaryEmbedding ReverseSequence Clip Abs Neg Floor Ceil Not
     com.microsoft::Gelu com.microsoft::FastGelu com.microsoft::BiasGelu com.microsoft::QuickGelu
     com.microsoft::RotaryEmbedding
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from lwc.analysis.shape_rules.registry import (
     array_of,
     axis_of,
     extent,
+    is_integer_type,
     rule,
     static_size,
     trackable,
@@ -263,7 +263,8 @@ def _slice(site: Site) -> Outcome:
         axes = list(range(count))
     if axes is None or count is None:
         return Fact(dtype, site.fresh_shape(len(source)))
-    steps = site.known(4).tolist() if site.known(4) is not None else None
+    given = site.known(4)
+    steps = None if given is None else given.tolist()
     if not site.has(4):
         steps = [1] * len(axes)
     shape = list(source)
@@ -363,12 +364,12 @@ def _gather(site: Site) -> Outcome:
     axis = axis_of(site.attribute("axis", 0), len(data))
     shape = (*data[:axis], *indices, *data[axis + 1 :])
     content, places = site.known(0), site.ints(1)
-    if content is None or places is None:
+    if content is None or places is None or not all(isinstance(dim, int) for dim in indices):
         return Fact(dtype, shape)
     size = content.shape[axis]
     if any(not -size <= place < size for place in places):
         raise Misfit("an index lies outside the axis")
-    at = np.array([place % size for place in places], dtype=np.int64).reshape(site.known(1).shape)
+    at = np.array([place % size for place in places], dtype=np.int64).reshape(indices)
     return Fact(dtype, shape, object_array(np.take(content, at, axis)))
 
 
@@ -405,7 +406,7 @@ def _expand(site: Site) -> Outcome:
     wanted = tuple(extent(site, element) for element in target.tolist())
     shape = site.broadcast(source, wanted)
     known, size = site.known(0), static_size(shape)
-    if known is None or size is None or not trackable(dtype, size):
+    if known is None or shape is None or size is None or not trackable(dtype, size):
         return Fact(dtype, shape)
     return Fact(dtype, shape, np.broadcast_to(known, shape))
 
@@ -496,21 +497,17 @@ def _range(site: Site) -> Outcome:
     bounds = [site.known(index) for index in range(3)]
     if any(bound is None or bound.size != 1 for bound in bounds):
         return Fact(dtype, (site.fresh(),))
-    start, limit, delta = (bound.item() for bound in bounds if bound is not None)
-    numbers = [isinstance(element, int | float) for element in (start, limit, delta)]
+    start, limit, delta = (_integral(bound.item()) for bound in bounds if bound is not None)
     if delta == 0:
         raise Misfit("the step of a range is 0")
-    if all(numbers):
-        count = max(0, math.ceil((limit - start) / delta))
-        known = None
-        if all(isinstance(e, int) for e in (start, limit, delta)):
-            span = range(start, limit, delta)
-            count = len(span)
-            known = array_of(list(span)) if trackable(dtype, count) else None
-        return Fact(dtype, (count,), known)
-    if not isinstance(delta, int) or isinstance(start, float) or isinstance(limit, float):
+    if all(isinstance(element, int) for element in (start, limit, delta)):
+        span = range(start, limit, delta)
+        integral = is_integer_type(dtype) and trackable(dtype, len(span))
+        return Fact(dtype, (len(span),), array_of(list(span)) if integral else None)
+    bound = (start, limit)
+    if not isinstance(delta, int) or any(isinstance(element, float) for element in bound):
         return Fact(dtype, (site.fresh(),))
-    if any(site.shapes.is_unknown(element) for element in (start, limit)):
+    if any(site.shapes.is_unknown(e) or not _is_whole(e) for e in bound):
         return Fact(dtype, (site.fresh(),))
     span_length = subtract(limit, start) if delta > 0 else subtract(start, limit)
     return Fact(dtype, (ceil_div(maximum(0, span_length), abs(delta)),))
@@ -615,7 +612,12 @@ def _one_hot(site: Site) -> Outcome:
 
 
 def _integral(element: Any) -> Any:
-    return int(element) if isinstance(element, float) else element
+    """Return a whole float as int, anything else as it is."""
+    return int(element) if isinstance(element, float) and element.is_integer() else element
+
+
+def _is_whole(element: Any) -> bool:
+    return isinstance(element, int) or bool(element.is_integer)
 
 
 @rule("TopK")

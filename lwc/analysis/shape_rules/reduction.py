@@ -68,14 +68,15 @@ def _folded(site: Site, shape: DimShape, axes: int) -> SymbolicArray | None:
     if axes != known.ndim or dtype == ir.DataType.BOOL:
         return None
     combine, start = fold
+    total: Any = start
     elements = list(known.flat)
-    if start is None:
+    if total is None:
         if not elements:
             return None
-        start, elements = elements[0], elements[1:]
+        total, elements = elements[0], elements[1:]
     for element in elements:
-        start = combine(start, element)
-    result = object_array(start)
+        total = combine(total, element)
+    result = object_array(total)
     return result.reshape([1] * len(shape)) if in_range(result, dtype) else None
 
 
@@ -97,6 +98,11 @@ def _layer_norm(site: Site) -> Outcome:
         axis = axis_of(site.attribute("axis", -1), len(source))
         shape = _reduced(source, set(range(axis, len(source))), keep=True)
     return [Fact(dtype, source), Fact(statistics, shape), Fact(statistics, shape)]
+
+
+@rule("RMSNormalization")
+def _rms_norm(site: Site) -> Outcome:
+    return Fact(site.dtype(1), site.shape(0))
 
 
 @rule("BatchNormalization")

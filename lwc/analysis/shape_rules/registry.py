@@ -8,14 +8,16 @@ fact is never a guess.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
+import sympy
 
-from lwc.core.dims import Dim, DimShape, at_least, equal, lower_bound
+from lwc.core.dims import Dim, DimShape, Expr, at_least, equal, lower_bound, subtract
 
 if TYPE_CHECKING:
     from lwc.analysis.shapes import Shapes
@@ -32,12 +34,20 @@ __all__ = [
     "Site",
     "SymbolicArray",
     "array_of",
+    "axis_of",
+    "differ",
     "extent",
     "ints_of",
+    "is_clipped",
+    "is_integer_type",
+    "not_one",
     "rule",
+    "shapes_equal",
+    "static_size",
+    "trackable",
 ]
 
-SymbolicArray: TypeAlias = np.ndarray[Any, np.dtype[np.object_]]
+SymbolicArray: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 """Tensor content: an object array of int, bool, float or sympy expressions."""
 
 KNOWN_LIMIT = 256
@@ -273,27 +283,34 @@ def is_integer_type(dtype: ir.DataType | None) -> bool:
 
 
 def not_one(dim: Dim) -> bool:
-    """Tell whether an extent is provably not 1."""
+    """Tell whether an extent is provably not 1: above it, or a multiple of some number."""
     if isinstance(dim, int):
         return dim != 1
     bound = lower_bound(dim)
-    return bound is not None and bound > 1
+    return (bound is not None and bound > 1) or _is_multiple(dim)
 
 
-def nonzero(dims: Iterable[Dim]) -> bool:
-    """Tell whether every extent is provably above zero."""
-    return all(at_least(dim, 1) for dim in dims)
+@functools.lru_cache(maxsize=1 << 14)
+def _is_multiple(dim: Expr) -> bool:
+    terms = dim.as_coefficients_dict()
+    if not all(c.is_Integer and term.is_integer for term, c in terms.items()):
+        return False
+    return math.gcd(*(int(c) for c in terms.values())) > 1
+
+
+def is_clipped(dim: Dim, whole: Dim) -> bool:
+    """Tell whether `dim` is `Min(n, whole)` for a number n of 2 or more."""
+    if isinstance(dim, int) or not isinstance(dim, sympy.Min) or len(dim.args) != 2:
+        return False
+    limit, other = dim.args if dim.args[0].is_Integer else dim.args[::-1]
+    return bool(limit.is_Integer and limit >= 2 and other == whole)
 
 
 def differ(a: Dim, b: Dim) -> bool:
     """Tell whether two integers are provably different."""
     if isinstance(a, int) and isinstance(b, int):
         return a != b
-    return at_least(a, _plus_one(b)) or at_least(b, _plus_one(a))
-
-
-def _plus_one(dim: Dim) -> Dim:
-    return dim + 1
+    return at_least(subtract(a, b), 1) or at_least(subtract(b, a), 1)
 
 
 def shapes_equal(a: DimShape | None, b: DimShape | None) -> bool:
