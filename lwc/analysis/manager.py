@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
-from lwc.core.module import Module
+if TYPE_CHECKING:
+    from lwc.core.module import Module
 
 __all__ = ["Analysis", "AnalysisManager"]
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
 
 from lwc.analysis.manager import Analysis, AnalysisManager
 from lwc.core.diagnostics import Remark, RemarkKind, describe
@@ -29,7 +29,11 @@ __all__ = [
     "PassResult",
     "Progress",
     "Runner",
+    "Verify",
 ]
+
+Verify: TypeAlias = Literal["none", "structural", "numeric"]
+"""How a pipeline checks each pass; see `lwc.pipeline.manager.PassManager`."""
 
 Feed: TypeAlias = "Mapping[str, np.ndarray[Any, Any]]"
 """One batch: an array for each graph input, by name."""
@@ -79,11 +83,14 @@ class PassResult:
         changed: Whether the module differs from before; checked against a fingerprint.
         preserved: Analyses that still hold. None of them matters when nothing changed.
         statistics: Counts and figures for the report, by name.
+        rewrites: Rewrites that happened, by rule. A pass that emits one applied remark for each
+            leaves it empty: the manager counts those.
     """
 
     changed: bool
     preserved: frozenset[type[Analysis]] = frozenset()
     statistics: Mapping[str, int | float | str] = field(default_factory=dict)
+    rewrites: Mapping[str, int] = field(default_factory=dict)
 
 
 class Runner(Protocol):
@@ -98,12 +105,16 @@ class Runner(Protocol):
 class Progress(Protocol):
     """Shows how far a long loop is."""
 
-    def track(self, items: Iterable[Any], description: str, total: int | None = None) -> Iterator[Any]:
+    def track(
+        self, items: Iterable[Any], description: str, total: int | None = None
+    ) -> Iterator[Any]:
         """Yield from `items`, showing progress."""
 
 
 class _Silent:
-    def track(self, items: Iterable[Any], description: str, total: int | None = None) -> Iterator[Any]:
+    def track(
+        self, items: Iterable[Any], description: str, total: int | None = None
+    ) -> Iterator[Any]:
         yield from items
 
 
@@ -159,9 +170,7 @@ class PassContext:
             )
         return self.make_runner(module, expose)
 
-    def _emit(
-        self, kind: RemarkKind, message: str, node: ir.Node | None, rule: str | None
-    ) -> None:
+    def _emit(self, kind: RemarkKind, message: str, node: ir.Node | None, rule: str | None) -> None:
         place = None if node is None else describe(node)
         self.analyses.module.remarks.emit(Remark(kind, self.source, message, place, rule))
 
@@ -170,14 +179,25 @@ class PassContext:
 class Pass(ABC):
     """A rewrite of a module. Subclasses are frozen dataclasses; their fields are their options.
 
+    The first line of the docstring is the summary that `--list-passes` prints.
+
     Class attributes:
         name: The kebab-case name in pipelines and on the command line; also the file's name.
         contract: What the pass promises about the function it leaves.
-        summary: One line for `--list-passes`; the first line of the docstring.
+        positional: The field that a pipeline may give first and without its name.
+        free_options: The field of type `tuple[tuple[str, T], ...]` that takes the options whose
+            names are no field, such as the dimensions of `bind-dims{batch=1}`.
     """
 
     name: ClassVar[str]
     contract: ClassVar[Contract] = Exact()
+    positional: ClassVar[str | None] = None
+    free_options: ClassVar[str | None] = None
+
+    @property
+    def keeps_interface(self) -> bool:
+        """Whether graph inputs and outputs keep their names, order and element types."""
+        return True
 
     @abstractmethod
     def run(self, module: Module, ctx: PassContext) -> PassResult:

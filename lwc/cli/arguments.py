@@ -1,0 +1,261 @@
+"""The command line of lwc-opt."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+from lwc.cli.guard import EXIT_CODES
+from lwc.core.errors import UsageError
+from lwc.pipeline.options import did_you_mean
+
+__all__ = ["PROGRAM", "REPORT_SUFFIXES", "parse_arguments", "parse_counts", "parse_size"]
+
+PROGRAM = "lwc-opt"
+REPORT_SUFFIXES = (".json", ".md", ".html")
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+_SIZE = re.compile(r"([0-9.]+)\s*([KMG]I?|)B?", re.IGNORECASE)
+
+_EPILOG = f"""\
+A pipeline is text: 'canonicalize,quantize-weights{{bits=4 exclude=lm_head}}'. Options are
+separated by spaces, the elements of a list by commas. The same as YAML goes into --config.
+
+The module's text and results go to stdout, everything else to stderr. Without -o, and where
+nothing else that prints or writes is asked for, the text of the resulting module is printed.
+
+{EXIT_CODES}"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, remedy=f"{PROGRAM} --help lists the options")
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line.
+
+    Raises:
+        UsageError: An option is unknown or has a wrong value.
+        SystemExit: `--help` or `--version` was asked for and printed.
+    """
+    parser = _build_parser()
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [name for action in parser._actions for name in action.option_strings]
+        word = unknown[0].partition("=")[0]
+        raise UsageError(
+            f"unknown option '{word}'" if word.startswith("-") else f"one input only, not '{word}'",
+            remedy=did_you_mean(word, known) or f"{PROGRAM} --help lists the options",
+        )
+    return options
+
+
+def parse_counts(texts: Sequence[str], option: str) -> dict[str, int]:
+    """Read `NAME=N` as often as given.
+
+    Raises:
+        UsageError: A text is something else, a number is negative or a name comes twice.
+    """
+    counts: dict[str, int] = {}
+    for text in texts:
+        name, equals, number = text.rpartition("=")
+        if not equals or not name or not number.isdecimal():
+            raise UsageError(f"{option} takes NAME=N, not '{text}'")
+        if name in counts:
+            raise UsageError(f"{option} gives '{name}' twice")
+        counts[name] = int(number)
+    return counts
+
+
+def parse_matches(texts: Sequence[str]) -> int | Mapping[str, int] | None:
+    """Read `N` or `PASS:N` as often as given.
+
+    Raises:
+        UsageError: A text is something else, or `N` and `PASS:N` are mixed.
+    """
+    if not texts:
+        return None
+    if len(texts) == 1 and texts[0].isdecimal():
+        return int(texts[0])
+    counts = {}
+    for text in texts:
+        name, colon, number = text.rpartition(":")
+        if not colon or not name or not number.isdecimal():
+            raise UsageError(f"--require-match takes one N, or PASS:N, not '{text}'")
+        counts[name] = int(number)
+    return counts
+
+
+def parse_size(text: str) -> int:
+    """Read a number of bytes: `2000000`, `2GB`, `1.5GiB`.
+
+    Raises:
+        UsageError: It is no size.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    try:
+        assert match is not None
+        return int(float(match[1]) * _UNITS[match[2].upper()])
+    except (AssertionError, ValueError):
+        raise UsageError(f"'{text}' is no size in bytes", remedy="such as 2GB or 512MiB") from None
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=PROGRAM,
+        description="Run ordered, verified passes over a transformer model.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "input", nargs="?", help=".onnx, .onnxtxt or .gguf file, or a Hugging Face folder"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="write the model: FILE.onnx, FILE.onnxtxt, FOLDER/ (with the tokenizer and "
+        "configuration that came with the input), or - for the module's text on stdout",
+    )
+    _add_pipeline_options(parser.add_argument_group("pipeline"))
+    _add_action_options(parser.add_argument_group("actions"))
+    _add_watching_options(parser.add_argument_group("watching"))
+    _add_general_options(parser.add_argument_group("general"))
+    return parser
+
+
+def _add_pipeline_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("-p", "--pass-pipeline", metavar="PIPELINE", help="the passes, in order")
+    group.add_argument("--config", metavar="FILE", help="passes and settings as YAML")
+    group.add_argument(
+        "--bind",
+        metavar="NAME=N",
+        action="append",
+        default=[],
+        help="give a symbolic dimension a number, before the first pass (repeatable)",
+    )
+    group.add_argument(
+        "--verify",
+        choices=("none", "structural", "numeric"),
+        help="check after each pass: nothing, the structure (default), or the outputs too",
+    )
+    group.add_argument(
+        "--require-match",
+        metavar="N|PASS:N",
+        action="append",
+        default=[],
+        help="end with code 3 and write nothing if a pass did fewer rewrites (repeatable)",
+    )
+    group.add_argument(
+        "--grant",
+        metavar="WORDS",
+        action="append",
+        default=[],
+        help="vouch for an assumption that begins with these words, or 'all' (repeatable)",
+    )
+    group.add_argument("--max-memory", metavar="SIZE", help="bound on what one step may hold: 2GB")
+    group.add_argument("--seed", type=int, metavar="N", help="seed of everything random (0)")
+    group.add_argument("--threads", type=int, metavar="N", help="threads when the model is run")
+    group.add_argument(
+        "--load-pass-plugin",
+        metavar="MODULE",
+        action="append",
+        default=[],
+        help="import a module, or a .py file, that defines passes (repeatable)",
+    )
+
+
+def _add_action_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--list-passes",
+        nargs="?",
+        const="text",
+        choices=("text", "json"),
+        help="list the passes and their options; --list-passes=json for programs",
+    )
+    group.add_argument(
+        "--plan", action="store_true", help="print what the input costs; run and write nothing"
+    )
+    group.add_argument(
+        "--explain",
+        metavar="PASS[@NODE]",
+        help="run up to this pass and print what it did, what it did not and why; write nothing",
+    )
+    group.add_argument(
+        "--bisect",
+        action="store_true",
+        help="find the first pass that changes the outputs; write nothing",
+    )
+    group.add_argument(
+        "--report",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="write a report: .json, .md or .html (repeatable)",
+    )
+
+
+def _add_watching_options(group: argparse._ArgumentGroup) -> None:
+    for when in ("before", "after"):
+        group.add_argument(
+            f"--print-ir-{when}",
+            metavar="PASS",
+            action="append",
+            default=[],
+            help=f"print the module {when} this pass (repeatable)",
+        )
+    group.add_argument(
+        "--print-ir-after-all", action="store_true", help="print the module after every pass"
+    )
+    group.add_argument(
+        "--print-ir-after-change",
+        action="store_true",
+        help="print the module after every pass that changed it",
+    )
+    group.add_argument("--timing", action="store_true", help="print the time of each pass")
+    group.add_argument(
+        "--pass-statistics", action="store_true", help="print what each pass counted"
+    )
+    group.add_argument(
+        "--pass-pipeline-crash-reproducer",
+        metavar="FILE.onnx",
+        help="where a pass fails, write the model before it, and FILE.yaml to replay it",
+    )
+    group.add_argument(
+        "--remarks",
+        choices=("none", "missed", "all"),
+        default="none",
+        help="print what passes report: only warnings (default), also what they missed, or all",
+    )
+
+
+def _add_general_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--follow-symlinks",
+        action="store_true",
+        help="allow external data that symbolic links place outside the model's folder",
+    )
+    group.add_argument(
+        "--keep-gguf-blocks",
+        action="store_true",
+        help="keep the quantized blocks of a .gguf file instead of decoding them",
+    )
+    group.add_argument("--color", choices=("auto", "always", "never"), default="auto")
+    group.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+    group.add_argument("--debug", action="store_true", help="print the traceback of an error")
+    group.add_argument("--version", action=_Version)
+
+
+class _Version(argparse.Action):
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="print the version")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from lwc import __version__
+
+        print(f"{PROGRAM} {__version__}")
+        parser.exit()

@@ -1,0 +1,94 @@
+"""From exceptions to exit codes, with one line each; shared by all programs."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+from lwc.core.errors import LwcError
+
+__all__ = ["EXIT_CODES", "guarded"]
+
+EXIT_CODES = """\
+exit codes:
+  0    done
+  1    a pass, the verification or the system (disk full, out of memory) failed
+  2    wrong usage or unreadable input
+  3    a required match or target was missed
+  130  interrupted
+"""
+
+_INTERRUPTED = 130
+_TERMINATED = 143
+
+
+def guarded(program: str, run: Callable[[], int], *, debug: bool = False) -> int:
+    """Call `run` and return its exit code, or that of what it raised.
+
+    Every failure is one line on stderr; nothing is printed when the reader of stdout has gone.
+    SIGTERM ends the program like Ctrl-C does: what was being written is removed.
+
+    Args:
+        program: The program's name, put before errors.
+        run: The program.
+        debug: Print the traceback too.
+    """
+    _end_cleanly_on_sigterm()
+    try:
+        code = run()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        _settle_stdout()
+        return 1
+    except KeyboardInterrupt:
+        line, code = "interrupted", _INTERRUPTED
+    except LwcError as error:
+        line, code = f"error: {error}", error.exit_code
+    except MemoryError:
+        line, code = "error: out of memory", 1
+    except OSError as error:
+        line, code = f"error: {_describe(error)}", 1
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        line, code = f"error: internal error: {reason} (--debug shows where)", 1
+    _settle_stdout()
+    if debug:
+        traceback.print_exc()
+    print(f"{program}: {line}", file=sys.stderr)
+    return code
+
+
+def _describe(error: OSError) -> str:
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        reason = f"{reason} (the old output, if any, is untouched)"
+    return f"{error.filename}: {reason}" if error.filename else reason
+
+
+def _settle_stdout() -> None:
+    """Flush stdout; where that fails, drop its buffer, so that exiting does not fail again."""
+    try:
+        sys.stdout.flush()
+        return
+    except (OSError, ValueError):
+        pass
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
+def _end_cleanly_on_sigterm() -> None:
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(_TERMINATED)
+
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, end)

@@ -1,0 +1,240 @@
+"""One run of lwc-opt after its arguments are read: load, run passes, write."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lwc.cli.arguments import REPORT_SUFFIXES, parse_counts, parse_matches, parse_size
+from lwc.cli.progress import ProgressDisplay
+from lwc.cli.summary import remark_lines, summary_lines, written_line
+from lwc.core.errors import RequirementError, UsageError
+from lwc.pipeline.config import PipelineConfig, read_config
+from lwc.pipeline.instruments import Instrument, IrPrinter, StatisticsPrinter, TimingPrinter
+from lwc.pipeline.options import did_you_mean
+from lwc.pipeline.spec import resolve
+
+if TYPE_CHECKING:
+    from lwc.core.module import Module
+    from lwc.optimizer import OptimizeResult
+
+__all__ = ["Session", "settings_of"]
+
+
+class Session:
+    """Carries out one action of the command line.
+
+    Args:
+        options: What `parse_arguments` read.
+
+    Raises:
+        UsageError: Options contradict each other, or a pass in the pipeline is unknown.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.config = settings_of(options)
+        if options.input is None:
+            raise UsageError("no input is given", remedy="lwc-opt model.onnx -o smaller.onnx -p …")
+        _check_outputs(options)
+        shown = not options.quiet and sys.stderr.isatty()
+        self.progress = ProgressDisplay(enabled=shown)
+
+    def plan(self) -> int:
+        """Print what the input costs."""
+        from lwc.cli.plan import print_plan
+
+        module = self._load()
+        print_plan(module, self.config.bind, self.options.color)
+        return 0
+
+    def explain(self) -> int:
+        """Run up to one pass and print its remarks."""
+        from lwc.cli.explain import explain, passes_until
+
+        name, _, node = self.options.explain.partition("@")
+        config = self.config
+        if not config.passes:
+            config = replace(config, passes=resolve(name))
+        config = replace(config, passes=tuple(passes_until(name, config.passes)))
+        result = self._run_passes(config, [])
+        print(explain(result.record.passes[-1], node or None))
+        return 0
+
+    def bisect(self) -> int:
+        """Find the first pass that changes the outputs; 1 if there is one."""
+        from lwc.optimizer import numeric_check
+        from lwc.pipeline.bisect import bisect
+
+        config = self.config
+        if config.verify == "numeric":
+            config = replace(config, verify="structural")
+        result = self._run_passes(config, [])
+        with self.progress.phase("comparing outputs"):
+            check = numeric_check(seed=config.seed, threads=config.threads)
+            culprit = bisect(result.history, check)
+        if culprit is None:
+            print("the outputs agree after every pass")
+            return 0
+        place = f" at {culprit.node}" if culprit.node else ""
+        print(
+            f"pass {culprit.index + 1}, {culprit.spec}, is the first to differ{place}: "
+            f"{culprit.message}"
+        )
+        return 1
+
+    def optimize(self) -> int:
+        """Run the pipeline and write what was asked for."""
+        from lwc.optimizer import check_required, save_module
+
+        options = self.options
+        instruments = self._instruments()
+        result = self._run_passes(self.config, instruments)
+        self._say(summary_lines(options.input, result.record))
+        required = parse_matches(options.require_match) or dict(self.config.require_match) or None
+        try:
+            check_required(result.record, required)
+        except RequirementError:
+            if options.remarks == "none":
+                self._say(remark_lines(result.module.remarks, "missed"))
+            raise
+        output = options.output
+        if output not in (None, "-"):
+            with self.progress.phase(f"writing {output}"):
+                saved = save_module(result.module, output)
+            self._say([written_line(saved, result.record.output)])
+        for path in options.report:
+            from lwc.report import write_report
+
+            write_report(result.report, path)
+        printed = any(isinstance(each, IrPrinter) for each in instruments)
+        if output == "-" or (output is None and not options.report and not printed):
+            sys.stdout.write(f"{str(result.module).rstrip()}\n")
+        return 0
+
+    def _load(self) -> Module:
+        from lwc.frontend.load import load
+
+        options = self.options
+        with self.progress.phase(f"reading {options.input}"):
+            module = load(
+                options.input,
+                follow_symlinks=options.follow_symlinks,
+                keep_gguf_blocks=options.keep_gguf_blocks,
+            )
+        if options.output not in (None, "-"):
+            module.spill_directory = str(_existing_folder(options.output))
+        return module
+
+    def _run_passes(
+        self, config: PipelineConfig, instruments: Iterable[Instrument]
+    ) -> OptimizeResult:
+        from lwc.optimizer import RunSettings, bind_pass, run_passes
+
+        module = self._load()
+        settings = RunSettings(
+            verify=config.verify,
+            threads=config.threads,
+            seed=config.seed,
+            max_memory=config.max_memory,
+            grant=frozenset(config.grant),
+            instruments=(*instruments, self.progress),
+            progress=self.progress,
+        )
+        try:
+            with self.progress.phase("verifying the input"):
+                passes = (*bind_pass(config.bind), *config.passes)
+                return run_passes(module, passes, settings, config.bind)
+        finally:
+            self._say(remark_lines(module.remarks, self.options.remarks))
+
+    def _instruments(self) -> list[Instrument]:
+        options, config = self.options, self.config
+        found: list[Instrument] = []
+        names = [pass_.name for pass_ in config.passes]
+        for name in (*options.print_ir_before, *options.print_ir_after):
+            if name not in names:
+                raise UsageError(
+                    f"pass '{name}' is not in the pipeline", remedy=did_you_mean(name, names)
+                )
+        if (
+            options.print_ir_before
+            or options.print_ir_after
+            or options.print_ir_after_all
+            or options.print_ir_after_change
+        ):
+            found.append(
+                IrPrinter(
+                    sys.stdout,
+                    before=options.print_ir_before,
+                    after=options.print_ir_after,
+                    after_all=options.print_ir_after_all,
+                    after_change=options.print_ir_after_change,
+                )
+            )
+        if options.timing:
+            found.append(TimingPrinter(sys.stderr))
+        if options.pass_statistics:
+            found.append(StatisticsPrinter(sys.stderr))
+        if options.pass_pipeline_crash_reproducer:
+            from lwc.pipeline.reproducer import CrashReproducer
+
+            path = options.pass_pipeline_crash_reproducer
+            found.append(CrashReproducer(path, config, sys.stderr))
+        return found
+
+    def _say(self, lines: Iterable[str]) -> None:
+        if not self.options.quiet:
+            for line in lines:
+                print(line, file=sys.stderr)
+
+
+def settings_of(options: argparse.Namespace) -> PipelineConfig:
+    """Put the configuration file and the options of the command line together.
+
+    Raises:
+        UsageError: Both give a pipeline, or an option has a wrong value.
+    """
+    config = read_config(options.config) if options.config else PipelineConfig()
+    if options.pass_pipeline is not None:
+        if config.passes:
+            raise UsageError(f"both -p and {options.config} give passes", remedy="drop one")
+        config = replace(config, passes=resolve(options.pass_pipeline))
+    bind = {**config.bind, **parse_counts(options.bind, "--bind")}
+    config = replace(config, bind=bind, grant=(*config.grant, *options.grant))
+    if options.max_memory is not None:
+        config = replace(config, max_memory=parse_size(options.max_memory))
+    given = {
+        name: getattr(options, name)
+        for name in ("verify", "seed", "threads")
+        if getattr(options, name) is not None
+    }
+    return replace(config, **given)
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    actions = [name for name in ("plan", "explain", "bisect") if getattr(options, name)]
+    if len(actions) > 1:
+        raise UsageError(f"--{actions[0]} and --{actions[1]} do not go together")
+    for name in ("output", "report", "require_match"):
+        if actions and getattr(options, name):
+            option = name.replace("_", "-")
+            raise UsageError(f"--{actions[0]} writes nothing and does not go with --{option}")
+    for path in options.report:
+        if Path(path).suffix.lower() not in REPORT_SUFFIXES:
+            raise UsageError(
+                f"no report format for '{path}'", remedy=f"end it in {', '.join(REPORT_SUFFIXES)}"
+            )
+
+
+def _existing_folder(path: str) -> Path:
+    """Return the nearest folder above `path` that exists: spilled weights are made there."""
+    folder = Path(os.path.abspath(path))
+    while not folder.is_dir():
+        folder = folder.parent
+    return folder

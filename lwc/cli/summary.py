@@ -1,0 +1,85 @@
+"""The lines lwc-opt prints on stderr about a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from lwc.core.diagnostics import Remark, RemarkKind
+    from lwc.frontend.onnx_writer import SaveResult
+    from lwc.pipeline.record import PassRecord, PipelineRecord, Snapshot
+
+__all__ = ["RemarkFilter", "format_bytes", "remark_lines", "summary_lines", "written_line"]
+
+RemarkFilter = Literal["none", "missed", "all"]
+
+_SHOWN: dict[RemarkFilter, tuple[RemarkKind, ...]] = {
+    "none": ("warning",),
+    "missed": ("warning", "missed"),
+    "all": ("warning", "missed", "note", "applied"),
+}
+
+
+def summary_lines(name: str, record: PipelineRecord) -> Iterator[str]:
+    """Yield one line for the input and one for each pass."""
+    yield f"{name}: {_size(record.input)}"
+    width = max((len(each.name) for each in record.passes), default=0)
+    for number, each in enumerate(record.passes, start=1):
+        yield f"{number:>2} {each.name:<{width}}  {_pass_line(each)}, {each.seconds:.2f} s"
+
+
+def remark_lines(remarks: Iterable[Remark], shown: RemarkFilter) -> Iterator[str]:
+    """Yield the remarks the user asked for; warnings always."""
+    for remark in remarks:
+        if remark.kind in _SHOWN[shown]:
+            yield str(remark)
+
+
+def written_line(saved: SaveResult, output: Snapshot) -> str:
+    """Tell what was written."""
+    data = f" + {os.path.basename(saved.data_path)}" if saved.data_path is not None else ""
+    return f"wrote {saved.path}{data}: {format_bytes(saved.nbytes)}, {_size(output)}"
+
+
+def format_bytes(count: float) -> str:
+    """Write a number of bytes in decimal units: `90.9 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _size(snapshot: Snapshot) -> str:
+    return (
+        f"{snapshot.nodes:,} nodes, {snapshot.parameters:,} parameters in "
+        f"{format_bytes(snapshot.parameter_bytes)}"
+    )
+
+
+def _pass_line(each: PassRecord) -> str:
+    counts = f"{each.applied:,} rewrites"
+    if each.missed:
+        counts += f", {len(each.missed):,} missed"
+    if not each.changed:
+        return f"unchanged: {_why_unchanged(each)}"
+    weights = f"{format_bytes(each.before.parameter_bytes)}"
+    if each.after.parameter_bytes != each.before.parameter_bytes:
+        weights += f" -> {format_bytes(each.after.parameter_bytes)}"
+    nodes = f"{each.before.nodes:,}"
+    if each.after.nodes != each.before.nodes:
+        nodes += f" -> {each.after.nodes:,}"
+    checked = f", {each.verification}" if each.verification else ""
+    return f"{nodes} nodes, {weights}, {counts}{checked}"
+
+
+def _why_unchanged(each: PassRecord) -> str:
+    notes = [remark for remark in each.remarks if remark.kind in ("note", "warning")]
+    if each.missed:
+        first = each.missed[0]
+        place = f" at {first.node}" if first.node else ""
+        more = f" (and {len(each.missed) - 1} more)" if len(each.missed) > 1 else ""
+        return f"missed{place}: {first.message}{more}"
+    return notes[-1].message if notes else "found nothing to do"

@@ -1,0 +1,357 @@
+"""`lwc.optimize`: any model in, passes over it, a result that saves and reports itself."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lwc.analysis.manager import AnalysisManager
+from lwc.core.errors import InputError, RequirementError, UsageError
+from lwc.pipeline.instruments import History
+from lwc.pipeline.manager import NumericCheck, PassManager
+from lwc.pipeline.options import did_you_mean
+from lwc.pipeline.passes import Pass, PassContext, Progress, Verify
+from lwc.pipeline.record import PipelineRecord
+from lwc.pipeline.registry import default_registry
+from lwc.pipeline.spec import resolve
+
+if TYPE_CHECKING:
+    from lwc.backends.base import Backend
+    from lwc.core.module import Module
+    from lwc.frontend.onnx_writer import SaveResult
+    from lwc.pipeline.instruments import Instrument
+    from lwc.pipeline.passes import Contract, Runner
+    from lwc.report.data import ModelEntry, Report
+
+__all__ = [
+    "OptimizeResult",
+    "RunSettings",
+    "as_module",
+    "bind_pass",
+    "check_required",
+    "find_backend",
+    "numeric_check",
+    "optimize",
+    "run_passes",
+    "save_module",
+]
+
+
+@dataclass(frozen=True)
+class OptimizeResult:
+    """What `optimize` returns.
+
+    Attributes:
+        module: The optimised module.
+        record: What each pass did.
+        bindings: The numbers given to symbolic dimensions.
+        history: The module at every point of the run; it shares the weights.
+    """
+
+    module: Module
+    record: PipelineRecord
+    bindings: Mapping[str, int] = field(default_factory=dict)
+    history: History = field(default_factory=History)
+
+    @functools.cached_property
+    def report(self) -> Report:
+        """The report: what each pass did, with the cost model's figures before and after."""
+        from lwc.report import build_report
+        from lwc.report.build import FiguresObserver
+
+        observer = FiguresObserver(self.bindings)
+        modules = self.history.modules
+        observer.before_pipeline(modules[0], self.history.passes)
+        for pass_, module, record in zip(
+            self.history.passes, modules[1:], self.record.passes, strict=True
+        ):
+            observer.after_pass(pass_, module, record)
+        return build_report(self.record, observer, _entry(modules[0]), _entry(self.module))
+
+    def save(self, path: str | os.PathLike[str]) -> SaveResult:
+        """Write the module; see `save_module`."""
+        return save_module(self.module, path)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How to run a pipeline.
+
+    Attributes:
+        verify: See `lwc.pipeline.manager.PassManager`.
+        backend: What runs the model for passes that need activations: `onnxruntime`, a
+            `Backend`, or None.
+        threads: Threads of the backend; its choice by default.
+        seed: Seed of everything random.
+        max_memory: Bound in bytes on what one step of a pass may hold.
+        grant: Assumptions the user vouches for, by their first words, or `all`.
+        instruments: What watches the run.
+        progress: Display for long loops.
+    """
+
+    verify: Verify = "structural"
+    backend: str | Backend | None = "onnxruntime"
+    threads: int | None = None
+    seed: int = 0
+    max_memory: int | None = None
+    grant: frozenset[str] = frozenset()
+    instruments: Sequence[Instrument] = ()
+    progress: Progress | None = None
+
+
+def optimize(
+    graph: Any,
+    passes: str | Pass | Iterable[str | Pass] = (),
+    *,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    bind: Mapping[str, int] | None = None,
+    verify: Verify = "structural",
+    backend: str | Backend | None = "onnxruntime",
+    threads: int | None = None,
+    seed: int = 0,
+    instruments: Sequence[Instrument] = (),
+    max_memory: int | None = None,
+    grant: Iterable[str] = (),
+    require_match: int | Mapping[str, int] | None = None,
+) -> OptimizeResult:
+    """Run passes over a model.
+
+    Args:
+        graph: A path (`.onnx`, `.onnxtxt`, `.gguf`, Hugging Face folder), a `Module`, an
+            `onnx_ir.Model`, an `onnx.ModelProto`, a `torch.nn.Module` or `GraphModule` with
+            `args`, or a `torch.export.ExportedProgram`. It is not changed.
+        passes: A pipeline text, a `Pass`, or a sequence of both.
+        args: Example inputs of a torch module.
+        kwargs: Example keyword inputs of a torch module.
+        dynamic_shapes: As `torch.export.export` takes it.
+        bind: Numbers for symbolic dimensions; done by `bind-dims` before the first pass.
+        verify: How each pass is checked; see `lwc.pipeline.manager.PassManager`.
+        backend: See `RunSettings`.
+        threads: See `RunSettings`.
+        seed: See `RunSettings`.
+        instruments: See `RunSettings`.
+        max_memory: See `RunSettings`.
+        grant: See `RunSettings`.
+        require_match: The least number of rewrites of every pass, or by pass name.
+
+    Raises:
+        UsageError: A pass or an option is unknown.
+        InputError: The model cannot be read.
+        PassError: A pass failed.
+        VerificationError: A pass broke what it promises.
+        RequirementError: A pass did fewer rewrites than required.
+    """
+    resolved = resolve(passes)
+    module = as_module(graph, args=args, kwargs=kwargs, dynamic_shapes=dynamic_shapes)
+    settings = RunSettings(
+        verify=verify,
+        backend=backend,
+        threads=threads,
+        seed=seed,
+        max_memory=max_memory,
+        grant=frozenset(grant),
+        instruments=instruments,
+    )
+    result = run_passes(module, [*bind_pass(bind or {}), *resolved], settings, bind or {})
+    check_required(result.record, require_match)
+    return result
+
+
+def run_passes(
+    module: Module,
+    passes: Sequence[Pass],
+    settings: RunSettings,
+    bindings: Mapping[str, int] | None = None,
+) -> OptimizeResult:
+    """Run passes over `module` in place; where one fails, the module is lost.
+
+    Raises:
+        LwcError: See `optimize`.
+    """
+    backend = find_backend(settings.backend)
+    history = History()
+    manager = PassManager(
+        passes,
+        verify=settings.verify,
+        numeric=numeric_check(seed=settings.seed, threads=settings.threads),
+        instruments=(*settings.instruments, history),
+        rollback=False,
+    )
+    ctx = PassContext(
+        AnalysisManager(module),
+        make_runner=_runner_maker(backend, settings.threads),
+        max_memory=settings.max_memory,
+        seed=settings.seed,
+        granted=settings.grant,
+    )
+    if settings.progress is not None:
+        ctx.progress = settings.progress
+    record = manager.run(module, ctx)
+    return OptimizeResult(module, record, dict(bindings or {}), history)
+
+
+def check_required(record: PipelineRecord, require: int | Mapping[str, int] | None) -> None:
+    """Check that passes found what the user required.
+
+    Args:
+        record: What the passes did.
+        require: The least number of rewrites of every pass, or by pass name.
+
+    Raises:
+        RequirementError: A pass did fewer.
+        UsageError: A required name is not in the pipeline.
+    """
+    if require is None:
+        return
+    applied: Counter[str] = Counter()
+    for each in record.passes:
+        applied[each.name] += each.applied
+    least = dict.fromkeys(applied, require) if isinstance(require, int) else require
+    for name, count in least.items():
+        if name not in applied:
+            raise UsageError(
+                f"rewrites of pass '{name}' are required, but it is not in the pipeline",
+                remedy=did_you_mean(name, applied),
+            )
+        if applied[name] < count:
+            raise RequirementError(
+                f"pass '{name}' applied {applied[name]} rewrites, but {count} are required",
+                remedy=f"--explain={name} tells why others did not apply",
+            )
+
+
+def as_module(
+    graph: Any,
+    *,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+) -> Module:
+    """Turn anything `optimize` takes into a module that shares no structure with it.
+
+    Raises:
+        InputError: It is no model.
+    """
+    import onnx_ir as ir
+
+    from lwc.core.module import Module
+
+    if isinstance(graph, str | os.PathLike):
+        from lwc.frontend.load import load
+
+        return load(graph)
+    if isinstance(graph, Module):
+        twin = graph.clone()
+        for remark in graph.remarks:
+            twin.remarks.emit(remark)
+        return twin
+    if isinstance(graph, ir.Model):
+        return Module(graph.clone())
+    if _is_instance(graph, "onnx", "ModelProto"):
+        from lwc.frontend.onnx_reader import from_proto
+
+        return from_proto(graph)
+    if _is_instance(graph, "torch.nn", "Module") or _is_instance(
+        graph, "torch.export", "ExportedProgram"
+    ):
+        from lwc.frontend.torch_trace import trace
+
+        return trace(
+            graph, args, None if kwargs is None else dict(kwargs), dynamic_shapes=dynamic_shapes
+        )
+    raise InputError(
+        f"a {type(graph).__name__} is no model",
+        remedy="give a path, Module, onnx_ir.Model, ModelProto, nn.Module or ExportedProgram",
+    )
+
+
+def bind_pass(bindings: Mapping[str, int]) -> tuple[Pass, ...]:
+    """Return the `bind-dims` pass for `bindings`, or nothing when there are none."""
+    if not bindings:
+        return ()
+    return (default_registry().load("bind-dims")(dims=tuple(bindings.items())),)  # type: ignore[call-arg]
+
+
+def save_module(module: Module, path: str | os.PathLike[str]) -> SaveResult:
+    """Write a module as one file, or as a folder when `path` ends in a slash or is a folder.
+
+    Raises:
+        OSError: The disk is full or the path cannot be written.
+    """
+    from lwc.frontend.onnx_writer import save, save_folder
+
+    text = os.fspath(path)
+    if text.endswith(("/", os.sep)) or os.path.isdir(text):
+        return save_folder(module, text)
+    return save(module, text)
+
+
+def find_backend(backend: str | Backend | None) -> Callable[[], Backend] | None:
+    """Return what makes the backend; it is imported only when something is run.
+
+    Raises:
+        UsageError: No backend has that name.
+    """
+    if backend is None:
+        return None
+    if not isinstance(backend, str):
+        return lambda: backend
+    if backend != "onnxruntime":
+        raise UsageError(
+            f"unknown backend '{backend}'", remedy=did_you_mean(backend, ["onnxruntime"])
+        )
+
+    def make() -> Backend:
+        from lwc.backends.onnxruntime.session import OnnxRuntimeBackend
+
+        return OnnxRuntimeBackend()
+
+    return make
+
+
+def numeric_check(*, seed: int = 0, threads: int | None = None) -> NumericCheck:
+    """Return the check that executes both modules on ONNX Runtime and compares their outputs."""
+
+    def check(before: Module, after: Module, contract: Contract) -> str:
+        from lwc.verify.numeric import compare
+
+        found = compare(before, after, contract=contract, seed=seed, threads=threads)
+        if found.skipped is not None:
+            return f"outputs not compared: {found.skipped}"
+        worst = found.worst
+        error = 0.0 if worst is None else worst.max_error
+        return f"outputs within {error:.2g} on {found.feeds} feeds"
+
+    return check
+
+
+def _runner_maker(
+    backend: Callable[[], Backend] | None, threads: int | None
+) -> Callable[[Module, Sequence[str]], AbstractContextManager[Runner]] | None:
+    if backend is None:
+        return None
+
+    def make(module: Module, expose: Sequence[str]) -> AbstractContextManager[Runner]:
+        return backend().compile(module, threads=threads, expose=expose)
+
+    return make
+
+
+def _entry(module: Module) -> ModelEntry:
+    from lwc.report.data import ModelEntry
+
+    return ModelEntry(module.source.path, module.source.format)
+
+
+def _is_instance(value: object, module: str, name: str) -> bool:
+    """Like isinstance, without importing the module: a value of a class implies its import."""
+    home = sys.modules.get(module)
+    return home is not None and isinstance(value, getattr(home, name))

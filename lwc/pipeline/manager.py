@@ -1,0 +1,242 @@
+"""The pass manager: runs passes in order, checks each one, and records what it did."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+from lwc.analysis.manager import AnalysisManager
+from lwc.core.errors import LwcError, PassError, UsageError, VerificationError
+from lwc.pipeline.instruments import Instrument
+from lwc.pipeline.passes import Contract, Pass, PassContext, PassResult, Verify
+from lwc.pipeline.record import (
+    PassRecord,
+    PipelineRecord,
+    Snapshot,
+    describe_contract,
+    take_snapshot,
+)
+from lwc.pipeline.spec import to_spec, to_text
+from lwc.verify.structural import verify_structure
+
+if TYPE_CHECKING:
+    from lwc.core.module import Fingerprint, Module
+
+__all__ = ["NumericCheck", "PassManager"]
+
+
+class NumericCheck(Protocol):
+    """Runs two modules and compares their outputs."""
+
+    def __call__(self, before: Module, after: Module, contract: Contract) -> str:
+        """Return one line on how well the outputs agree.
+
+        Raises:
+            VerificationError: They differ by more than `contract` allows.
+        """
+
+
+@dataclass(frozen=True)
+class PassManager:
+    """Runs passes over a module.
+
+    Attributes:
+        passes: The passes in order.
+        verify: `none` trusts the passes. `structural` verifies the module's structure before the
+            first and after each pass, and that each pass told the truth about what it changed.
+            `numeric` also executes the module before and after each pass that changed it.
+        numeric: The check that `numeric` uses.
+        instruments: What watches the run.
+        rollback: Restore the module where a pass fails. Without it the module is lost then; that
+            spares a copy of the graph per pass.
+    """
+
+    passes: Sequence[Pass]
+    verify: Verify = "structural"
+    numeric: NumericCheck | None = None
+    instruments: Sequence[Instrument] = ()
+    rollback: bool = True
+
+    def __post_init__(self) -> None:
+        if self.verify == "numeric" and self.numeric is None:
+            raise UsageError("numeric verification needs a numeric check")
+
+    def run(self, module: Module, ctx: PassContext | None = None) -> PipelineRecord:
+        """Rewrite `module` in place.
+
+        Args:
+            module: The module.
+            ctx: What passes may use; its analyses must be those of `module`.
+
+        Raises:
+            PassError: A pass failed.
+            VerificationError: The input is malformed, or a pass broke what it promises.
+        """
+        ctx = ctx or PassContext(AnalysisManager(module))
+        start = time.perf_counter()
+        reported = tuple(module.remarks)
+        if self.verify != "none":
+            verify_structure(module)
+        for instrument in self.instruments:
+            instrument.before_pipeline(module, self.passes)
+        state = first = self._measure(module)
+        records = []
+        for index, pass_ in enumerate(self.passes):
+            record, state = self._run_pass(index, module, ctx, state)
+            records.append(record)
+            for instrument in self.instruments:
+                instrument.after_pass(pass_, module, record)
+        whole = PipelineRecord(
+            pipeline=to_text(self.passes),
+            verify=self.verify,
+            seed=ctx.seed,
+            seconds=time.perf_counter() - start,
+            remarks=reported,
+            passes=tuple(records),
+            input=first.snapshot,
+            output=state.snapshot,
+        )
+        for instrument in self.instruments:
+            instrument.after_pipeline(whole)
+        return whole
+
+    def _run_pass(
+        self, index: int, module: Module, ctx: PassContext, state: _State
+    ) -> tuple[PassRecord, _State]:
+        pass_ = self.passes[index]
+        for instrument in self.instruments:
+            instrument.before_pass(pass_, module, index)
+        before = module.clone() if self._needs_copy else None
+        heard = len(module.remarks)
+        ctx = dataclasses.replace(ctx, source=pass_.name)
+        try:
+            outcome = self._attempt(pass_, module, ctx, state, before)
+        except BaseException as error:
+            if isinstance(error, LwcError):
+                _name_pass(error, pass_)
+            for instrument in self.instruments:
+                instrument.on_error(pass_, before, self.passes[index:], error)
+            if self.rollback:
+                assert before is not None
+                module.adopt(before)
+                ctx.analyses.invalidate()
+            raise
+        result = outcome.result
+        if result.changed:
+            ctx.analyses.invalidate(result.preserved)
+        elif len(module.remarks) == heard:
+            ctx.note("found nothing to do")
+        said = tuple(module.remarks.since(heard))
+        applied = Counter(remark.rule or "" for remark in said if remark.kind == "applied")
+        record = PassRecord(
+            name=pass_.name,
+            spec=to_spec(pass_),
+            contract=describe_contract(pass_.contract),
+            assumptions=pass_.contract.assumptions,
+            seconds=outcome.seconds,
+            verify_seconds=outcome.verify_seconds,
+            changed=result.changed,
+            statistics=dict(result.statistics),
+            rewrites=dict(result.rewrites or applied),
+            remarks=said,
+            verification=outcome.verification,
+            before=state.snapshot,
+            after=outcome.state.snapshot,
+        )
+        return record, outcome.state
+
+    def _attempt(
+        self, pass_: Pass, module: Module, ctx: PassContext, state: _State, before: Module | None
+    ) -> _Outcome:
+        """Run one pass and check what it left."""
+        interface = _interface(module)
+        start = time.perf_counter()
+        result = _call(pass_, module, ctx)
+        middle = time.perf_counter()
+        module.forget_names()
+        verification = None
+        if self.verify == "none":
+            after = self._measure(module) if result.changed else state
+        else:
+            verify_structure(module)
+            if pass_.keeps_interface and interface != _interface(module):
+                raise VerificationError(
+                    "the names, order or element types of the graph's inputs or outputs changed"
+                )
+            after = self._measure(module)
+            _check_truth(claimed=result.changed, real=after.fingerprint != state.fingerprint)
+        if self.verify == "numeric" and result.changed:
+            assert self.numeric is not None
+            assert before is not None
+            verification = self.numeric(before, module, pass_.contract)
+        end = time.perf_counter()
+        return _Outcome(result, after, verification, middle - start, end - middle)
+
+    @property
+    def _needs_copy(self) -> bool:
+        return (
+            self.rollback
+            or self.verify == "numeric"
+            or any(instrument.needs_copy for instrument in self.instruments)
+        )
+
+    def _measure(self, module: Module) -> _State:
+        fingerprint = None if self.verify == "none" else module.fingerprint()
+        return _State(take_snapshot(module), fingerprint)
+
+
+@dataclass(frozen=True)
+class _State:
+    """A module as a pass left it."""
+
+    snapshot: Snapshot
+    fingerprint: Fingerprint | None
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """A pass that ran and passed its checks."""
+
+    result: PassResult
+    state: _State
+    verification: str | None
+    seconds: float
+    verify_seconds: float
+
+
+_Interface: TypeAlias = tuple[tuple[tuple[str | None, str | None], ...], ...]
+
+
+def _interface(module: Module) -> _Interface:
+    """Return names and element types of the graph's inputs and outputs, in order."""
+    return tuple(
+        tuple((value.name, None if value.dtype is None else value.dtype.name) for value in values)
+        for values in (module.graph.inputs, module.graph.outputs)
+    )
+
+
+def _call(pass_: Pass, module: Module, ctx: PassContext) -> PassResult:
+    try:
+        return pass_.run(module, ctx)
+    except (LwcError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise PassError(f"{type(error).__name__}: {' '.join(reason.split())}") from error
+
+
+def _check_truth(*, claimed: bool, real: bool) -> None:
+    if real and not claimed:
+        raise VerificationError("it reports no change, but the module differs")
+    if claimed and not real:
+        raise VerificationError("it reports a change, but the module is the same")
+
+
+def _name_pass(error: LwcError, pass_: Pass) -> None:
+    """Put the pass's name in front of the message, once."""
+    if not error.message.startswith("pass '"):
+        error.message = f"pass '{pass_.name}': {error.message}"
