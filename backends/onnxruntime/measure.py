@@ -1,0 +1,162 @@
+"""Measures a `Target`: how fast ONNX Runtime's kernels are on this machine."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from onnx import ModelProto, TensorProto, helper
+
+from lwc.analysis.target import Table, Target, cpu_name
+from lwc.backends.onnxruntime.microbenchmarks import BENCHMARKS, Benchmark, build
+from lwc.core.errors import LwcError
+
+__all__ = ["load_or_measure", "measure_target", "runtime_name"]
+
+_ENOUGH_SECONDS = 0.04
+_ENOUGH_RUNS = 5
+_TOO_LONG_SECONDS = 0.4
+
+
+def runtime_name() -> str:
+    """Return the runtime as targets name it."""
+    return f"onnxruntime {ort.__version__}"
+
+
+def load_or_measure(
+    threads: int = 1, track: Callable[[Iterable[Any], str], Iterable[Any]] | None = None
+) -> Target:
+    """Return the target in the user's cache folder, measured and stored there if it is not.
+
+    Args:
+        threads: Threads the runtime computes with.
+        track: Wraps the loop over benchmarks to show progress; see `measure_target`.
+
+    Raises:
+        InputError: The file in the cache folder is damaged.
+    """
+    place = Target.place(cpu_name(), runtime_name(), threads)
+    if place.exists():
+        return Target.load(place)
+    target = measure_target(threads, track)
+    target.save(place)
+    return target
+
+
+def measure_target(
+    threads: int = 1,
+    track: Callable[[Iterable[Any], str], Iterable[Any]] | None = None,
+    benchmarks: tuple[Benchmark, ...] = BENCHMARKS,
+) -> Target:
+    """Run the microbenchmarks, in about a minute.
+
+    Kernels that this build of ONNX Runtime lacks get no table.
+
+    Args:
+        threads: Threads the runtime computes with.
+        track: Given the benchmarks and a description, yields them while showing progress.
+        benchmarks: What to measure.
+    """
+    start = time.perf_counter()
+    run_seconds = _quick(_time(*_tiny(1), threads))
+    many = 512
+    node_seconds = max(_quick(_time(*_tiny(many), threads)) - run_seconds, 0.0) / (many - 1)
+    tables: dict[str, Table] = {}
+    peak = 0.0
+    for benchmark in track(benchmarks, "measuring kernels") if track else benchmarks:
+        try:
+            table = _table(benchmark, threads, run_seconds, node_seconds)
+        except _UNSUPPORTED:
+            continue
+        tables[benchmark.kernel] = table
+        if benchmark.kernel == "matmul":
+            peak = 2.0 / min(table.seconds)
+    bandwidth = 2.0 / tables["copy"].seconds[-1] if "copy" in tables else 0.0
+    if not peak or not bandwidth:
+        peak, bandwidth = peak or 1e9, bandwidth or 1e9
+    return Target(
+        cpu=cpu_name(),
+        runtime=runtime_name(),
+        threads=threads,
+        bandwidth=bandwidth,
+        peak_flops=peak,
+        node_seconds=node_seconds,
+        run_seconds=run_seconds,
+        tables=tables,
+        measured_in=time.perf_counter() - start,
+    )
+
+
+_UNSUPPORTED = tuple(
+    getattr(ort.capi.onnxruntime_pybind11_state, name)
+    for name in ("NotImplemented", "InvalidGraph", "Fail", "InvalidArgument", "RuntimeException")
+)
+
+
+def _table(
+    benchmark: Benchmark, threads: int, run_seconds: float, node_seconds: float
+) -> Table:
+    seconds = []
+    for problem in benchmark.problems():
+        graph = benchmark.make(*problem)
+        work = math.prod(problem)
+        model, feeds, copies = build(graph, work * graph.calls)
+        whole = _quick(_time(model, feeds, threads)) - run_seconds
+        kernel = whole / copies - node_seconds
+        least = 1e-9  # a kernel faster than the clock tells still takes a nanosecond
+        seconds.append(max(kernel, least) / graph.calls / work)
+    return Table(tuple(tuple(float(x) for x in axis) for axis in benchmark.grid), tuple(seconds))
+
+
+def _time(model: ModelProto, feeds: dict[str, Any], threads: int) -> list[float]:
+    """Run a model as it is written, inputs and outputs in place, and return seconds per run."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    binding = session.io_binding()
+    for name, array in feeds.items():
+        binding.bind_cpu_input(name, np.ascontiguousarray(array))
+    names = [output.name for output in session.get_outputs()]
+    outputs = session.run_with_ort_values(
+        names, {name: ort.OrtValue.ortvalue_from_numpy(a) for name, a in feeds.items()}
+    )
+    for name, value in zip(names, outputs, strict=True):
+        binding.bind_ortvalue_output(name, value)
+    session.run_with_iobinding(binding)
+    seconds: list[float] = []
+    spent = 0.0
+    while (spent < _ENOUGH_SECONDS or len(seconds) < _ENOUGH_RUNS) and spent < _TOO_LONG_SECONDS:
+        begin = time.perf_counter()
+        session.run_with_iobinding(binding)
+        seconds.append(time.perf_counter() - begin)
+        spent += seconds[-1]
+    return seconds
+
+
+def _quick(seconds: list[float]) -> float:
+    """Return the lower quartile: the median of an undisturbed machine on a disturbed one."""
+    return statistics.quantiles(seconds, n=4)[0] if len(seconds) > 1 else seconds[0]
+
+
+def _tiny(count: int) -> tuple[ModelProto, dict[str, Any]]:
+    """A chain of `count` additions of one number."""
+    nodes = [helper.make_node("Add", [f"x{i}", "x0"], [f"x{i + 1}"]) for i in range(count)]
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x0", f"x{count}")
+    ]
+    model = helper.make_model(
+        helper.make_graph(nodes, "tiny", ends[:1], ends[1:]),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=8,
+    )
+    return model, {"x0": np.ones(1, np.float32)}

@@ -1,0 +1,1 @@
+"""How much work each operator does: one function per family of operators."""
