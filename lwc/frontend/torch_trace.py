@@ -31,7 +31,7 @@ exporter fuses rotary embeddings into a form whose cosine cache has batch 1."""
 
 _UNSUPPORTED = re.compile(r"No ONNX function found for <?(?:OpOverload\(op=')?([\w.:]+)")
 _DATA_DEPENDENT = ("data-dependent", "GuardOnDataDependentSymNode", "unbacked symint")
-_SHAPE_CONSTRAINT = ("Constraints violated", "ConstraintViolation")
+_SHAPE_CONSTRAINT = ("Constraints violated", "conflicts between user-specified ranges")
 
 
 def trace(
@@ -53,9 +53,10 @@ def trace(
         module: An `nn.Module`, a `torch.fx.GraphModule` or a `torch.export.ExportedProgram`.
         args: Example positional inputs; not used for an `ExportedProgram`.
         kwargs: Example inputs by name.
-        dynamic_shapes: As `torch.export.export` takes it; a string stands for the
-            `torch.export.Dim` of that name. Named dimensions keep their names in the graph;
-            those of `Dim.AUTO` and `Dim.DYNAMIC` are called `<input>_dim<axis>`.
+        dynamic_shapes: As `torch.export.export` takes it, with strings for dynamic dimensions
+            that only need a name. Names, of strings and of `torch.export.Dim`, are kept in the
+            graph; dimensions of `Dim.AUTO` and `Dim.DYNAMIC` are called `<input>_dim<axis>`.
+            For an `ExportedProgram`, only the names are used.
         opset: Version of the standard operators, 18 or above; `DEFAULT_OPSET` when not given.
         input_names: Names of the graph's inputs, in order.
         output_names: Names of the graph's outputs, in order.
@@ -81,7 +82,7 @@ def trace(
             if isinstance(module, torch.export.ExportedProgram)
             else _capture(module, tuple(args), dict(kwargs or {}), dynamic_shapes)
         )
-        model = _translate(program, version, input_names, output_names)
+        model = _translate(program, version, dynamic_shapes, input_names, output_names)
     _name_dimensions(model, _dimension_names(program))
     _compact_provenance(model)
     return Module(model, source=Source(format="torch"))
@@ -101,13 +102,14 @@ def _capture(
                 module,
                 args,
                 kwargs,
-                dynamic_shapes=_named_dims(dynamic_shapes, {}),
+                dynamic_shapes=_without_names(dynamic_shapes),
                 strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
             )
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
             raise InputError(
-                f"torch.export cannot capture {title}: {_first_line(error)}",
+                f"torch.export cannot capture {title}: {_summary(error)}",
                 remedy=_capture_remedy(text),
             ) from error
 
@@ -123,6 +125,7 @@ def _capture_remedy(text: str) -> str:
 def _translate(
     program: torch.export.ExportedProgram,
     opset: int,
+    dynamic_shapes: Any,
     input_names: Sequence[str] | None,
     output_names: Sequence[str] | None,
 ) -> ir.Model:
@@ -135,12 +138,13 @@ def _translate(
             opset_version=opset,
             optimize=False,
             verbose=False,
+            dynamic_shapes=dynamic_shapes,
             input_names=input_names,
             output_names=output_names,
         )
     except Exception as error:
         raise _translation_error(error) from error
-    model: ir.Model = exported.model  # type: ignore[union-attr]
+    model: ir.Model = exported.model
     if model.opset_imports.get("") != opset:
         raise InputError(
             f"PyTorch's exporter cannot reach opset {opset}, it gave {model.opset_imports.get('')}",
@@ -162,30 +166,30 @@ def _translation_error(error: BaseException) -> LwcError:
             )
         deepest, cause = cause, cause.__cause__
     return InputError(
-        f"PyTorch's exporter failed: {type(deepest).__name__}: {_first_line(deepest)}"
+        f"PyTorch's exporter failed: {type(deepest).__name__}: {_summary(deepest)}"
     )
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+def _summary(error: BaseException) -> str:
+    """Shorten a PyTorch message to the facts of its first two lines."""
+    text = str(error).replace('For more information, run with TORCH_LOGS="+dynamic".', "")
+    lines = [line.strip(" -") for line in text.splitlines() if line.strip()]
+    return " ".join(lines[:2])[:400] if lines else type(error).__name__
 
 
 # Dimensions
 
 
-def _named_dims(spec: Any, dims: dict[str, Any]) -> Any:
-    """Replace strings in a `dynamic_shapes` specification by one `Dim` per name."""
+def _without_names(spec: Any) -> Any:
+    """Replace strings in a `dynamic_shapes` specification by `Dim.DYNAMIC`."""
     import torch
 
     if isinstance(spec, str):
-        if spec not in dims:
-            dims[spec] = torch.export.Dim(spec)
-        return dims[spec]
+        return torch.export.Dim.DYNAMIC
     if isinstance(spec, Mapping):
-        return {key: _named_dims(value, dims) for key, value in spec.items()}
+        return {key: _without_names(value) for key, value in spec.items()}
     if isinstance(spec, list | tuple):
-        return type(spec)(_named_dims(value, dims) for value in spec)
+        return type(spec)(_without_names(value) for value in spec)
     return spec
 
 
