@@ -1,0 +1,173 @@
+"""Fills a report with measurements: both models run side by side on this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lwc.backends.base import Backend
+from lwc.calibration.feeds import make_feed
+from lwc.evaluate import latency as timing
+from lwc.evaluate.agreement import agreement
+from lwc.evaluate.memory import peak_memory
+from lwc.evaluate.perplexity import perplexity
+from lwc.report.build import Predict, onnx_file
+from lwc.report.data import LatencyComparison, ModelEntry, Quality, Report
+
+if TYPE_CHECKING:
+    from lwc.core.module import Module
+
+__all__ = ["MeasureSettings", "measure", "predictor"]
+
+
+@dataclass(frozen=True)
+class MeasureSettings:
+    """What to measure.
+
+    Attributes:
+        shapes: Numbers for the symbolic dimensions, one set per timing.
+        threads: Threads of the runtime.
+        rounds: Interleaved rounds of each timing.
+        text: A text to measure perplexity on, or None.
+        tokenizer: The tokenizer of that text, as `lwc.calibration.text.load_tokenizer` takes it.
+        max_tokens: Tokens of the text to use.
+        window: Tokens of a perplexity window; windows do not overlap.
+    """
+
+    shapes: Sequence[Mapping[str, int]] = ()
+    threads: int = 1
+    rounds: int = 20
+    text: Path | None = None
+    tokenizer: Path | None = None
+    max_tokens: int = 4097
+    window: int = 512
+
+
+def measure(
+    report: Report,
+    before: Module,
+    after: Module,
+    settings: MeasureSettings,
+    *,
+    backend: Backend,
+    predict: Predict | None = None,
+) -> Report:
+    """Return `report` with latency, memory, agreement and perplexity of the two models.
+
+    Args:
+        report: What the passes did.
+        before: The model that went in.
+        after: The model that came out.
+        settings: What to measure.
+        backend: What runs both models.
+        predict: Predicts the seconds of a model under bindings, or None.
+
+    Raises:
+        LwcError: A model does not run at one of the shapes.
+    """
+    latency, quality = [], list(report.quality)
+    for shape in settings.shapes:
+        feed = make_feed(before, shape)
+        with (
+            backend.compile(before, threads=settings.threads) as first,
+            backend.compile(after, threads=settings.threads) as second,
+        ):
+            timed = timing.compare_latency(
+                {"before": first, "after": second}, feed, rounds=settings.rounds
+            )
+            agreed = agreement(first, second, [feed])
+        latency.append(
+            LatencyComparison(
+                bindings=dict(shape),
+                threads=settings.threads,
+                rounds=settings.rounds,
+                before=_spread(timed.latencies["before"]),
+                after=_spread(timed.latencies["after"]),
+                ratio=_spread(timed.ratios["after"]),
+                predicted_before=predict(before, shape) if predict else None,
+                predicted_after=predict(after, shape) if predict else None,
+            )
+        )
+        where = " ".join(f"{name}={number}" for name, number in shape.items())
+        for name, output in agreed.outputs.items():
+            detail = f"output {name}, one random feed, {where}"
+            quality.append(Quality("cosine", None, output.cosine, detail))
+            quality.append(Quality("max abs error", None, output.max_error, detail))
+            if output.top1 is not None:
+                quality.append(Quality("top-1 agreement", None, output.top1, detail))
+    if settings.text is not None:
+        quality.insert(0, _perplexity(before, after, settings, backend))
+    return dataclasses.replace(
+        report,
+        latency=latency,
+        quality=quality,
+        input=_with_memory(report.input, before, settings),
+        output=_with_memory(report.output, after, settings),
+    )
+
+
+def predictor(threads: int = 1) -> Predict:
+    """Return a function that predicts the seconds of a run on ONNX Runtime on this machine.
+
+    The machine is measured on first use and the result kept in the cache folder. What is
+    predicted is the graph that ONNX Runtime runs after its own fusions.
+    """
+    from lwc.analysis.cost import Cost
+    from lwc.analysis.manager import AnalysisManager
+    from lwc.analysis.predict import predict
+    from lwc.backends.onnxruntime.measure import load_or_measure
+    from lwc.backends.onnxruntime.optimized import optimized_module
+
+    target = load_or_measure(threads)
+    costs: dict[int, tuple[Module, Cost]] = {}
+
+    def seconds(module: Module, bindings: Mapping[str, int]) -> float:
+        if id(module) not in costs:
+            run = optimized_module(module, threads=threads)
+            costs[id(module)] = (module, AnalysisManager(run).get(Cost))
+        return predict(costs[id(module)][1], target, bindings).seconds
+
+    return seconds
+
+
+def _spread(timed: timing.Latency | timing.Spread) -> timing.Spread:
+    return timing.Spread(timed.median, timed.p10, timed.p90)
+
+
+def _perplexity(
+    before: Module, after: Module, settings: MeasureSettings, backend: Backend
+) -> Quality:
+    assert settings.text is not None
+    text = settings.text.read_text(encoding="utf-8")
+    tokenizer = settings.tokenizer or Path(before.source.path or "")
+    one, two = (
+        perplexity(
+            model,
+            tokenizer,
+            text,
+            window=settings.window,
+            stride=settings.window,
+            max_tokens=settings.max_tokens,
+            threads=settings.threads,
+            backend=backend,
+        )
+        for model in (before, after)
+    )
+    ratio = two.over(one)
+    detail = (
+        f"{settings.text.name}, {one.tokens} tokens, windows of {settings.window} without overlap; "
+        f"after / before {ratio.ratio:.4f} ± {ratio.standard_error:.4f}"
+    )
+    return Quality("perplexity", one.value, two.value, detail)
+
+
+def _with_memory(entry: ModelEntry, module: Module, settings: MeasureSettings) -> ModelEntry:
+    file = None if entry.path is None else onnx_file(Path(entry.path))
+    if file is None or not settings.shapes:
+        return entry
+    feed = make_feed(module, settings.shapes[0])
+    peak = peak_memory(file, [feed], threads=settings.threads).peak
+    return dataclasses.replace(entry, peak_rss_bytes=peak)

@@ -1,0 +1,45 @@
+"""Numbers as people read them, shared by the Markdown and the HTML report."""
+
+from __future__ import annotations
+
+__all__ = ["count", "factor", "size", "time"]
+
+
+def count(value: float | None) -> str:
+    """Write a count with a decimal prefix: `134.5 M`."""
+    return "–" if value is None else _scaled(value, 1000.0, ("", " k", " M", " G", " T", " P"))
+
+
+def size(value: float | None) -> str:
+    """Write bytes with a decimal prefix: `98.4 MB`."""
+    return "–" if value is None else _scaled(value, 1000.0, (" B", " kB", " MB", " GB", " TB"))
+
+
+def time(value: float | None) -> str:
+    """Write seconds in the unit that fits: `8.7 ms`."""
+    if value is None:
+        return "–"
+    for unit, length in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if value >= length:
+            return (
+                f"{value / length:.3g} {unit}"
+                if value < 100 * length
+                else f"{value / length:.0f} {unit}"
+            )
+    return f"{value * 1e9:.3g} ns"
+
+
+def factor(after: float | None, before: float | None) -> str:
+    """Write `after / before`: `0.21×`."""
+    if after is None or not before:
+        return "–"
+    return f"{after / before:.3g}×"
+
+
+def _scaled(value: float, base: float, units: tuple[str, ...]) -> str:
+    step = 0
+    while abs(value) >= base and step < len(units) - 1:
+        value /= base
+        step += 1
+    digits = f"{value:.0f}" if step == 0 else f"{value:.4g}"
+    return f"{digits}{units[step]}"

@@ -1,0 +1,167 @@
+"""Renders a report as JSON, Markdown or one self-contained HTML page."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from lwc.core.errors import UsageError
+from lwc.report import text
+from lwc.report.data import Figures, PassEntry, Report
+
+__all__ = ["FORMATS", "render", "write_report"]
+
+
+def render(report: Report, suffix: str) -> str:
+    """Return the report as text in the format that a file suffix names.
+
+    Raises:
+        UsageError: The suffix is none of `.json`, `.md`, `.html`.
+    """
+    renderer = FORMATS.get(suffix.lower())
+    if renderer is None:
+        raise UsageError(f"no report format '{suffix}'", remedy=f"use one of {', '.join(FORMATS)}")
+    return renderer(report)
+
+
+def write_report(report: Report, path: str | os.PathLike[str]) -> None:
+    """Write the report in the format its suffix names; an old file stays whole until the end.
+
+    Raises:
+        UsageError: The suffix names no format.
+        OSError: The folder is missing or the disk is full.
+    """
+    target = Path(path)
+    content = render(report, target.suffix)
+    handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(content)
+        Path(partial).chmod(0o644)
+        Path(partial).replace(target)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+def _json(report: Report) -> str:
+    return json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n"
+
+
+def _template(report: Report, name: str, escape: bool) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("lwc.report"),
+        autoescape=escape,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters.update(
+        count=text.count, size=text.size, time=text.time, cell=_markdown_cell
+    )
+    environment.globals.update(factor=text.factor)
+    return environment.get_template(name).render(
+        report=report, summary=_summary(report), ops=_ops_changed, bars=_bars
+    )
+
+
+def _markdown(report: Report) -> str:
+    return _template(report, "report.md.jinja", escape=False)
+
+
+def _html(report: Report) -> str:
+    return _template(report, "report.html.jinja", escape=True)
+
+
+FORMATS: dict[str, Callable[[Report], str]] = {".json": _json, ".md": _markdown, ".html": _html}
+
+
+def _markdown_cell(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _summary(report: Report) -> list[dict[str, Any]]:
+    """List the figures at both ends: name, before, after, and their ratio."""
+    rows: list[tuple[str, Any, Any, Callable[[Any], str]]] = [
+        ("File size", report.input.file_bytes, report.output.file_bytes, text.size),
+        ("Weights as float32", report.input.dense_bytes, None, text.size),
+        ("Weights", report.before.parameter_bytes, report.after.parameter_bytes, text.size),
+        ("Nodes", report.before.nodes, report.after.nodes, text.count),
+        ("Parameters", report.before.parameters, report.after.parameters, text.count),
+        ("FLOPs per run", report.before.flops, report.after.flops, text.count),
+        (
+            "Peak activations",
+            report.before.peak_activation_bytes,
+            report.after.peak_activation_bytes,
+            text.size,
+        ),
+        (
+            "Peak resident memory",
+            report.input.peak_rss_bytes,
+            report.output.peak_rss_bytes,
+            text.size,
+        ),
+        (
+            "Predicted time per run",
+            report.before.predicted_seconds,
+            report.after.predicted_seconds,
+            text.time,
+        ),
+    ]
+    summary = [
+        {"name": n, "before": f(b), "after": f(a), "ratio": text.factor(a, b)}
+        for n, b, a, f in rows
+        if b is not None or a is not None
+    ]
+    for entry in report.latency:
+        shape = " ".join(f"{name}={number}" for name, number in entry.bindings.items())
+        summary.append(
+            {
+                "name": f"Measured time, {shape or 'static shapes'}",
+                "before": text.time(entry.before.median),
+                "after": text.time(entry.after.median),
+                "ratio": f"{entry.ratio.median:.3g}×",
+            }
+        )
+    for quality in report.quality:
+        summary.append(
+            {
+                "name": quality.metric.capitalize(),
+                "before": "–" if quality.before is None else f"{quality.before:.5g}",
+                "after": f"{quality.after:.5g}",
+                "ratio": text.factor(quality.after, quality.before),
+            }
+        )
+    return summary
+
+
+def _ops_changed(entry: PassEntry | Report) -> list[tuple[str, int, int]]:
+    """List the operators whose number of nodes differs: name, before, after."""
+    before, after = entry.before.nodes_by_op, entry.after.nodes_by_op
+    return [
+        (op, before.get(op, 0), after.get(op, 0))
+        for op in sorted({*before, *after})
+        if before.get(op, 0) != after.get(op, 0)
+    ]
+
+
+def _bars(rows: list[tuple[str, float | None, str]]) -> list[dict[str, Any]]:
+    """Lay out a bar chart: each row's share of the longest bar, between 0 and 1."""
+    known = [value for _, value, _ in rows if value is not None]
+    longest = max(known, default=0) or 1
+    return [
+        {"label": label, "share": value / longest, "shown": shown}
+        for label, value, shown in rows
+        if value is not None
+    ]
+
+
+def figures_line(figures: Figures) -> str:
+    """Write a module's figures in one line, as the command line prints them."""
+    return f"{figures.nodes} nodes, {text.size(figures.parameter_bytes)} of weights"
