@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lwc.frontend.onnx_writer import SaveResult
     from lwc.pipeline.instruments import Instrument
     from lwc.pipeline.passes import Contract, Runner
-    from lwc.report.data import ModelEntry, Report
+    from lwc.report.data import Report
 
 __all__ = [
     "OptimizeResult",
@@ -62,17 +62,16 @@ class OptimizeResult:
     @functools.cached_property
     def report(self) -> Report:
         """The report: what each pass did, with the cost model's figures before and after."""
-        from lwc.report import build_report
-        from lwc.report.build import FiguresObserver
+        from lwc.report import build_report, model_entry
 
-        observer = FiguresObserver(self.bindings)
         modules = self.history.modules
-        observer.before_pipeline(modules[0], self.history.passes)
-        for pass_, module, record in zip(
-            self.history.passes, modules[1:], self.record.passes, strict=True
-        ):
-            observer.after_pass(pass_, module, record)
-        return build_report(self.record, observer, _entry(modules[0]), _entry(self.module))
+        return build_report(
+            self.record,
+            modules,
+            model_entry(modules[0]),
+            model_entry(self.module),
+            bindings=self.bindings,
+        )
 
     def save(self, path: str | os.PathLike[str]) -> SaveResult:
         """Write the module; see `save_module`."""
@@ -343,12 +342,6 @@ def _runner_maker(
         return backend().compile(module, threads=threads, expose=expose)
 
     return make
-
-
-def _entry(module: Module) -> ModelEntry:
-    from lwc.report.data import ModelEntry
-
-    return ModelEntry(module.source.path, module.source.format)
 
 
 def _is_instance(value: object, module: str, name: str) -> bool:
