@@ -110,6 +110,8 @@ class PassError(LwcError):
 class VerificationError(LwcError):
     """A module is malformed, or a pass did not keep what its contract promises."""
 
+    single_line = False
+
 
 class RequirementError(LwcError):
     """A required match, target or budget was missed."""

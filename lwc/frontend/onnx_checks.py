@@ -87,6 +87,8 @@ class _Checker:
         proto = self.proto
         if not proto.HasField("graph"):
             raise self._error("holds no graph: this is not an ONNX model", "check the file")
+        if proto.ir_version < 1:
+            raise self._error("has no IR version: this is not an ONNX model", "check the file")
         self.imports = self._read_imports(proto.opset_import)
         if not self.imports and (proto.graph.node or proto.functions):
             raise self._error("imports no opset", "add an opset import or export the model again")
@@ -148,7 +150,7 @@ class _Checker:
             self._value_type(value)
         self._nodes(graph.node, defined, outer)
         for value in graph.output:
-            if value.name not in defined and not any(value.name in s.defined for s in outer):
+            if value.name not in defined:
                 raise self._error(
                     f"graph output '{value.name}' is produced by no node", "remove or connect it"
                 )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import onnx
 import onnx.parser
@@ -28,6 +29,7 @@ __all__ = ["MIN_OPSET", "from_proto", "read_onnx", "read_onnx_text"]
 _PROTOBUF_LIMIT = 2**31 - 1
 _OUTLINE_FROM = 1 << 20
 _MAX_TEXT_DEPTH = 200
+_IR_WITH_CONSTANTS = 4
 _NOT_A_MODEL = "check that it is an ONNX model and that it was fetched whole"
 
 
@@ -149,6 +151,7 @@ def _build(
     for entry in proto.opset_import:
         if entry.domain == "ai.onnx":
             entry.domain = ""
+    _drop_default_inputs(proto)
     opset = standard_opset(proto)
     if opset is not None and opset < MIN_OPSET:
         proto = raise_opset(proto, file)
@@ -159,8 +162,7 @@ def _build(
         }
         findings = check_model(proto, file, lengths)
         _note(remarks, f"raised from opset {opset} to {MIN_OPSET}")
-    if proto.HasField("graph"):
-        _settle_dims(proto, remarks)
+    _settle_dims(proto, remarks, nested=findings.nested)
     if proto.training_info:
         _note(remarks, "training information is not kept", kind="warning")
     tensors = {
@@ -168,12 +170,7 @@ def _build(
         for tensor in proto.graph.initializer
         if tensor.data_location == onnx.TensorProto.EXTERNAL
     }
-    try:
-        model = ir.serde.deserialize_model(proto)
-    except (ir.serde.SerdeError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise InputError(
-            f"cannot be read: {_root_cause(error)}", file=file, remedy="export the model again"
-        ) from error
+    model = _deserialize(proto, file)
     if inline:
         for name, (offset, _) in outlined.items():
             tensor = model.graph.initializers[name].const_value
@@ -193,6 +190,31 @@ def _build(
             remarks, f"{operator} ({count} uses) is unknown to lwc and is carried through as it is"
         )
     return Module(model, source=source, remarks=remarks)
+
+
+def _drop_default_inputs(proto: onnx.ModelProto) -> None:
+    """Make initializers constants in models of IR versions that list all of them as inputs."""
+    if proto.ir_version >= _IR_WITH_CONSTANTS:
+        return
+    initialized = {tensor.name for tensor in proto.graph.initializer}
+    kept = [value for value in proto.graph.input if value.name not in initialized]
+    del proto.graph.input[:]
+    proto.graph.input.extend(kept)
+    proto.ir_version = _IR_WITH_CONSTANTS
+
+
+def _deserialize(proto: onnx.ModelProto, file: str | None) -> ir.Model:
+    collecting = gc.isenabled()
+    gc.disable()  # The graph is one big live structure: walking it over and over frees nothing.
+    try:
+        return ir.serde.deserialize_model(proto)
+    except (ir.serde.SerdeError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise InputError(
+            f"cannot be read: {_root_cause(error)}", file=file, remedy="export the model again"
+        ) from error
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _note(remarks: RemarkLog, message: str, kind: str = "note") -> None:
@@ -224,7 +246,7 @@ def _nesting(text: str) -> int:
     return deepest
 
 
-def _settle_dims(proto: onnx.ModelProto, remarks: RemarkLog) -> None:
+def _settle_dims(proto: onnx.ModelProto, remarks: RemarkLog, *, nested: bool) -> None:
     """Give each unknown extent of a graph input its own name, and clear all others.
 
     Equal names mean equal extents inside lwc, but `?` and its like say nothing.
@@ -257,9 +279,11 @@ def _settle_dims(proto: onnx.ModelProto, remarks: RemarkLog) -> None:
         if current is not graph:
             for value in current.input:
                 _clear_anonymous(value.type)
-        for value in (*current.output, *current.value_info):
-            _clear_anonymous(value.type)
-        inner.extend(g for node in current.node for g in _subgraphs(node))
+        for values in (current.output, current.value_info):
+            for value in values:
+                _clear_anonymous(value.type)
+        if nested:
+            inner.extend(g for node in current.node for g in _subgraphs(node))
     for function in proto.functions:
         for value in function.value_info:
             _clear_anonymous(value.type)
@@ -273,22 +297,22 @@ def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
             yield from attribute.graphs
 
 
-def _dims(kind: onnx.TypeProto) -> Iterator[onnx.TensorShapeProto.Dimension]:
+def _dims(kind: onnx.TypeProto) -> Sequence[onnx.TensorShapeProto.Dimension]:
     which = kind.WhichOneof("value")
     while which in ("sequence_type", "optional_type"):
         kind = getattr(kind, which).elem_type
         which = kind.WhichOneof("value")
-    if which in ("tensor_type", "sparse_tensor_type"):
-        yield from getattr(kind, which).shape.dim
+    if which == "tensor_type":
+        return kind.tensor_type.shape.dim
+    return kind.sparse_tensor_type.shape.dim if which == "sparse_tensor_type" else ()
 
 
 def _clear_anonymous(kind: onnx.TypeProto) -> None:
     for dim in _dims(kind):
-        if dim.HasField("dim_value"):
-            if dim.dim_value < 0:
-                dim.ClearField("dim_value")
-        elif is_anonymous(dim.dim_param):
-            dim.ClearField("dim_param")
+        if dim.dim_value > 0:
+            continue
+        if dim.dim_value < 0 or (dim.dim_param and is_anonymous(dim.dim_param)):
+            dim.Clear()
 
 
 def _open_nested(model: ir.Model, folder: DataFolder) -> None:
