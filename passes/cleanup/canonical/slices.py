@@ -127,4 +127,22 @@ def concat_of_split(node: ir.Node, edit: Editor) -> Outcome:
     return split.inputs[0] if axis is not None and axis == other else None
 
 
-RULES: tuple[Rule, ...] = (slice_of_slice, concat_of_concat, concat_of_split)
+@rule("Unsqueeze")
+def unsqueezed_gather(node: ir.Node, edit: Editor) -> Outcome:
+    """One element gathered and its axis put back: a gather with a list of one index."""
+    value = node.inputs[0]
+    gather = None if value is None else value.producer()
+    if value is None or gather is None or gather.op_type != "Gather" or gather.domain:
+        return None
+    rank, axes = edit.rank(gather.inputs[0]), edit.ints(node.inputs[1])
+    index = edit.ints(gather.inputs[1])
+    if not rank or axes is None or index is None or edit.rank(gather.inputs[1]) != 0:
+        return None
+    axis = attribute(gather, "axis", 0) % rank
+    if len(axes) != 1 or axes[0] % rank != axis or not edit.single_use(value):
+        return None
+    indices = edit.constant(index, "indices")
+    return edit.op("Gather", [gather.inputs[0], indices], {"axis": axis})
+
+
+RULES: tuple[Rule, ...] = (unsqueezed_gather, slice_of_slice, concat_of_concat, concat_of_split)
