@@ -225,6 +225,15 @@ def _with_vector(op: str, domain: str = "", vectors: int = 1) -> Callable[[int],
     return make
 
 
+def _skip_norm(op: str, vectors: int) -> Callable[[int], Graph]:
+    def make(elements: int) -> Graph:
+        array = _floats(1, *_shape(elements, 256))
+        weights = [Weight(_floats(256)) for _ in range(vectors)]
+        return Graph(op, [array, array.copy(), *weights], {}, _MICROSOFT)
+
+    return make
+
+
 def _binary(op: str) -> Callable[[int], Graph]:
     def make(elements: int) -> Graph:
         array = _floats(*_shape(elements, 64))
@@ -348,6 +357,9 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Benchmark("gelu", _ELEMENTS, _with_vector("BiasGelu", _MICROSOFT)),
     Benchmark("softmax", _ELEMENTS, _unary("Softmax", row=128)),
     Benchmark("layer_norm", _ELEMENTS, _with_vector("LayerNormalization", vectors=2)),
+    Benchmark("rms_norm", _ELEMENTS, _with_vector("SimplifiedLayerNormalization")),
+    Benchmark("skip_layer_norm", _ELEMENTS, _skip_norm("SkipLayerNormalization", 2)),
+    Benchmark("skip_rms_norm", _ELEMENTS, _skip_norm("SkipSimplifiedLayerNormalization", 1)),
     Benchmark("reduce", _ELEMENTS, _reduce),
     Benchmark("resize", ((16384, 262144, 4194304),), _resize),
     Benchmark("cast", _ELEMENTS, _cast),

@@ -68,7 +68,7 @@ def predict(
 
     Give it the cost of the module the runtime executes: a runtime that fuses nodes runs another
     graph than the one it loads, and the backend knows which. Nodes that depend on weights alone
-    take no time, since runtimes fold them when they load.
+    take no time, since runtimes fold them when they load; DequantizeLinear they keep.
 
     Args:
         cost: The cost of the module.
@@ -120,6 +120,8 @@ class _Clock:
     def _is_folded(self, node: ir.Node) -> bool:
         if node.op_type == "Constant" and is_default_domain(node):
             return True
+        if node.op_type == "DequantizeLinear":
+            return False  # kept for the integer kernel it might be fused into
         given = [value for value in node.inputs if value is not None]
         return bool(given) and all(
             constant_tensor(value) is not None or value.producer() in self.folded for value in given

@@ -170,15 +170,6 @@ def cost_rule(*ops: str) -> Callable[[CostRule], CostRule]:
 
 def find_rule(op: str) -> CostRule | None:
     """Return the rule of an operator, or None."""
-    from lwc.analysis.cost_rules import (  # noqa: F401
-        attention,
-        contraction,
-        elementwise,
-        movement,
-        quantized,
-        reduction,
-    )
-
     return _RULES.get(op)
 
 

@@ -60,24 +60,23 @@ def _top_k(node: Operands) -> Work:
     return Work(other_flops=elements, kernel="reduce", problem=(elements,))
 
 
-def _normalize(node: Operands, per_element: int, affine: int) -> Work:
+def _normalize(node: Operands, flops: int, kernel: str = "layer_norm") -> Work:
     elements = node.size(0)
-    flops = elements * (per_element + affine)
-    return Work(other_flops=flops, kernel="layer_norm", problem=(elements,))
+    return Work(other_flops=elements * flops, kernel=kernel, problem=(elements,))
 
 
 @cost_rule("LayerNormalization", "InstanceNormalization", "GroupNormalization")
 @cost_rule(f"{MS}GroupNorm")
 def _layer_norm(node: Operands) -> Work:
     """Sum, subtract the mean, square, sum, divide by the deviation; then scale and bias."""
-    return _normalize(node, 5, sum(node.has(i) for i in (1, 2)))
+    return _normalize(node, 5 + int(node.has(1)) + int(node.has(2)))
 
 
 @cost_rule("RMSNormalization", "SimplifiedLayerNormalization")
 @cost_rule(f"{MS}SimplifiedLayerNormalization", "LpNormalization")
 def _rms_norm(node: Operands) -> Work:
     """Square, sum, divide by the root mean square; then scale."""
-    return _normalize(node, 3, int(node.has(1)))
+    return _normalize(node, 3 + int(node.has(1)), "rms_norm")
 
 
 @cost_rule(f"{MS}SkipLayerNormalization", f"{MS}SkipSimplifiedLayerNormalization")
@@ -86,8 +85,8 @@ def _skip_norm(node: Operands) -> Work:
     simplified = node.op.endswith("SkipSimplifiedLayerNormalization")
     bias = int(node.has(3 if simplified else 4))
     if simplified:
-        return _normalize(node, 3 + 1 + bias, 1)
-    return _normalize(node, 5 + 1 + bias, 1 + int(node.has(3)))
+        return _normalize(node, 3 + 1 + bias + 1, "skip_rms_norm")
+    return _normalize(node, 5 + 1 + bias + 1 + int(node.has(3)), "skip_layer_norm")
 
 
 @cost_rule(f"{MS}EmbedLayerNormalization")
@@ -112,7 +111,7 @@ def _batch_norm(node: Operands) -> Work:
 
 @cost_rule("MeanVarianceNormalization")
 def _mean_variance(node: Operands) -> Work:
-    return _normalize(node, 5, 0)
+    return _normalize(node, 5)
 
 
 @cost_rule("LRN")

@@ -2,6 +2,7 @@
 
 from lwc.analysis.shape_rules import (
     attention,
+    blocked,
     control_flow,
     elementwise,
     generators,
@@ -15,6 +16,7 @@ from lwc.analysis.shape_rules import (
 
 __all__ = [
     "attention",
+    "blocked",
     "control_flow",
     "elementwise",
     "generators",
