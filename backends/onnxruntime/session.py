@@ -35,10 +35,9 @@ _EXACT_CONFIG = {"session.qdq_matmulnbits_accuracy_level": "0"}
 """By default ONNX Runtime turns DequantizeLinear + MatMul into MatMulNBits with int8 activations,
 so a weight-only graph would compute something else than it says."""
 
-_ORT_ERRORS: tuple[type[Exception], ...] = tuple(
-    kind
-    for kind in vars(ort_errors).values()
-    if isinstance(kind, type) and issubclass(kind, Exception)
+_ORT_ERRORS: tuple[type[Exception], ...] = (
+    RuntimeError,
+    *(k for k in vars(ort_errors).values() if isinstance(k, type) and issubclass(k, Exception)),
 )
 
 _NODE_PATTERNS = (
@@ -152,22 +151,21 @@ class OnnxRuntimeExecutable:
     def bind(self, feed: Feed) -> Callable[[], None]:
         """Return a call that runs `feed` with inputs and outputs in place: for timing.
 
-        Outputs keep the shapes of a first run, which is made here.
+        Outputs keep the shapes of a first run, which is made here. Strings, sequences and maps
+        cannot stay in place: with one of them the call is a plain run.
         """
-        results = self.run(feed)
+        arrays, results = self._checked(feed), self.run(feed)
         session = self._opened()
+        if not all(_is_numeric(value) for value in [*arrays.values(), *results.values()]):
+            return lambda: session.run(None, arrays)
         binding = session.io_binding()
         keep: list[ort.OrtValue] = []
-        for name, array in self._checked(feed).items():
-            value = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
-            keep.append(value)
-            binding.bind_ortvalue_input(name, value)
+        for name, array in arrays.items():
+            keep.append(ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)))
+            binding.bind_ortvalue_input(name, keep[-1])
         for name, result in results.items():
-            if isinstance(result, np.ndarray) and result.dtype != object:
-                keep.append(ort.OrtValue.ortvalue_from_numpy(result))
-                binding.bind_ortvalue_output(name, keep[-1])
-            else:
-                binding.bind_output(name)
+            keep.append(ort.OrtValue.ortvalue_from_numpy(result))
+            binding.bind_ortvalue_output(name, keep[-1])
 
         def call(_keep: object = keep) -> None:
             session.run_with_iobinding(binding)
@@ -246,13 +244,17 @@ def _inputs(module: Module) -> dict[str, ir.Value]:
     return {value.name: value for value in module.graph.inputs if value.name}
 
 
+def _is_numeric(value: object) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind not in "OUS"
+
+
 def _check_input(value: ir.Value, array: object, file: str | None) -> None:
     if value.dtype is None or not isinstance(array, np.ndarray):
         return  # sequences, maps and optionals go to ONNX Runtime as they are
     wrong = None
     if array.dtype.kind in "OUS":
         if value.dtype.name != "STRING":
-            wrong = "a string array"
+            wrong = "of strings"
     elif array.dtype != value.dtype.numpy():
         wrong = f"of type {array.dtype}"
     if wrong is None and value.shape is not None:
@@ -263,9 +265,7 @@ def _check_input(value: ir.Value, array: object, file: str | None) -> None:
         wrong = None if fits else f"of shape {list(array.shape)}"
     if wrong is not None:
         raise LwcError(
-            f"input '{value.name}' was fed an array {wrong}"
-            if wrong[0] == "o"
-            else f"input '{value.name}' was fed {wrong}",
+            f"input '{value.name}' was fed an array {wrong}",
             file=file,
             remedy=f"feed {_wanted(value)}",
         )
