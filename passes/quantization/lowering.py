@@ -49,7 +49,7 @@ class PackedWeight:
         shape: tuple[int, int],
         **sizes: int,
     ) -> PackedWeight:
-        """Add the tensors to the main graph, named after the weight; `shape` is [inputs, outputs]."""
+        """Add the tensors to the main graph; `shape` is (inputs, outputs)."""
         add = editor.module.add_initializer
         zeros = weight.zero_points
         return cls(

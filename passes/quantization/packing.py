@@ -38,7 +38,8 @@ def pack_rows(codes: Array, bits: int) -> Array:
         return codes
     if codes.shape[-1] % 2:
         codes = np.concatenate([codes, np.zeros_like(codes[..., :1])], axis=-1)
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+    packed: Array = codes[..., 0::2] | (codes[..., 1::2] << 4)
+    return packed
 
 
 def unpack_rows(packed: Array, bits: int, length: int) -> Array:

@@ -137,17 +137,15 @@ class TileRounder:
         self, weights: Array, low: Array, high: Array
     ) -> tuple[Array, Array, float]:
         """Return scales and zero points (both float32) and the squared error they leave."""
-        best_scales = best_zeros = best_errors = None
-        for scales, zeros in self._candidates(low, high):
+        candidates = self._candidates(low, high)
+        best_scales, best_zeros = next(candidates)
+        best_errors = self._squared_errors(weights, best_scales, best_zeros)
+        for scales, zeros in candidates:
             errors = self._squared_errors(weights, scales, zeros)
-            if best_scales is None:
-                best_scales, best_zeros, best_errors = scales, zeros, errors
-                continue
             better = errors < best_errors
             np.copyto(best_scales, scales, where=better)
             np.copyto(best_zeros, zeros, where=better)
             np.copyto(best_errors, errors, where=better)
-        assert best_scales is not None and best_zeros is not None and best_errors is not None
         return best_scales, best_zeros, float(best_errors.sum(dtype=np.float64))
 
     def _candidates(self, low: Array, high: Array) -> Iterator[tuple[Array, Array]]:
@@ -216,7 +214,8 @@ class TileRounder:
             kept = (rows + 1) // 2
             real[:, : rows - kept] += real[:, kept:rows]
             rows = kept
-        return real[:, 0] * (scales * scales)
+        errors: Array = real[:, 0] * (scales * scales)
+        return errors
 
     @staticmethod
     def _divide(weights: Array, scales: Array, zeros: Array, out: Array) -> None:

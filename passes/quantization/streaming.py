@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import numpy as np
 import onnx_ir as ir
 
-from lwc.core.weights import WeightStore, prefetch, reading
+from lwc.core.weights import WeightStore, reading
 from lwc.passes.quantization.packing import pack_rows, pack_tile
 from lwc.passes.quantization.rounding import Grid, TileRounder, widen
 
@@ -57,7 +57,6 @@ class QuantizedWeight:
             `[outputs]` where one block spans all inputs.
         zero_points: None when symmetric. uint8, rows packed like codes; `qdq`: as the scales.
         relative_error: Frobenius norm of the difference over that of the weight.
-        nbytes: Bytes of the three tensors.
     """
 
     codes: ir.TensorProtocol
@@ -67,6 +66,7 @@ class QuantizedWeight:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the three tensors."""
         zeros = 0 if self.zero_points is None else self.zero_points.nbytes
         return self.codes.nbytes + self.scales.nbytes + zeros
 
@@ -154,7 +154,7 @@ class _Sink:
         self._size = size
         if spec.layout != "qdq":
             packed = size * spec.grid.bits // 8
-            self._codes = np.empty((outputs, blocks, packed), np.uint8)
+            self._codes: Array = np.empty((outputs, blocks, packed), np.uint8)
         else:
             self._codes = np.empty(
                 (outputs, inputs) if spec.transposed else (inputs, outputs), np.uint8
@@ -180,7 +180,7 @@ class _Sink:
         grid = self._spec.grid
         scales = self._scales.astype(dtype)
         if self._spec.layout != "qdq":
-            codes = self._codes
+            codes: Array = self._codes
             if self._spec.layout == "table":
                 codes = codes.reshape(len(codes), -1)
             zeros = None if grid.symmetric else store.put(pack_rows(self._zeros, grid.bits))

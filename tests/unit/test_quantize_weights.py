@@ -1,0 +1,526 @@
+"""`quantize-weights`: rounding, packing, lowering, and what it must leave alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+from lwc.analysis.manager import AnalysisManager
+from lwc.core.errors import PassError, UsageError
+from lwc.core.module import Module
+from lwc.core.walk import constant_tensor
+from lwc.core.weights import WeightStore
+from lwc.frontend.onnx_reader import from_proto
+from lwc.frontend.onnx_writer import save
+from lwc.passes.quantization import streaming
+from lwc.passes.quantization.packing import unpack_rows
+from lwc.passes.quantization.quantize_weights import QuantizeWeights
+from lwc.passes.quantization.rounding import Grid, TileRounder, widen
+from lwc.passes.quantization.streaming import WeightSpec, quantize
+from lwc.pipeline.passes import PassContext, PassResult
+from lwc.verify.structural import verify_structure
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+INPUTS, OUTPUTS, ROWS = 96, 160, 64
+
+TIED = """<ir_version: 10, opset_import: ["" : 21]>
+tied (int64[batch,seq] ids, float[batch,seq,96] x)
+    => (float[batch,seq,160] y, float[batch,seq,64] logits)
+    <float[64,96] table, float[96,160] w>
+{
+    found = Gather(table, ids)
+    h = Add(found, x)
+    y = MatMul(h, w)
+    turned = Transpose<perm = [1, 0]>(table)
+    logits = MatMul(h, turned)
+}"""
+
+GEMM = """<ir_version: 10, opset_import: ["" : 21]>
+gemm (float[rows,96] x) => (float[rows,160] y) <float[160,96] w, float[160] c>
+{ y = Gemm<transB = 1, alpha = 0.5, beta = 2.0>(x, w, c) }"""
+
+LINEAR = """<ir_version: 10, opset_import: ["" : 21]>
+linear (float[rows,96] x) => (float[rows,160] y) <float[96,160] w>
+{ y = MatMul(x, w) }"""
+
+
+def module_of(text: str, **weights: np.ndarray[Any, Any]) -> Module:
+    """Parse `text`; the values it declares become initializers: those given, or normal numbers."""
+    proto = onnx.parser.parse_model(text)
+    rng = np.random.default_rng(7)
+    for declared in proto.graph.value_info:
+        array = weights.get(declared.name)
+        if array is None:
+            kind = ir.DataType(declared.type.tensor_type.elem_type).numpy()
+            shape = [dim.dim_value for dim in declared.type.tensor_type.shape.dim]
+            array = rng.standard_normal(shape).astype(kind)
+        proto.graph.initializer.append(ir.to_proto(ir.Tensor(array, name=declared.name)))
+    del proto.graph.value_info[:]
+    return from_proto(proto)
+
+
+def quantized(module: Module, **options: Any) -> PassResult:
+    before = module.fingerprint()
+    context = PassContext(AnalysisManager(module), source="quantize-weights")
+    result = QuantizeWeights(**options).run(module, context)
+    assert result.changed == (module.fingerprint() != before)
+    verify_structure(module)
+    return result
+
+
+def outputs(module: Module, feed: Arrays) -> list[np.ndarray[Any, Any]]:
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    session = ort.InferenceSession(ir.to_proto(module.model).SerializeToString(), options)
+    return [np.asarray(value) for value in session.run(None, feed)]
+
+
+def feed_of(module: Module) -> Arrays:
+    rng = np.random.default_rng(3)
+    feed: Arrays = {}
+    for value in module.graph.inputs:
+        assert value.shape is not None
+        shape = [dim if isinstance(dim, int) else 2 + axis for axis, dim in enumerate(value.shape)]
+        if value.dtype == ir.DataType.INT64:
+            feed[value.name or ""] = rng.integers(0, ROWS, shape)
+        else:
+            assert value.dtype is not None
+            feed[value.name or ""] = rng.standard_normal(shape).astype(value.dtype.numpy())
+    return feed
+
+
+def ops(module: Module) -> list[str]:
+    return [node.op_type for node in module.nodes()]
+
+
+def weight(module: Module, name: str) -> np.ndarray[Any, Any]:
+    tensor = constant_tensor(module.graph.initializers[name])
+    assert tensor is not None
+    return tensor.numpy()
+
+
+def dequantized(module: Module, name: str, bits: int, inputs: int) -> np.ndarray[Any, Any]:
+    """Read a MatMulNBits weight back as [inputs, outputs], by the operator's documentation."""
+    codes = weight(module, f"{name}_q{bits}")
+    scales = weight(module, f"{name}_scales").astype(np.float64)
+    blocks = scales.shape[1]
+    values = unpack_rows(codes, bits, codes.shape[-1] * 8 // bits).astype(np.float64)
+    values = values.reshape(len(codes), blocks, -1)
+    zeros: Any = float(1 << (bits - 1))
+    if f"{name}_zero_points" in module.graph.initializers:
+        zeros = unpack_rows(weight(module, f"{name}_zero_points"), bits, blocks)[..., None]
+    real = (values - zeros) * scales[..., None]
+    return real.reshape(len(codes), -1)[:, :inputs].T
+
+
+def missed(module: Module) -> list[str]:
+    return [remark.message for remark in module.remarks if remark.kind == "missed"]
+
+
+# Rounding
+
+
+def test_int8_golden_vector() -> None:
+    """The worked example of symmetric int8: scale 2.49 / 127."""
+    weights = (
+        "1.46 .34 2.18 1.06 .62 .20 1.61 .37 .38 .56 .97 .46 .13 .54 1.03 .38 .49 2.49 2.00 1.58"
+    )
+    golden = "74 17 111 54 32 10 82 19 19 29 49 23 7 28 53 19 25 127 102 81"
+    column = np.array(weights.split(), np.float32)
+    rounder = TileRounder(Grid(8, True, "none"), (1, 20, 1), np.float32)
+    tile = rounder.weights((1, 20, 1))
+    tile[0, :, 0] = column
+    rounded = rounder.round(tile)
+    assert rounded is not None
+    codes = rounded.codes[0, :, 0].astype(int) - 128
+    assert codes.tolist() == [int(code) for code in golden.split()]
+    assert rounded.scales[0, 0] == pytest.approx(2.49 / 127, rel=1e-6)
+
+
+def test_widen_agrees_with_numpy_on_every_finite_float16() -> None:
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    finite = every[np.isfinite(every)]
+    target = np.empty(len(finite), np.float32)
+    widen(finite, target)
+    assert np.array_equal(target.view(np.uint32), finite.astype(np.float32).view(np.uint32))
+
+
+def test_widen_keeps_infinities_and_nan_out_of_range() -> None:
+    target = np.empty(3, np.float32)
+    widen(np.array([np.inf, -np.inf, np.nan], np.float16), target)
+    assert (np.abs(target) >= 65536).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_zero_and_constant_blocks(bits: Any, symmetric: bool) -> None:
+    module = module_of(LINEAR, w=np.zeros((INPUTS, OUTPUTS), np.float32))
+    quantized(module, bits=bits, symmetric=symmetric)
+    assert (dequantized(module, "w", bits, INPUTS) == 0).all()
+    module = module_of(LINEAR, w=np.full((INPUTS, OUTPUTS), -3.0, np.float32))
+    quantized(module, bits=bits, symmetric=symmetric)
+    np.testing.assert_allclose(dequantized(module, "w", bits, INPUTS), -3.0, rtol=1e-6)
+
+
+def test_search_halves_no_quality() -> None:
+    """The searched grid has less error than the plain one, overall by a few per cent at least."""
+    plain, searched = module_of(LINEAR), module_of(LINEAR)
+    original = weight(plain, "w").astype(np.float64)
+    quantized(plain, search="none")
+    quantized(searched, search="mse")
+    errors = [np.square(dequantized(m, "w", 4, INPUTS) - original).sum() for m in (plain, searched)]
+    assert errors[1] < 0.97 * errors[0]
+
+
+def test_plain_rounding_is_that_of_onnxruntime() -> None:
+    """At search=none the mean squared error is within 1 % of ONNX Runtime's own quantizer."""
+    from onnxruntime.capi._pybind_state import quantize_matmul_4bits
+
+    module = module_of(LINEAR)
+    original = weight(module, "w")
+    packed = np.zeros((OUTPUTS, 3, 16), np.uint8)
+    scales = np.zeros((OUTPUTS, 3), np.float32)
+    zeros = np.zeros((OUTPUTS, 2), np.uint8)
+    quantize_matmul_4bits(packed, original, scales, zeros, 32, OUTPUTS, INPUTS, False)
+    codes = unpack_rows(packed, 4, 32).astype(np.float64)
+    theirs = (codes - unpack_rows(zeros, 4, 3)[..., None]) * scales[..., None]
+    their_error = np.square(theirs.reshape(OUTPUTS, INPUTS).T - original).sum()
+    quantized(module, search="none")
+    our_error = np.square(dequantized(module, "w", 4, INPUTS) - original).sum()
+    assert our_error <= 1.01 * their_error
+
+
+# Streaming
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("layout", ["matmulnbits", "qdq"])
+def test_result_does_not_depend_on_tiles(
+    monkeypatch: pytest.MonkeyPatch, transposed: bool, layout: Any
+) -> None:
+    matrix = np.random.default_rng(1).standard_normal((200, 144)).astype(np.float16)
+    tensor = ir.Tensor(matrix.T.copy() if transposed else matrix)
+    spec = WeightSpec(Grid(4, False, "mse"), 32, transposed, layout)
+    found = []
+    for elements, columns in ((1 << 17, 1024), (4096, 7), (32, 1)):
+        monkeypatch.setattr(streaming, "_TILE_ELEMENTS", elements)
+        monkeypatch.setattr(streaming, "_TILE_COLUMNS", columns)
+        result = quantize(tensor, spec, WeightStore())
+        assert result is not None
+        assert result.zero_points is not None
+        found.append([t.tobytes() for t in (result.codes, result.scales, result.zero_points)])
+    assert found[0] == found[1] == found[2]
+
+
+def test_threads_keep_the_order_and_stop_early() -> None:
+    begun: list[int] = []
+
+    def work(item: int) -> int:
+        begun.append(item)
+        return item * item
+
+    announced: list[int] = []
+    assert list(streaming.in_threads(work, range(50), announced.append)) == [
+        i * i for i in range(50)
+    ]
+    assert sorted(announced) == list(range(50))
+    begun.clear()
+    results = streaming.in_threads(work, range(100_000), lambda _: None)
+    assert next(results) == 0
+    results.close()  # type: ignore[attr-defined]
+    assert len(begun) < 100_000
+
+
+# Lowering
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [None, True, False])
+@pytest.mark.parametrize("text", [LINEAR, GEMM])
+def test_contrib_equals_dequantized_weight(text: str, bits: Any, symmetric: bool | None) -> None:
+    module = module_of(text)
+    feed = feed_of(module)
+    reference = module.clone()
+    quantized(module, bits=bits, symmetric=symmetric, accuracy_level=0)
+    real = dequantized(module, "w", bits, INPUTS).astype(np.float32)
+    value = reference.graph.initializers["w"]
+    reference.replace_initializer(value, ir.Tensor(real if text is LINEAR else real.T.copy()))
+    assert "MatMulNBits" in ops(module)
+    np.testing.assert_allclose(
+        outputs(module, feed)[0], outputs(reference, feed)[0], rtol=1e-4, atol=1e-4
+    )
+
+
+def test_gemm_with_plain_bias_is_one_node() -> None:
+    module = module_of(GEMM.replace(", alpha = 0.5, beta = 2.0", ""))
+    feed = feed_of(module)
+    before = outputs(module, feed)[0]
+    quantized(module, bits=8, accuracy_level=0)
+    assert ops(module) == ["MatMulNBits"]
+    after = outputs(module, feed)[0]
+    assert np.linalg.norm(after - before) < 0.01 * np.linalg.norm(before)
+
+
+def test_inputs_that_do_not_divide_into_blocks() -> None:
+    text = LINEAR.replace("96", "83")
+    for bits, bound in ((8, 0.01), (4, 0.15)):
+        for layout in ("matmulnbits", "qdq"):
+            module = module_of(text)
+            feed = feed_of(module)
+            before = outputs(module, feed)[0]
+            result = quantized(module, bits=bits, accuracy_level=0, format=layout)
+            assert result.statistics["weights quantized"] == 1
+            after = outputs(module, feed)[0]
+            assert np.linalg.norm(after - before) < bound * np.linalg.norm(before)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("embeddings", [4, 8])
+@pytest.mark.parametrize("symmetric", [None, True, False])
+def test_tied_table_is_one_tensor(
+    tmp_path: Path, bits: Any, embeddings: Any, symmetric: bool | None
+) -> None:
+    module = module_of(TIED)
+    feed = feed_of(module)
+    before = outputs(module, feed)
+    table = weight(module, "table")
+    quantized(module, bits=bits, embeddings=embeddings, symmetric=symmetric, accuracy_level=0)
+    (gather,) = [node for node in module.nodes() if node.op_type == "GatherBlockQuantized"]
+    readers = {user.op_type for user, _ in gather.inputs[0].uses()}  # type: ignore[union-attr]
+    assert readers == {"GatherBlockQuantized", "MatMulNBits"}
+    assert "Transpose" not in ops(module)
+    assert "table" not in module.graph.initializers
+    real = dequantized(module, "table", embeddings, INPUTS)
+    bound = np.linalg.norm(real.T - table) / np.linalg.norm(table)
+    assert bound < (0.01 if embeddings == 8 else 0.12)
+    after = outputs(module, feed)
+    for old, new in zip(before, after, strict=True):
+        assert np.linalg.norm(new - old) < 0.2 * np.linalg.norm(old)
+    np.testing.assert_allclose(
+        after[1],
+        (real.T[feed["ids"]] + feed["x"]) @ real,
+        rtol=1e-4,
+        atol=1e-3,
+    )
+    saved = save(module, tmp_path / "tied.onnx")
+    packed = table.size * embeddings / 8
+    assert saved.nbytes < packed + table.nbytes  # the float table is gone
+
+
+def test_tied_codes_are_stored_once(tmp_path: Path) -> None:
+    """Scaled up so that the table dominates: bytes on disk are those of one packed table."""
+    rng = np.random.default_rng(0)
+    text = TIED.replace("float[64,96] table", "float[4096,96] table").replace("64]", "4096]")
+    module = module_of(text, table=rng.standard_normal((4096, 96)).astype(np.float32))
+    quantized(module)
+    saved = save(module, tmp_path / "tied.onnx")
+    one_table = 4096 * (96 + 3 * 4)
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert one_table < size < 1.2 * one_table
+    assert saved.path
+
+
+def test_embedding_alone_and_unknown_rank_of_indices() -> None:
+    head = '<ir_version: 10, opset_import: ["" : 21]>\n'
+    alone = head + "g (int64[b,s] ids) => (float[b,s,96] y) <float[64,96] w> { y = Gather(w, ids) }"
+    module = module_of(alone)
+    feed = feed_of(module)
+    before = outputs(module, feed)[0]
+    quantized(module)
+    assert ops(module) == ["GatherBlockQuantized"]
+    np.testing.assert_allclose(outputs(module, feed)[0], before, atol=np.abs(before).max() / 250)
+
+    unknown = TIED.replace("int64[batch,seq] ids", "int64 ids")
+    module = module_of(unknown)
+    module.graph.inputs[0].shape = None
+    before_all = outputs(module, feed | {"x": feed_of(module_of(TIED))["x"]})
+    quantized(module, bits=8, accuracy_level=0)
+    after_all = outputs(module, feed | {"x": feed_of(module_of(TIED))["x"]})
+    assert np.linalg.norm(after_all[0] - before_all[0]) < 0.02 * np.linalg.norm(before_all[0])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_float16(dtype: Any) -> None:
+    name = "float16" if dtype == np.float16 else "float"
+    text = LINEAR.replace("float[", f"{name}[")
+    rng = np.random.default_rng(0)
+    module = module_of(text, w=rng.standard_normal((INPUTS, OUTPUTS)).astype(dtype))
+    feed = feed_of(module)
+    before = outputs(module, feed)[0].astype(np.float32)
+    quantized(module, bits=8)
+    assert weight(module, "w_scales").dtype == dtype
+    after = outputs(module, feed)[0].astype(np.float32)
+    assert np.linalg.norm(after - before) < 0.02 * np.linalg.norm(before)
+
+
+def test_bfloat16_is_refused_with_a_remedy() -> None:
+    import ml_dtypes
+
+    text = LINEAR.replace("float[", "bfloat16[")
+    content = np.ones((INPUTS, OUTPUTS), ml_dtypes.bfloat16)
+    with pytest.raises(PassError, match="convert-dtype"):
+        quantized(module_of(text, w=content))
+    module = module_of(text, w=content)
+    quantized(module, format="qdq")
+    assert weight(module, "w_scales").dtype == ml_dtypes.bfloat16
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_standard_format(bits: Any, symmetric: bool) -> None:
+    module = module_of(TIED)
+    feed = feed_of(module)
+    before = outputs(module, feed)
+    quantized(module, bits=bits, symmetric=symmetric, format="qdq")
+    assert {node.domain for node in module.nodes()} == {""}
+    onnx.checker.check_model(ir.to_proto(module.model), full_check=True)
+    bound = 0.12 if bits == 4 else 0.01
+    for old, new in zip(before, outputs(module, feed), strict=True):
+        assert np.linalg.norm(new - old) < bound * np.linalg.norm(old)
+
+
+def test_standard_format_before_opset_21() -> None:
+    text = LINEAR.replace('"" : 21', '"" : 17')
+    with pytest.raises(PassError, match="needs opset 21, the model has 17"):
+        quantized(module_of(text), format="qdq", bits=4)
+    module = module_of(text)
+    feed = feed_of(module)
+    before = outputs(module, feed)[0]
+    quantized(module, format="qdq", bits=8, block_size=0)
+    assert ops(module) == ["DequantizeLinear", "MatMul"]
+    assert weight(module, "w_q8").dtype == np.int8
+    after = outputs(module, feed)[0]
+    assert np.linalg.norm(after - before) < 0.02 * np.linalg.norm(before)
+
+
+def test_accuracy_level_4_error_is_as_documented() -> None:
+    module = module_of(LINEAR.replace("96", "512"))
+    feed = feed_of(module)
+    exact = module.clone()
+    quantized(module, accuracy_level=4)
+    quantized(exact, accuracy_level=0)
+    fast, slow = outputs(module, feed)[0], outputs(exact, feed)[0]
+    assert 0 < np.linalg.norm(fast - slow) < 0.01 * np.linalg.norm(slow)
+
+
+# What a pass must keep
+
+
+@pytest.mark.parametrize("options", [{}, {"format": "qdq"}, {"bits": 8}, {"symmetric": False}])
+def test_second_run_changes_nothing(options: dict[str, Any]) -> None:
+    module = module_of(TIED)
+    assert quantized(module, **options).changed
+    assert not quantized(module, **options).changed
+
+
+def test_weight_shared_by_two_layers_is_packed_once() -> None:
+    text = LINEAR.replace("y = MatMul(x, w)", "a = MatMul(x, w) b = MatMul(x, w) y = Add(a, b)")
+    module = module_of(text)
+    result = quantized(module)
+    assert result.statistics["weights quantized"] == 1
+    assert result.statistics["nodes lowered"] == 2
+    assert sorted(module.graph.initializers) == ["w_q4", "w_scales", "w_zero_points"]
+
+
+def test_weights_in_subgraphs_and_constant_nodes() -> None:
+    text = """<ir_version: 10, opset_import: ["" : 21]>
+    branches (bool c, float[rows,96] x) => (float[rows,96] y) <float[96,96] w> {
+        y = If (c) <
+            then_branch = yes () => (float[rows,96] p) { p = MatMul(x, w) },
+            else_branch = no () => (float[rows,96] q) { q = MatMul(x, w) }
+        >
+    }"""
+    module = module_of(text)
+    branch = next(g for g in module.graphs() if g.name == "no")
+    (node,) = list(branch)
+    own = np.random.default_rng(5).standard_normal((96, 96)).astype(np.float32)
+    constant = ir.node("Constant", [], attributes={"value": ir.Tensor(own)})
+    constant.outputs[0].name = "own"
+    branch.insert_before(node, constant)
+    node.replace_input_with(1, constant.outputs[0])
+    module.forget_names()
+    x = np.random.default_rng(3).standard_normal((2, 96)).astype(np.float32)
+    feeds = [{"c": np.array(flag), "x": x} for flag in (True, False)]
+    before = [outputs(module, feed)[0] for feed in feeds]
+    result = quantized(module, bits=8)
+    assert result.statistics["weights quantized"] == 2
+    assert "MatMul" not in ops(module)
+    assert "Constant" not in ops(module)
+    for feed, old in zip(feeds, before, strict=True):
+        assert np.linalg.norm(outputs(module, feed)[0] - old) < 0.02 * np.linalg.norm(old)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "reason"),
+    [
+        (LINEAR, {"exclude": ("w",)}, "exclude=w matches"),
+        (LINEAR, {"exclude": ("z", "?")}, r"exclude=? matches"),
+        (LINEAR, {"ops": ("Gemm",)}, "MatMul is not among ops"),
+        (LINEAR.replace("96", "3").replace("160", "2"), {}, "too small"),
+        (GEMM.replace("transB = 1", "transB = 1, transA = 1").replace("rows,96] x", "96,rows] x"),
+         {}, "transposes the left operand"),
+        (TIED, {"embeddings": None, "exclude": ("w",)}, "embeddings=none"),
+        (LINEAR.replace("y = MatMul(x, w)", "a = MatMul(x, w) s = Relu(w) b = MatMul(x, s) "
+                        "y = Add(a, b)"), {}, "Relu reads it too"),
+        (LINEAR.replace("[rows,96] x", "[1,rows,96] x").replace("[rows,160] y", "[1,rows,160] y")
+         .replace("96,160] w", "1,96,160] w"), {}, "rank 3"),
+        (TIED.replace("96", "80"), {"exclude": ("w",)}, "do not divide into blocks"),
+    ],
+)  # fmt: skip
+def test_left_alone_with_a_reason(text: str, options: dict[str, Any], reason: str) -> None:
+    module = module_of(text)
+    before = module.fingerprint()
+    result = quantized(module, **options)
+    assert not result.changed
+    assert module.fingerprint() == before
+    assert any(reason in message for message in missed(module)), missed(module)
+
+
+def test_infinite_weight_is_left_alone() -> None:
+    for dtype, name in ((np.float32, "float"), (np.float16, "float16")):
+        for bad in (np.inf, -np.inf, np.nan):
+            content = np.ones((INPUTS, OUTPUTS), dtype)
+            content[5, 7] = bad
+            module = module_of(LINEAR.replace("float[", f"{name}["), w=content)
+            assert not quantized(module).changed
+            assert "infinities or NaN" in missed(module)[0]
+
+
+def test_initializer_that_is_an_input_is_not_touched() -> None:
+    module = module_of(LINEAR)
+    value = module.graph.initializers["w"]
+    module.graph.inputs.append(value)
+    assert not quantized(module).changed
+
+
+def test_weight_of_an_attention_product_is_no_layer() -> None:
+    text = """<ir_version: 10, opset_import: ["" : 21]>
+    g (float[a,96] x, float[96,b] z) => (float[a,b] y) { y = MatMul(x, z) }"""
+    module = module_of(text)
+    assert not quantized(module).changed
+    assert missed(module) == []
+
+
+def test_statistics() -> None:
+    module = module_of(LINEAR)
+    statistics = quantized(module).statistics
+    assert statistics["bits requested"] == 4
+    # 4-bit codes, a float32 scale per 32 weights, 3 zero points of 4 bits in 2 bytes per channel.
+    assert statistics["bits per weight"] == pytest.approx(4 + 1 + 16 / 96)
+    assert statistics["bytes before"] == INPUTS * OUTPUTS * 4
+    assert 0.05 < float(statistics["mean relative error"]) < 0.1
+
+
+@pytest.mark.parametrize(
+    "options", [{"block_size": 24}, {"block_size": 8}, {"block_size": 0}, {"ops": ("Conv",)}]
+)
+def test_impossible_options(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        QuantizeWeights(**options)
