@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import textwrap
 from collections.abc import Sequence
 
-from lwc.pipeline.registry import PassInfo
+from lwc.pipeline.registry import OptionInfo, PassInfo
 
 __all__ = ["list_passes"]
+
+_INDENT = {"initial_indent": " " * 10, "subsequent_indent": " " * 10}
 
 
 def list_passes(infos: Sequence[PassInfo], form: str) -> str:
@@ -20,9 +23,17 @@ def list_passes(infos: Sequence[PassInfo], form: str) -> str:
         contract = f" [{info.contract}]" if info.contract else ""
         lines = [f"{info.name}{contract}", f"    {info.summary}"]
         for option in info.options:
-            written = "NAME" if option.name == "*" else option.name
-            default = "" if option.default is None or option.name == "*" else f" = {option.default}"
-            needed = " (required)" if option.default is None else ""
-            lines.append(f"      {written}: {option.type}{default}{needed}")
+            lines.append(f"      {_usage(option)}")
+            if option.help:
+                lines.extend(textwrap.wrap(option.help, 96, **_INDENT))
         blocks.append("\n".join(lines))
     return "\n".join(blocks)
+
+
+def _usage(option: OptionInfo) -> str:
+    if option.name == "*":
+        return f"NAME={option.type} (any number of them)"
+    name = f"[{option.name}=]" if option.positional else f"{option.name}="
+    if option.default is None:
+        return f"{name}{option.type} (required)"
+    return f"{name}{option.type}, by default {option.default or 'empty'}"

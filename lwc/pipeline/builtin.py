@@ -1,12 +1,108 @@
 """The built-in passes as data, so that listing them imports none of them.
 
-`tests/unit/test_registry.py` compares this table with the classes and prints the right entry.
+Written by tools/pass_table.py; a test compares it with the classes.
 """
+
+# ruff: noqa: E501
 
 from __future__ import annotations
 
-from lwc.pipeline.registry import PassInfo
+from lwc.pipeline.registry import OptionInfo, PassInfo
 
 __all__ = ["BUILTIN"]
 
-BUILTIN: tuple[PassInfo, ...] = ()
+BUILTIN: tuple[PassInfo, ...] = (
+    PassInfo(
+        name="canonicalize",
+        target="lwc.passes.cleanup.canonicalize:Canonicalize",
+        summary="Fold constants, merge duplicates, drop what does nothing, simplify shape computations.",
+        contract="exact",
+        options=(
+            OptionInfo(
+                name="decompress",
+                type="bool",
+                default="false",
+                help="Also fold constants into weights larger than those they are made of.",
+            ),
+            OptionInfo(
+                name="fold-memory",
+                type="int",
+                default="1024",
+                help="Bound in MiB on the memory one constant folding may take.",
+            ),
+        ),
+    ),
+    PassInfo(
+        name="fold-linear",
+        target="lwc.passes.cleanup.fold_linear:FoldLinear",
+        summary="Fold batch norm, padding, bias and scale into Conv, ConvTranspose, Gemm and MatMul.",
+        contract="exact",
+        options=(),
+    ),
+    PassInfo(
+        name="infer-shapes",
+        target="lwc.passes.cleanup.infer_shapes:InferShapes",
+        summary="Write the inferred type and shape on every value.",
+        contract="exact",
+        options=(),
+    ),
+    PassInfo(
+        name="quantize-weights",
+        target="lwc.passes.quantization.quantize_weights:QuantizeWeights",
+        summary="Round the weights of linear layers and embeddings to 4 or 8 bits, in blocks.",
+        contract="lossy",
+        options=(
+            OptionInfo(
+                name="bits", type="4|8", default="4", help="Bits of the weights of MatMul and Gemm."
+            ),
+            OptionInfo(
+                name="embeddings",
+                type="4|8 or none",
+                default="8",
+                help="Bits of tables read by Gather; none leaves them, and what is tied to them.",
+            ),
+            OptionInfo(
+                name="block-size",
+                type="int",
+                default="32",
+                help="Weights that share a scale; a power of two from 16. With `format=qdq`, 0 gives each output channel one scale.",
+            ),
+            OptionInfo(
+                name="symmetric",
+                type="bool or none",
+                default="none",
+                help="Whether the zero point is fixed in the middle. By default 8-bit codes are symmetric and 4-bit codes are not.",
+            ),
+            OptionInfo(
+                name="search",
+                type="none|mse",
+                default="mse",
+                help="How scales are chosen: `mse` tries a few grids per block and keeps the one of least squared error, `none` takes the block's range.",
+            ),
+            OptionInfo(
+                name="ops",
+                type="list of str",
+                default="MatMul,Gemm",
+                help="Operators whose weights are quantized.",
+            ),
+            OptionInfo(
+                name="exclude",
+                type="list of str",
+                default="",
+                help="Patterns (`*`, `?`, `[...]`) of names of nodes or weights to leave alone.",
+            ),
+            OptionInfo(
+                name="format",
+                type="matmulnbits|qdq",
+                default="matmulnbits",
+                help="`matmulnbits` lowers to ONNX Runtime's MatMulNBits and GatherBlockQuantized, `qdq` to the standard DequantizeLinear.",
+            ),
+            OptionInfo(
+                name="accuracy-level",
+                type="0|1|2|3|4",
+                default="4",
+                help="How MatMulNBits computes: 4 rounds activations to int8 per block, which is fast and adds about 0.5 % relative error to a layer's output; 1 is float32.",
+            ),
+        ),
+    ),
+)

@@ -251,7 +251,7 @@ def _values_node(values: tuple[Scalar, ...]) -> yaml.Node:
 
 def _scalar_node(scalar: Scalar) -> yaml.Node:
     """Make a node that is read back as `scalar`: in quotes exactly where it must be."""
-    if scalar.quoted or not is_safe(scalar.text):
-        return yaml.ScalarNode(_STR, scalar.text, style='"')
     tag: str = _RESOLVER.resolve(yaml.ScalarNode, scalar.text, (True, False))
+    if scalar.quoted or tag == _NULL or not is_safe(scalar.text):
+        return yaml.ScalarNode(_STR, scalar.text, style='"')
     return yaml.ScalarNode(tag, scalar.text)

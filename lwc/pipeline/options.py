@@ -118,11 +118,14 @@ def format_value(hint: Any, value: Any) -> tuple[Scalar, ...]:
     Raises:
         ValueError: `value` is no value of that type.
     """
-    if isinstance(value, tuple | list):
-        scalars = tuple(_format_scalar(item) for item in value)
-    else:
-        scalars = (_format_scalar(value),)
-    for written in (scalars, tuple(dataclasses.replace(s, quoted=True) for s in scalars)):
+    items = value if isinstance(value, tuple | list) else (value,)
+    bare = tuple(_format_scalar(item) for item in items)
+    quoted = tuple(dataclasses.replace(scalar, quoted=True) for scalar in bare)
+    strings = tuple(
+        quote if isinstance(item, str) else scalar
+        for item, scalar, quote in zip(items, bare, quoted, strict=True)
+    )
+    for written in (bare, strings):
         try:
             if _same(parse_value(hint, written), value):
                 return written
@@ -155,7 +158,9 @@ def type_name(hint: Any) -> str:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:
     """Return `did you mean '...'?` with the nearest known word, if one is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    words = list(known)
+    near = difflib.get_close_matches(word, words, n=1)
+    near = near or [each for each in words if len(word) > 2 and each.startswith(word)]
     return f"did you mean '{near[0]}'?" if near else None
 
 

@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,6 @@ from typing import Any
 from lwc.core.errors import LwcError, UsageError
 from lwc.pipeline.grammar import Place, print_scalar
 from lwc.pipeline.options import (
-    Option,
     did_you_mean,
     format_value,
     free_value_type,
@@ -41,11 +41,15 @@ class OptionInfo:
         name: The kebab-case name; `*` for the free options.
         type: What a value looks like, such as `int` or `4|8`.
         default: The default as written in a pipeline, or None where it must be given.
+        help: What it means; from the docstring of the class.
+        positional: Whether it may come first without its name.
     """
 
     name: str
     type: str
     default: str | None
+    help: str = ""
+    positional: bool = False
 
 
 @dataclass(frozen=True)
@@ -173,18 +177,30 @@ def default_registry() -> Registry:
 
 def describe_pass(cls: type[Pass]) -> PassInfo:
     """Read a pass class into the form of the static table."""
-    summary = (inspect.getdoc(cls) or "").partition("\n")[0]
-    options = tuple(_describe_option(cls, option) for option in options_of(cls))
-    return PassInfo(cls.name, _target(cls), summary, type(cls.contract).__name__.lower(), options)
+    doc = inspect.getdoc(cls) or ""
+    helps = _attribute_docs(doc)
+    options = []
+    for option in options_of(cls):
+        text = helps.get(option.field, "")
+        if option.field == cls.free_options:
+            options.append(OptionInfo("*", type_name(free_value_type(option.type)), "", text))
+            continue
+        default = None
+        if not option.required:
+            default = ",".join(map(print_scalar, format_value(option.type, option.default)))
+        first = option.field == cls.positional
+        options.append(OptionInfo(option.name, type_name(option.type), default, text, first))
+    contract = type(cls.contract).__name__.lower()
+    return PassInfo(cls.name, _target(cls), doc.partition("\n")[0], contract, tuple(options))
 
 
-def _describe_option(cls: type[Pass], option: Option) -> OptionInfo:
-    if option.field == cls.free_options:
-        return OptionInfo("*", type_name(free_value_type(option.type)), "")
-    if option.required:
-        return OptionInfo(option.name, type_name(option.type), None)
-    written = format_value(option.type, option.default)
-    return OptionInfo(option.name, type_name(option.type), ",".join(map(print_scalar, written)))
+def _attribute_docs(doc: str) -> dict[str, str]:
+    """Read the `Attributes:` section of a docstring: one text for each field."""
+    section = re.search(r"^Attributes:\n((?:[ ].*\n?|\n)*)", doc, re.MULTILINE)
+    if section is None:
+        return {}
+    items = re.findall(r"^ {4}(\w+): ((?:.*)(?:\n {5,}.*)*)", section[1], re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in items}
 
 
 def _target(cls: type[Pass]) -> str:
