@@ -308,7 +308,7 @@ class Shapes(Analysis):
 
     def _missing(self, value: ir.Value) -> Fact:
         """Find out about a value met for the first time, with what it is computed from."""
-        stack = [value]
+        stack, entered = [value], set()
         while stack:
             current = stack[-1]
             if current in self._facts:
@@ -320,9 +320,11 @@ class Shapes(Analysis):
                 stack.pop()
                 continue
             waiting = [v for v in node.inputs if v is not None and v not in self._facts]
-            if waiting:
-                if len(stack) > 1_000_000:
-                    return UNKNOWN
+            if waiting and current in entered:
+                # The value depends on itself: a graph that does not verify.
+                self._facts[current] = UNKNOWN
+            elif waiting:
+                entered.add(current)
                 stack.extend(waiting)
             else:
                 self.infer(node)
@@ -335,7 +337,10 @@ class Shapes(Analysis):
             return tensor_fact(tensor)
         if value.is_initializer() and value.const_value is not None:
             return tensor_fact(value.const_value)._replace(known=None)
-        return self._declared_input(value)
+        if value.graph is self._module.graph:
+            return self._declared_input(value)
+        # An input of a body: what it declares need not hold where the body is used.
+        return Fact(value.dtype)
 
     def _declared_input(self, value: ir.Value) -> Fact:
         """Describe a graph input by its declaration, anonymous extents by symbols named for it."""

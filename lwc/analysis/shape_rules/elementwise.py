@@ -14,6 +14,7 @@ from lwc.analysis.shape_rules.registry import (
     Outcome,
     Site,
     SymbolicArray,
+    array_of,
     differ,
     is_integer_type,
     rule,
@@ -221,22 +222,33 @@ def _whole(array: SymbolicArray) -> SymbolicArray | None:
     return result
 
 
-def _negated(element: Any, site: Site) -> Any:
-    return (not element) if isinstance(element, bool) else site.anything()
+def _negated(element: Any) -> Any:
+    return (not element) if isinstance(element, bool) else None
 
 
-def _absolute(element: Any, site: Site) -> Any:
+def _absolute(element: Any) -> Any:
     if isinstance(element, int | float):
         return abs(element)
-    return element if at_least(element, 0) else site.anything()
+    return element if at_least(element, 0) else None
 
 
-def _floor(element: Any, site: Site) -> Any:
-    return math.floor(element) if isinstance(element, int | float) else _rounded(element, False)
+def _square_root(element: Any) -> Any:
+    # Correctly rounded in double, and rounding again to the type changes nothing.
+    return math.sqrt(element) if isinstance(element, float) and element >= 0 else None
 
 
-def _ceil(element: Any, site: Site) -> Any:
-    return math.ceil(element) if isinstance(element, int | float) else _rounded(element, True)
+def _floor(element: Any) -> Any:
+    return _whole_number(element, math.floor, up=False)
+
+
+def _ceil(element: Any) -> Any:
+    return _whole_number(element, math.ceil, up=True)
+
+
+def _whole_number(element: Any, of_number: Callable[[float], int], *, up: bool) -> Any:
+    if isinstance(element, int | float):
+        return of_number(element) if math.isfinite(element) else element
+    return _rounded(element, up)
 
 
 def _rounded(element: Any, up: bool) -> Any:
@@ -244,42 +256,53 @@ def _rounded(element: Any, up: bool) -> Any:
     if element.is_integer:
         return element
     numerator, denominator = element.as_numer_denom()
-    if not denominator.is_Integer:
-        return (ceil_div if up else floor_div)(numerator, denominator)
-    return (ceil_div if up else floor_div)(numerator, int(denominator))
+    if denominator.is_Integer:
+        denominator = int(denominator)
+    return (ceil_div if up else floor_div)(numerator, denominator)
 
 
-_CONTENT: dict[str, Callable[[Any, Site], Any]] = {
-    "Identity": lambda element, site: element,
-    "Neg": lambda element, site: -element,
+_CONTENT: dict[str, Callable[[Any], Any]] = {
+    "Identity": lambda element: element,
+    "Neg": lambda element: -element,
     "Abs": _absolute,
     "Not": _negated,
     "Floor": _floor,
     "Ceil": _ceil,
+    "Sqrt": _square_root,
 }
+"""Elementwise functions of content; None where the result is not known."""
 
 
 @rule(_UNARY)
 def _unary(site: Site) -> Outcome:
     first = site.fact(0)
-    function = _CONTENT.get(site.node.op_type)
-    known = None
-    if function is not None and first.known is not None and is_default_domain(site.node):
-        known = first.known
-        if site.node.op_type != "Identity":
-            known = object_array(np.frompyfunc(lambda e: function(e, site), 1, 1)(known))
-            if is_integer_type(first.dtype):
-                known = known if first.dtype and in_range(known, first.dtype) else None
-            else:
-                known = object_array(np.frompyfunc(_as_float, 1, 1)(known))
+    op = site.node.op_type
+    known = first.known
+    if op != "Identity" and known is not None:
+        function = _CONTENT.get(op) if is_default_domain(site.node) else None
+        known = None if function is None else _mapped(site, function, known, first.dtype)
     result = Fact(first.dtype, first.shape, known, first.element)
     if site.outputs == 1:
         return result
     return [result, Fact(ir.DataType.BOOL, first.shape)]
 
 
-def _as_float(element: Any) -> Any:
-    return float(element) if isinstance(element, int) else element
+def _mapped(
+    site: Site, function: Callable[[Any], Any], known: SymbolicArray, dtype: ir.DataType | None
+) -> SymbolicArray | None:
+    """Apply a function to each element; what is not known becomes a symbol that says so."""
+    elements = [function(element) for element in known.flat]
+    if dtype is None:
+        return None
+    if is_integer_type(dtype):
+        elements = [site.anything() if element is None else element for element in elements]
+        result = array_of(elements, known.shape)
+        return result if in_range(result, dtype) else None
+    if any(element is None for element in elements):
+        return None
+    kind = dtype.numpy().type
+    numbers = [float(kind(e)) if isinstance(e, int | float) else e for e in elements]
+    return array_of(numbers, known.shape)
 
 
 @rule("IsNaN IsInf")

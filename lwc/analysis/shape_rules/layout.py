@@ -119,6 +119,13 @@ def _flatten(site: Site) -> Outcome:
     return Fact(site.dtype(0), result, _relaid(site.known(0), result))
 
 
+def _sum(dims: list[Dim]) -> Dim:
+    total: Dim = 0
+    for dim in dims:
+        total = add(total, dim)
+    return total
+
+
 def _size(dims: DimShape) -> Dim:
     total: Dim = 1
     for dim in dims:
@@ -237,6 +244,9 @@ def _split(site: Site) -> Outcome:
         sizes = [chunk] * (count - 1) + [subtract(whole, multiply(chunk, count - 1))]
     if len(sizes) != parts:
         raise Misfit(f"{len(sizes)} sizes for {parts} outputs")
+    total = _sum(sizes)
+    if isinstance(total, int) and isinstance(whole, int) and total != whole:
+        raise Misfit(f"the pieces add up to {total}, the axis has {whole}")
     content = site.known(0)
     facts, start = [], 0
     for size in sizes:

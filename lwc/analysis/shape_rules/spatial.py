@@ -157,3 +157,22 @@ def _scaled(site: Site, size: Dim, scale: Any) -> Dim:
     if denominator > 64:
         return site.fresh()
     return floor_div(multiply(size, numerator), denominator)
+
+
+@rule("STFT")
+def _stft(site: Site) -> Outcome:
+    # onnx's own inference forgets that `onesided` is on by default.
+    signal, dtype = site.shape(0), site.dtype(0)
+    step, length = site.known(1), site.known(3)
+    window = site.shape(2) if site.has(2) else None
+    size: Dim | None = window[0] if window else None
+    if size is None and length is not None:
+        size = extent(site, length.flat[0])
+    if signal is None or size is None:
+        batch = site.fresh() if signal is None else signal[0]
+        return Fact(dtype, (batch, site.fresh(), site.fresh(), 2))
+    bins = add(floor_div(size, 2), 1) if site.attribute("onesided", 1) else size
+    frames: Dim = site.fresh()
+    if step is not None and isinstance(step.flat[0], int) and step.flat[0] > 0:
+        frames = add(floor_div(subtract(signal[1], size), step.flat[0]), 1)
+    return Fact(dtype, (signal[0], frames, bins, 2))
