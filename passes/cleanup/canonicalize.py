@@ -54,8 +54,8 @@ class Canonicalize(Pass):
         after = sum(1 for _ in module.nodes())
         if not changed:
             ctx.note("nothing to simplify")
-        statistics = {"nodes-before": before, "nodes-after": after, **sorted_counts(outcome.hits)}
-        return PassResult(changed, statistics=statistics)
+        statistics = {"nodes-before": before, "nodes-after": after}
+        return PassResult(changed, statistics=statistics, rewrites=sorted_counts(outcome.hits))
 
 
 def canonicalize(module: Module, ctx: PassContext, folding: Folding) -> tuple[bool, Rewriting]:
@@ -99,4 +99,4 @@ def canonicalize(module: Module, ctx: PassContext, folding: Folding) -> tuple[bo
 
 def sorted_counts(hits: Counter[str]) -> dict[str, int]:
     """Return counts by name in an order that does not depend on the run."""
-    return {f"hits-{name}": count for name, count in sorted(hits.items())}
+    return dict(sorted(hits.items()))

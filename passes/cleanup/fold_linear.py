@@ -56,7 +56,8 @@ def fold_linear(module: Module, ctx: PassContext) -> PassResult:
     after = sum(1 for _ in module.nodes())
     return PassResult(
         True,
-        statistics={"nodes-before": before, "nodes-after": after, **sorted_counts(done.hits)},
+        statistics={"nodes-before": before, "nodes-after": after},
+        rewrites=sorted_counts(done.hits),
     )
 
 
@@ -216,7 +217,8 @@ def _merge_affine(node: ir.Node, edit: Editor) -> Outcome:
     axis = inner.axis if outer.axis is None else outer.axis
     both = inner.scale * outer.scale if node.op_type == "Mul" else inner.shift + outer.shift
     rank, dtype = edit.rank(inner.source), edit.dtype(inner.source)
-    assert rank is not None and dtype is not None
+    assert rank is not None
+    assert dtype is not None
     shape = (-1, *([1] * (rank - 1 - axis))) if axis is not None else ()
     constant = edit.constant(both.reshape(shape).astype(dtype.numpy()), "constant")
     return edit.op(node.op_type, [inner.source, constant])
