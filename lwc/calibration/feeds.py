@@ -315,9 +315,10 @@ def load_feeds(path: str | Path) -> Iterator[dict[str, Array]]:
         raise InputError("the folder holds no .npz file", file=path)
     for file in files:
         try:
-            with np.load(file, allow_pickle=False) as arrays:
-                if not isinstance(arrays, np.lib.npyio.NpzFile):
-                    raise InputError("not an .npz archive", file=file, remedy="use numpy.savez")
+            arrays = np.load(file, allow_pickle=False)
+            if not isinstance(arrays, np.lib.npyio.NpzFile):
+                raise InputError("not an .npz archive", file=file, remedy="use numpy.savez")
+            with arrays:
                 yield {name: arrays[name] for name in arrays.files}
         except (OSError, ValueError, EOFError, zlib.error) as error:
             raise InputError(f"no feed can be read: {error}", file=file) from error

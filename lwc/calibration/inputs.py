@@ -60,6 +60,8 @@ _TRANSPARENT = {
 }  # fmt: skip
 """Operators whose first input's elements come out unchanged."""
 
+_RESHAPING = _TRANSPARENT - {"Cast", "Identity"}
+
 _TABLES = {
     ("Gather", 1): (0, "axis"),
     ("com.microsoft::GatherBlockQuantized", 1): (0, "gather_axis"),
@@ -133,11 +135,13 @@ def _table_rows(node: ir.Node, table_index: int, axis_name: str | None) -> int |
     axis = 0 if axis_name is None else node.attributes.get_int(axis_name, 0)
     table = node.inputs[table_index]
     while table is not None:
-        if table.shape is not None:
-            rows = table.shape[axis]
+        constant = constant_tensor(table)
+        shape = table.shape if constant is None else constant.shape
+        if shape is not None:
+            rows = shape[axis]
             return rows if isinstance(rows, int) else None
         producer = table.producer()
-        if producer is None or not producer.inputs or producer.op_type in _TRANSPARENT - {"Cast"}:
+        if producer is None or not producer.inputs or producer.op_type in _RESHAPING:
             return None
         table = producer.inputs[0]  # dequantization and scaling keep the table's rows
     return None
