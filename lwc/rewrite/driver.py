@@ -6,8 +6,10 @@ visited again, so that the cost grows with the graph and the matches.
 
 from __future__ import annotations
 
+import gc
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,15 +19,15 @@ from lwc.core.diagnostics import describe
 from lwc.core.errors import PassError
 from lwc.core.walk import attribute_graphs, op_name
 from lwc.rewrite.editor import Editor
-from lwc.rewrite.rules import Edited, Miss, Outcome, Rule, RuleSet
+from lwc.rewrite.rules import Edited, Miss, Rule, RuleSet
 
 if TYPE_CHECKING:
     from lwc.analysis.shapes import Fact, Shapes
 
 __all__ = ["Missed", "Rewriting", "rewrite"]
 
-_HITS_PER_NODE = 64
-"""A node rewritten this often in one run means that two rules undo each other."""
+_EDITS_PER_NODE = 64
+"""A node edited this often in one run means that rules undo each other."""
 
 
 @dataclass(frozen=True)
@@ -66,74 +68,105 @@ def rewrite(
     Raises:
         PassError: Rules keep changing the same node.
     """
-    result = Rewriting()
+    with _without_collections():
+        return _run(editor, rules, sweep)
+
+
+def _run(
+    editor: Editor, rules: RuleSet, sweep: Callable[[Editor], Counter[str]] | None
+) -> Rewriting:
     worklist = _Worklist(_in_order(editor))
-    missed: dict[tuple[str, ir.Node], Missed] = {}
+    run = _Run(editor, rules)
     while True:
         for node, inputs_changed in worklist:
             if inputs_changed and _facts_improved(node, editor):
                 for output in node.outputs:
                     editor.touch(*(use.node for use in output.uses()), inputs_changed=True)
-            _visit(node, editor, rules, result, missed)
+            run.visit(node)
             if editor.touched:
                 worklist.push(editor.touched)
                 editor.touched = {}
         if sweep is None:
             break
-        result.hits += sweep(editor)
+        run.result.hits += sweep(editor)
         if not editor.touched:
             break
         worklist.push(editor.touched)
         editor.touched = {}
-    result.missed = [each for each in missed.values() if each.node.graph is not None]
-    return result
+    run.result.missed = [each for each in run.missed.values() if each.node.graph is not None]
+    return run.result
 
 
-def _visit(
-    node: ir.Node,
-    editor: Editor,
-    rules: RuleSet,
-    result: Rewriting,
-    missed: dict[tuple[str, ir.Node], Missed],
-) -> None:
-    if editor.is_dead(node):
-        editor.erase(node)
-        result.erased += 1
-        return
-    if any(each.is_ref() for each in node.attributes.values()):
-        return
-    for rule in rules.at(op_name(node)):
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Pause the cycle collector: rescanning a graph that grows costs a quarter of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+class _Run:
+    """Applies rules at nodes and keeps the books."""
+
+    def __init__(self, editor: Editor, rules: RuleSet) -> None:
+        self.result = Rewriting()
+        self.missed: dict[tuple[str, ir.Node], Missed] = {}
+        self._editor = editor
+        self._rules = rules
+        self._edits: Counter[ir.Node] = Counter()
+
+    def visit(self, node: ir.Node) -> None:
+        """Erase a dead node, or apply the first rule that matches.
+
+        A node whose attributes refer to a function's parameters is left alone.
+        """
+        editor = self._editor
+        if editor.is_dead(node):
+            editor.erase(node)
+            self.result.erased += 1
+            return
+        if any(each.is_ref() for each in node.attributes.values()):
+            return
         editor.root = node
-        outcome = rule.apply(node, editor)
-        if outcome is None:
-            missed.pop((rule.name, node), None)
-            continue
-        if isinstance(outcome, Miss):
-            missed[(rule.name, node)] = Missed(rule.name, outcome.node or node, outcome.reason)
-            continue
-        missed.pop((rule.name, node), None)
-        result.hits[rule.name] += 1
-        _carry_out(node, rule, outcome, editor)
-        return
+        for rule in self._rules.at(op_name(node)):
+            outcome = rule.apply(node, editor)
+            if isinstance(outcome, Miss):
+                reached = outcome.node or node
+                self.missed[rule.name, node] = Missed(rule.name, reached, outcome.reason)
+                continue
+            if self.missed:
+                self.missed.pop((rule.name, node), None)
+            if outcome is not None:
+                self._carry_out(node, rule, outcome)
+                return
 
-
-def _carry_out(node: ir.Node, rule: Rule, outcome: Outcome, editor: Editor) -> None:
-    if isinstance(outcome, Edited):
-        editor.changed = True
-        editor.touch(node, inputs_changed=True)
-        return
-    replacements: Sequence[ir.Value | None]
-    replacements = [outcome] if isinstance(outcome, ir.Value) else list(outcome)  # type: ignore[arg-type]
-    if len(replacements) > len(node.outputs):
-        raise PassError(
-            f"rule '{rule.name}' returned {len(replacements)} values for {len(node.outputs)} outputs",
-            node=describe(node),
-        )
-    for old, new in zip(node.outputs, replacements, strict=False):
-        if new is not None:
-            editor.replace(old, new)
-    if node.graph is not None and editor.is_dead(node):
-        editor.erase(node)
+    def _carry_out(
+        self, node: ir.Node, rule: Rule, outcome: ir.Value | Sequence[ir.Value | None] | Edited
+    ) -> None:
+        editor = self._editor
+        self.result.hits[rule.name] += 1
+        if isinstance(outcome, Edited):
+            self._edits[node] += 1
+            if self._edits[node] > _EDITS_PER_NODE:
+                raise PassError(f"rule '{rule.name}' comes to no end", node=describe(node))
+            editor.changed = True
+            editor.touch(node, inputs_changed=True)
+            return
+        values = [outcome] if isinstance(outcome, ir.Value) else list(outcome)
+        if len(values) > len(node.outputs):
+            raise PassError(
+                f"rule '{rule.name}' returned {len(values)} values, not {len(node.outputs)}",
+                node=describe(node),
+            )
+        for old, new in zip(node.outputs, values, strict=False):
+            if new is not None:
+                editor.replace(old, new)
+        if node.graph is not None and editor.is_dead(node):
+            editor.erase(node)
 
 
 def _facts_improved(node: ir.Node, editor: Editor) -> bool:

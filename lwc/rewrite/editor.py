@@ -68,7 +68,7 @@ class Editor:
     # Facts
 
     def shape(self, value: ir.Value | None) -> DimShape | None:
-        """Return the shape, extents that are not known as expressions; None if not even the rank."""
+        """Return the shape, unknown extents as expressions; None where the rank is not known."""
         return None if value is None else self.shapes.shape(value)
 
     def static_shape(self, value: ir.Value | None) -> tuple[int, ...] | None:
@@ -202,13 +202,15 @@ class Editor:
         self.touch(node)
 
     def constant(
-        self, content: Array | ir.TensorProtocol | Sequence[int], name: str = "constant"
+        self,
+        content: Array | ir.TensorProtocol | list[int] | tuple[int, ...],
+        name: str = "constant",
     ) -> ir.Value:
         """Return a constant value usable at the root; small ones of equal content are shared.
 
-        A sequence of int becomes an int64 vector.
+        Integers become an int64 vector.
         """
-        if not isinstance(content, np.ndarray | ir.TensorProtocol):
+        if isinstance(content, list | tuple):
             content = np.array(content, dtype=np.int64)
         key = _content_key(content)
         if self.in_function(self._root()):

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from lwc.analysis.shapes import Shapes
 from lwc.core.module import Module
 from lwc.core.walk import constant_tensor
+from lwc.core.weights import reading
 from lwc.passes.cleanup.canonical.tidy import remove_unused
 from lwc.passes.cleanup.canonicalize import sorted_counts
 from lwc.passes.cleanup.linear.affine import AFFINE_OPS, Affine, affine_of
@@ -191,12 +192,13 @@ def _carry(carrier: ir.Node, moved: ir.Value, affine: Affine, edit: Editor) -> i
         return edit.op(
             carrier.op_type, [moved, *carrier.inputs[1:]], dict(carrier.attributes.items())
         )
-    index = 1 if edit.tensor(carrier.inputs[1]) is not None else 0
-    tensor = edit.tensor(carrier.inputs[index])
+    constant = carrier.inputs[1 if edit.tensor(carrier.inputs[1]) is not None else 0]
+    tensor = edit.tensor(constant)
+    assert constant is not None
     assert tensor is not None
-    array = tensor.numpy()
-    scaled = (array.astype(np.float64) * affine.scale.item()).astype(array.dtype)
-    return edit.op("Add", [moved, edit.constant(scaled, carrier.inputs[index].name or "bias")])
+    with reading(tensor) as array:
+        scaled = (array.astype(np.float64) * affine.scale.item()).astype(array.dtype)
+    return edit.op("Add", [moved, edit.constant(scaled, constant.name or "bias")])
 
 
 def _merge_affine(node: ir.Node, edit: Editor) -> Outcome:

@@ -1,4 +1,4 @@
-"""Evaluation of one node on constants: numpy where it agrees with ONNX to the bit, else ONNX Runtime."""
+"""Evaluation of one node on constants: by numpy where it does what ONNX says, else by a runtime."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ def _cast(node: ir.Node, inputs: Sequence[Array | None]) -> Array | None:
 
 def _divide(node: ir.Node, inputs: Sequence[Array | None]) -> Array | None:
     a, b = inputs
-    assert a is not None and b is not None
+    assert a is not None
+    assert b is not None
     if a.dtype.kind == "f":
         return np.divide(a, b)
     if a.dtype.kind not in "iu":
@@ -71,7 +72,7 @@ def _divide(node: ir.Node, inputs: Sequence[Array | None]) -> Array | None:
         raise EvaluationError("integer division by zero")
     quotient = np.floor_divide(a, b)
     inexact = quotient * b != a
-    return quotient + (inexact & ((a < 0) != (b < 0))).astype(a.dtype)
+    return np.asarray(quotient + (inexact & ((a < 0) != (b < 0))).astype(a.dtype))
 
 
 def _numeric(function: Callable[..., Any]) -> Callable[..., Array | None]:
@@ -85,7 +86,8 @@ def _numeric(function: Callable[..., Any]) -> Callable[..., Array | None]:
 
 def _reshape(node: ir.Node, inputs: Sequence[Array | None]) -> Array | None:
     x, shape = inputs
-    assert x is not None and shape is not None
+    assert x is not None
+    assert shape is not None
     target = shape.tolist()
     if not attribute(node, "allowzero", 0):
         target = [x.shape[i] if dim == 0 else dim for i, dim in enumerate(target)]
@@ -103,13 +105,15 @@ def _squeeze(node: ir.Node, inputs: Sequence[Array | None]) -> Array | None:
 
 def _unsqueeze(node: ir.Node, inputs: Sequence[Array | None]) -> Array | None:
     axes = _axes(inputs)
-    assert inputs[0] is not None and axes is not None
+    assert inputs[0] is not None
+    assert axes is not None
     return np.expand_dims(inputs[0], axes)
 
 
 def _gather(node: ir.Node, inputs: Sequence[Array | None]) -> Array | None:
     x, indices = inputs
-    assert x is not None and indices is not None
+    assert x is not None
+    assert indices is not None
     return np.take(x, indices, axis=attribute(node, "axis", 0))
 
 
@@ -119,7 +123,9 @@ def _concat(node: ir.Node, inputs: Sequence[Array | None]) -> Array | None:
 
 def _slice(node: ir.Node, inputs: Sequence[Array | None]) -> Array | None:
     x, starts, ends = inputs[:3]
-    assert x is not None and starts is not None and ends is not None
+    assert x is not None
+    assert starts is not None
+    assert ends is not None
     count = starts.size
     axes = range(count) if len(inputs) < 4 or inputs[3] is None else inputs[3].tolist()
     steps = [1] * count if len(inputs) < 5 or inputs[4] is None else inputs[4].tolist()
@@ -138,13 +144,16 @@ def _transpose(node: ir.Node, inputs: Sequence[Array | None]) -> Array | None:
 
 def _expand(node: ir.Node, inputs: Sequence[Array | None]) -> Array | None:
     x, shape = inputs
-    assert x is not None and shape is not None
+    assert x is not None
+    assert shape is not None
     return np.broadcast_to(x, np.broadcast_shapes(x.shape, tuple(shape.tolist()))).copy()
 
 
 def _where(node: ir.Node, inputs: Sequence[Array | None]) -> Array | None:
     condition, yes, no = inputs
-    assert condition is not None and yes is not None and no is not None
+    assert condition is not None
+    assert yes is not None
+    assert no is not None
     return np.where(condition, yes, no) if yes.dtype == no.dtype else None
 
 
@@ -191,7 +200,7 @@ def _run(node: ir.Node, inputs: Sequence[Array | None], imports: dict[str, int])
     import onnxruntime as ort
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-    values = []
+    values: list[ir.Value | None] = []
     for index, x in enumerate(inputs):
         if x is None:
             values.append(None)

@@ -70,6 +70,8 @@ class Folding:
         ]
 
     def _foldable(self, node: ir.Node, edit: Editor) -> bool:
+        if node.op_type in _NEVER or node.domain:
+            return False
         constants = 0
         for value in node.inputs:
             if value is None:
@@ -77,9 +79,7 @@ class Folding:
             if edit.tensor(value) is None and value.producer() not in self._waiting:
                 return False
             constants += 1
-        if not constants or node.op_type in _NEVER or node.domain:
-            return False
-        return not any(True for _ in attribute_graphs(node))
+        return bool(constants) and not any(True for _ in attribute_graphs(node))
 
     def _cone(self, node: ir.Node, edit: Editor) -> list[ir.Node]:
         """Return the waiting nodes that `node` is computed from, and itself, in order."""
@@ -163,9 +163,7 @@ class Folding:
                 release(tensor)
         return results
 
-    def _constant(
-        self, result: Array, output: ir.Value, edit: Editor
-    ) -> ir.Value | None:
+    def _constant(self, result: Array, output: ir.Value, edit: Editor) -> ir.Value | None:
         if not (output.uses() or output.is_graph_output()):
             return None
         if result.nbytes <= FREE_BYTES:

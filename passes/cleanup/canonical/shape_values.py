@@ -77,14 +77,12 @@ def implicit_broadcast(node: ir.Node, edit: Editor) -> Outcome:
             )
         ):
             continue
-        if producer.op_type == "Expand":
-            shape = edit.shape(producer.inputs[0])
-        else:
-            shape = ()
+        expands = producer.op_type == "Expand"
+        shape = edit.shape(producer.inputs[0]) if expands else ()
         others = [edit.shape(each) for i, each in enumerate(node.inputs) if i != index]
         if shape is None or not _broadcasts_to([shape, *others], result, edit):
             continue
-        if producer.op_type == "Expand":
+        if expands:
             plain = producer.inputs[0]
         else:
             fill = producer.attributes.get("value")

@@ -128,7 +128,7 @@ class LinearFolder:
         weight, op = self._read(linear.weight), linear.node.op_type
         if scale.size == 1:
             return weight * scale.reshape(())
-        if op == "ConvTranspose" or op == "MatMul":
+        if op in ("ConvTranspose", "MatMul"):
             return weight * scale.reshape(-1, *([1] * (weight.ndim - 1)))
         if op == "Gemm":
             return weight * (scale if attribute(linear.node, "transB", 0) else scale[:, None])
@@ -153,7 +153,8 @@ class LinearFolder:
         if linear.bias is None:
             return np.zeros(linear.outputs)
         bias = np.broadcast_to(self._read(linear.bias).ravel(), (linear.outputs,))
-        return bias * attribute(linear.node, "beta", 1.0)
+        beta: float = attribute(linear.node, "beta", 1.0)
+        return bias * beta
 
     def rebuild(
         self,
