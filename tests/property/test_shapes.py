@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
@@ -21,7 +20,7 @@ from lwc.core.module import Module
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from shape_oracle import compare  # noqa: E402
+from shape_oracle import compare
 
 SIZES = st.integers(min_value=1, max_value=7)
 
@@ -193,12 +192,11 @@ def test_dimension_arithmetic_agrees_with_numbers(data: st.DataObject, a: int, b
     assert not dims.at_least(x, y) or p >= q
 
 
-@pytest.mark.parametrize("size", [1, 5, 6, 7, 8, 13])
 @pytest.mark.parametrize("auto", ["NOTSET", "SAME_UPPER", "SAME_LOWER", "VALID"])
 @pytest.mark.parametrize("ceil", [0, 1])
-@pytest.mark.parametrize(("kernel", "stride", "pad"), [(3, 2, 1), (2, 3, 0), (3, 1, 1), (2, 2, 1)])
+@pytest.mark.parametrize(("kernel", "stride", "pad"), [(3, 2, 1), (3, 3, 0), (3, 1, 1), (2, 2, 1)])
 def test_pooling_agrees_with_the_runtime(
-    size: int, auto: str, ceil: int, kernel: int, stride: int, pad: int
+    *, auto: str, ceil: int, kernel: int, stride: int, pad: int
 ) -> None:
     attributes: dict[str, Any] = {"kernel_shape": [kernel], "strides": [stride], "ceil_mode": ceil}
     attributes |= {"auto_pad": auto} if auto != "NOTSET" else {"pads": [pad, pad]}
@@ -211,9 +209,7 @@ def test_pooling_agrees_with_the_runtime(
     )
     opsets = [helper.make_opsetid("", 18)]
     module = Module(ir.from_proto(helper.make_model(graph, opset_imports=opsets, ir_version=9)))
-    try:
+    for size in (3, 5, 6, 7, 8, 13):
         result = compare(module, {"x": np.ones((1, 2, size), np.float32)})
-    except (ort.capi.onnxruntime_pybind11_state.Fail, RuntimeError) as error:
-        pytest.skip(f"the runtime refuses: {error}")
-    assert not result.wrong
-    assert result.complete == 1
+        assert not result.wrong, size
+        assert result.complete == 1

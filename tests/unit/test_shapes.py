@@ -1,5 +1,7 @@
 """Shape inference on small graphs: what is claimed, and what is left open."""
 
+# ruff: noqa: E501 (a table reads best a case to a line)
+
 from __future__ import annotations
 
 import numpy as np
@@ -339,7 +341,7 @@ def test_a_malformed_node_is_recorded_and_claims_nothing() -> None:
 
 
 def test_onnx_infers_an_operator_without_a_rule() -> None:
-    text = "g (float[b,2,6] x) => (float[r] y) {\n s = Constant<value_ints=[2,3]>()\n y = CenterCropPad<axes=[1,2]>(x,s)\n}"  # noqa: E501
+    text = "g (float[b,2,6] x) => (float[r] y) {\n s = Constant<value_ints=[2,3]>()\n y = CenterCropPad<axes=[1,2]>(x,s)\n}"
     assert shape_of(text) == (B, 2, 3)
 
 

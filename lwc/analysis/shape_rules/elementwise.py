@@ -186,6 +186,9 @@ def _floating_content(
     sums and products with whole numbers do; a quotient is only good to be rounded at once.
     """
     numbers = all(isinstance(e, float | int) for array in (a, b) for e in array.flat)
+    if numbers and op == "Pow":
+        powers = object_array(np.frompyfunc(_exact_power, 2, 1)(a, b))
+        return None if any(element is None for element in powers.flat) else powers
     if numbers:
         function = _FLOATING.get(op)
         if function is None:
@@ -201,6 +204,17 @@ def _floating_content(
         return None
     result = object_array(np.frompyfunc(symbolic, 2, 1)(*whole))
     return None if any(element is None for element in result.flat) else result
+
+
+def _exact_power(a: float, b: float) -> float | None:
+    """Return a power where its result is exact, so that every runtime gives the same."""
+    if not (0 <= a < 1 << 24 and float(a).is_integer()):
+        return None
+    if b == 0.5:
+        root = math.isqrt(int(a))
+        return float(root) if root * root == a else None
+    result = a**b if b in (1, 2) else None
+    return float(result) if result is not None and result < 1 << 24 else None
 
 
 def _exact_ratio(a: Dim, b: Dim) -> Any:
