@@ -65,9 +65,10 @@ def compare(module: Module, feed: Feed) -> Comparison:
     shapes = Shapes.build(module)
     bindings: dict[str, int] = {}
     for value in module.graph.inputs:
-        if value.name not in feed:
+        given = feed.get(value.name or "")
+        if given is None:
             continue
-        for dim, size in zip(shapes.shape(value) or (), feed[value.name].shape, strict=True):
+        for dim, size in zip(shapes.shape(value) or (), given.shape, strict=True):
             if not isinstance(dim, int) and dim.is_Symbol:
                 assert bindings.setdefault(dim.name, size) == size
     found = run_everything(module, shapes, feed)

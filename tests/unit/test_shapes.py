@@ -11,7 +11,7 @@ import pytest
 
 from lwc.analysis.manager import AnalysisManager
 from lwc.analysis.shapes import Shapes
-from lwc.core.dims import add, evaluate, floor_div, multiply, symbol
+from lwc.core.dims import Dim, Expr, add, evaluate, floor_div, multiply, symbol
 from lwc.core.module import Module
 
 A, B, S = symbol("a"), symbol("b"), symbol("s")
@@ -100,7 +100,7 @@ def content_of(text: str, name: str = "y", opset: int = 18) -> list[object]:
         ("float[a,4,b] x, float[4,s] z", "y = com.microsoft.FusedMatMul<transA=1>(x,z)", (A, B, S)),
     ],
 )  # fmt: skip
-def test_shape_of_one_operator(inputs: str, body: str, expected: tuple[object, ...]) -> None:
+def test_shape_of_one_operator(inputs: str, body: str, expected: tuple[Dim, ...]) -> None:
     text = f"g ({inputs}) => (float[r] y) {{\n{body}\n}}"
     found = shape_of(text, opset=20)
     assert found == tuple(e if isinstance(e, int) else e.expand() for e in expected)
@@ -110,7 +110,7 @@ def test_two_different_symbols_broadcast_to_a_fresh_one_each_time_the_same() -> 
     shapes, values = infer(
         "g (float[a] x, float[b] z) => (float[r] y) {\n y = Add(x,z)\n w = Mul(z,x)\n}"
     )
-    (first,), (second,) = shapes.shape(values["y"]), shapes.shape(values["w"])
+    (first,), (second,) = (shapes.shape(values[name]) or () for name in "yw")
     assert first not in (A, B)
     assert shapes.is_fresh(first)
     assert first is second
@@ -380,10 +380,10 @@ def test_nbytes_packs_small_types() -> None:
 
 
 def test_nested_floors_become_one() -> None:
-    height = S
+    height: Expr = S
     for _ in range(4):
         height = add(floor_div(add(height, -1), 2), 1)
-    assert height.count(floor_div(S, 2).func) == 1
+    assert str(height).count("floor") == 1
     for size in range(70):
         expected = size
         for _ in range(4):

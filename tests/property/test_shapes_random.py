@@ -96,17 +96,17 @@ def _grow(draw: st.DrawFn, graph: Graph) -> None:
     elif kind == "binary":
         other = draw(st.sampled_from(sorted(graph.shapes)))
         try:
-            truth = np.broadcast_shapes(shape, graph.shapes[other])
+            common = np.broadcast_shapes(shape, graph.shapes[other])
         except ValueError:
             return
-        graph.node("Add", [name, other], truth)
+        graph.node("Add", [name, other], common)
     elif kind == "expand":
         ones = (1,) * (rank + 1)
         graph.node("Expand", [name, graph.constant(list(ones))], (1, *shape))
     elif kind == "reduce" and rank:
         axis, keep = draw(st.integers(0, rank - 1)), draw(st.integers(0, 1))
-        truth = (*shape[:axis], *([1] * keep), *shape[axis + 1 :])
-        graph.node("ReduceMax", [name, graph.constant([axis])], truth, keepdims=keep)
+        left = (*shape[:axis], *([1] * keep), *shape[axis + 1 :])
+        graph.node("ReduceMax", [name, graph.constant([axis])], left, keepdims=keep)
 
 
 def _reshape_by_shape(draw: st.DrawFn, graph: Graph, name: str) -> None:
@@ -118,6 +118,7 @@ def _reshape_by_shape(draw: st.DrawFn, graph: Graph, name: str) -> None:
     first = graph.node("Gather", [extents, graph.constant([0])], (1,), axis=0)
     second = graph.node("Gather", [extents, graph.constant([-1])], (1,), axis=0)
     rest = graph.constant([-1])
+    truth: tuple[int, ...]
     del graph.shapes[extents], graph.shapes[first], graph.shapes[second]
     if draw(st.booleans()):
         product = graph.node("Mul", [first, second], (1,))
