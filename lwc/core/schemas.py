@@ -53,7 +53,10 @@ def _signature(
         schema.max_input,
         schema.min_output,
         schema.max_output,
-        {name: int(attribute.type.value) for name, attribute in schema.attributes.items()},
+        {
+            name: int(attribute.type.value)  # type: ignore[attr-defined]
+            for name, attribute in schema.attributes.items()
+        },
         frozenset(name for name, attribute in schema.attributes.items() if attribute.required),
     )
 

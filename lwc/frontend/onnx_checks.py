@@ -89,6 +89,14 @@ class _Checker:
             raise self._error("holds no graph: this is not an ONNX model", "check the file")
         if proto.ir_version < 1:
             raise self._error("has no IR version: this is not an ONNX model", "check the file")
+        self._text(
+            proto.producer_name,
+            proto.producer_version,
+            proto.domain,
+            proto.doc_string,
+            where="model",
+        )
+        self._metadata(proto, "model")
         self.imports = self._read_imports(proto.opset_import)
         if not self.imports and (proto.graph.node or proto.functions):
             raise self._error("imports no opset", "add an opset import or export the model again")
@@ -106,6 +114,7 @@ class _Checker:
     def _read_imports(self, entries: object) -> dict[str, int]:
         imports: dict[str, int] = {}
         for entry in entries:  # type: ignore[attr-defined]
+            self._text(entry.domain, where="opset import")
             domain = "" if entry.domain == "ai.onnx" else entry.domain
             if imports.setdefault(domain, entry.version) != entry.version:
                 raise self._error(
@@ -131,6 +140,8 @@ class _Checker:
                 f"graph '{graph.name}' has sparse initializers, which lwc does not read",
                 "store them dense",
             )
+        self._text(graph.name, graph.doc_string, where="graph")
+        self._metadata(graph, "graph")
         defined: set[str] = set()
         for value in graph.input:
             self._value_type(value)
@@ -156,6 +167,15 @@ class _Checker:
                 )
 
     def _function(self, function: onnx.FunctionProto) -> None:
+        self._text(
+            function.name,
+            function.domain,
+            function.overload,
+            function.doc_string,
+            *function.attribute,
+            where="function",
+        )
+        self._metadata(function, "function")
         saved, self.imports = self.imports, self._read_imports(function.opset_import)
         defined: set[str] = set()
         for name in function.input:
@@ -176,11 +196,22 @@ class _Checker:
         eventually = {name for node in nodes for name in node.output}  # type: ignore[attr-defined]
         scopes = [*outer, _Scope(defined, eventually)]
         for node in nodes:  # type: ignore[attr-defined]
+            self._text(
+                node.op_type, node.domain, node.overload, node.name, node.doc_string, where="node"
+            )
+            if node.metadata_props:
+                self._metadata(node, _describe(node))
             self._operator(node)
             for name in node.input:
                 if name and name not in defined:
                     self._find_outside(name, node, scopes)
             for attribute in node.attribute:
+                self._text(
+                    attribute.name,
+                    attribute.ref_attr_name,
+                    attribute.doc_string,
+                    where=node.op_type,
+                )
                 if attribute.type in (
                     onnx.AttributeProto.INT,
                     onnx.AttributeProto.INTS,
@@ -212,13 +243,13 @@ class _Checker:
         if (node.domain, op_type) in self.functions:
             return
         version = self.imports.get(domain)
+        if version is None:
+            raise self._error(
+                f"uses domain '{domain or 'ai.onnx'}', which the model does not import",
+                "add the opset import",
+                _describe(node),
+            )
         if domain in STANDARD_DOMAINS:
-            if version is None:
-                raise self._error(
-                    f"uses domain '{domain or 'ai.onnx'}', which the model does not import",
-                    "add the opset import",
-                    _describe(node),
-                )
             problem = signature_problem(
                 domain,
                 op_type,
@@ -260,6 +291,8 @@ class _Checker:
             )
 
     def _tensor(self, tensor: onnx.TensorProto, where: str, stored: int | None = None) -> None:
+        self._text(tensor.name, tensor.doc_string, where="tensor")
+        self._metadata(tensor, "tensor")
         try:
             dtype = ir.DataType(tensor.data_type)
         except ValueError:
@@ -274,6 +307,8 @@ class _Checker:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             if dtype == ir.DataType.STRING:
                 raise self._error(f"{where} holds strings, which cannot lie in a data file", _AGAIN)
+            for entry in tensor.external_data:
+                self._text(entry.key, entry.value, where="tensor")
             self.findings.external = True
             return
         if dtype == ir.DataType.STRING:
@@ -294,6 +329,8 @@ class _Checker:
             )
 
     def _value_type(self, value: onnx.ValueInfoProto) -> None:
+        self._text(value.name, value.doc_string, value.type.denotation, where="value")
+        self._metadata(value, "value")
         kind, depth = value.type, 0
         while True:
             which = kind.WhichOneof("value")
@@ -311,6 +348,8 @@ class _Checker:
             if which is None:
                 return
             number = getattr(kind, which).elem_type
+            for dim in getattr(kind, which).shape.dim:
+                self._text(dim.dim_param, dim.denotation, where=f"shape of '{value.name}'")
             try:
                 ir.DataType(number)
             except ValueError:
@@ -322,11 +361,31 @@ class _Checker:
     def _define(self, name: str, defined: set[str], what: str, node: str | None = None) -> None:
         if not name:
             raise self._error("a graph input has no name", _AGAIN, node)
+        self._text(name, where="value")
         if name in defined:
             raise self._error(
                 f"{what} is defined twice", "names must be unique: export the model again", node
             )
         defined.add(name)
+
+    def _text(self, *texts: str, where: str) -> None:
+        """Refuse what is not UTF-8: protobuf hands such names out as bytes."""
+        for text in texts:
+            if type(text) is not str:
+                raise self._error(f"a {where} has a name or text that is not UTF-8", _AGAIN)
+
+    def _metadata(
+        self,
+        holder: onnx.ModelProto
+        | onnx.GraphProto
+        | onnx.NodeProto
+        | onnx.ValueInfoProto
+        | onnx.FunctionProto
+        | onnx.TensorProto,
+        where: str,
+    ) -> None:
+        for entry in holder.metadata_props:
+            self._text(entry.key, entry.value, where=where)
 
     def _refuse_recursion(self) -> None:
         calls = {

@@ -6,12 +6,13 @@ import gc
 import mmap
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import cast
 
 import onnx
 import onnx.parser
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from lwc.core.diagnostics import Remark, RemarkLog
 from lwc.core.dims import is_anonymous
@@ -64,7 +65,7 @@ def read_onnx(
     outlined = outline(view) if data.size >= _OUTLINE_FROM else Outline(view)
     proto = onnx.ModelProto()
     try:
-        proto.ParseFromString(outlined.message)  # type: ignore[arg-type]
+        proto.ParseFromString(outlined.message)
     except (DecodeError, RecursionError):
         what = "a text file" if _looks_like_text(view) else "truncated or not an ONNX model"
         raise InputError(
@@ -177,7 +178,7 @@ def _build(
             assert tensor is not None
             tensors[name] = FileTensor(inline[0], offset, tensor.dtype, tensor.shape, name)
     for name, stored in tensors.items():
-        model.graph.initializers[name].const_value = stored
+        model.graph.initializers[name].const_value = cast(ir.TensorProtocol, stored)
     if findings.external:
         _open_nested(model, folder)
     if findings.unsorted:
@@ -297,14 +298,15 @@ def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
             yield from attribute.graphs
 
 
-def _dims(kind: onnx.TypeProto) -> Sequence[onnx.TensorShapeProto.Dimension]:
+def _dims(kind: onnx.TypeProto) -> Iterator[onnx.TensorShapeProto.Dimension]:
     which = kind.WhichOneof("value")
     while which in ("sequence_type", "optional_type"):
         kind = getattr(kind, which).elem_type
         which = kind.WhichOneof("value")
     if which == "tensor_type":
-        return kind.tensor_type.shape.dim
-    return kind.sparse_tensor_type.shape.dim if which == "sparse_tensor_type" else ()
+        yield from kind.tensor_type.shape.dim
+    elif which == "sparse_tensor_type":
+        yield from kind.sparse_tensor_type.shape.dim
 
 
 def _clear_anonymous(kind: onnx.TypeProto) -> None:
@@ -322,7 +324,7 @@ def _open_nested(model: ir.Model, folder: DataFolder) -> None:
         if not isinstance(tensor, ir.ExternalTensor):
             return tensor
         proto = ir.serde.serialize_tensor(tensor)
-        return folder.tensor(proto)
+        return cast(ir.TensorProtocol, folder.tensor(proto))
 
     roots = [model.graph, *(function.graph for function in model.functions.values())]
     for graph in (graph for root in roots for graph in graph_and_subgraphs(root)):

@@ -22,7 +22,7 @@ import onnx.helper
 import onnx.parser
 import onnx.printer
 import onnx_ir as ir
-from google.protobuf.message import EncodeError
+from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
 
 from lwc.core.errors import LwcError, UsageError
 from lwc.core.module import Module
@@ -145,7 +145,9 @@ def _save_binary(module: Module, target: str, weights: Sequence[ir.TensorProtoco
     folder, name = os.path.split(os.path.abspath(target))
     stem = os.path.splitext(name)[0]
     old_data = _data_files_of(folder, name, stem)
-    data, places, created = None, {}, False
+    data: str | None = None
+    places: dict[int, tuple[int, int]] = {}
+    created = False
     try:
         if weights:
             data, places, created = _write_data(folder, stem, weights)
@@ -228,7 +230,7 @@ def _serialize(
 ) -> bytes:
     proto = _model_proto(module, data, places)
     try:
-        message = proto.SerializeToString()
+        message: bytes = proto.SerializeToString()
     except (ValueError, EncodeError) as error:
         raise _too_big(target) from error
     if len(message) > _PROTOBUF_LIMIT:

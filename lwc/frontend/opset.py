@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import onnx
+import onnx.shape_inference
 import onnx.version_converter
 
 from lwc.core.errors import InputError
@@ -57,7 +58,12 @@ def raise_opset(proto: onnx.ModelProto, file: str | None) -> onnx.ModelProto:
                 _strip(attribute.t)
     try:
         raised = onnx.version_converter.convert_version(shell, MIN_OPSET)
-    except (RuntimeError, ValueError) as error:
+    except (
+        RuntimeError,
+        ValueError,
+        onnx.shape_inference.InferenceError,
+        onnx.version_converter.ConvertError,
+    ) as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else "no reason given"
         raise InputError(
             f"has opset {version}, and onnx's version converter cannot raise it: {reason[:200]}",
