@@ -17,16 +17,14 @@ from lwc.analysis.shape_rules.registry import (
     Misfit,
     Site,
     SymbolicArray,
-    array_of,
     is_clipped,
     not_one,
-    trackable,
+    tensor_fact,
 )
 from lwc.core import dims
 from lwc.core.dims import Dim, DimShape, is_anonymous, parse_dim, symbol
 from lwc.core.module import Module
 from lwc.core.walk import constant_tensor, is_default_domain, op_name
-from lwc.core.weights import reading
 
 __all__ = ["Fact", "Shapes", "SymbolicArray"]
 
@@ -40,7 +38,8 @@ class Shapes(Analysis):
     Facts hold for every feed that the model accepts under these readings:
 
     - a dimension name of a graph input is one non-negative integer wherever it appears;
-    - extents an operator requires to be equal are equal;
+    - extents an operator requires to be equal are equal, and windows fit their padded input;
+    - extents that the graph computes with in float32 stay exact, below 2**24;
     - a symbolic extent given to Reshape as a target stands for itself; were it 0 at run time,
       Reshape would copy the input's extent instead.
 
@@ -396,18 +395,6 @@ class Shapes(Analysis):
         if isinstance(value.type, ir.TensorType):
             return Fact(value.dtype)
         return UNKNOWN
-
-
-def tensor_fact(tensor: ir.TensorProtocol) -> Fact:
-    """Describe a constant, with its content if it is small."""
-    shape = tuple(int(dim) for dim in tensor.shape.numpy())
-    size = 1
-    for dim in shape:
-        size *= dim
-    if not trackable(tensor.dtype, size):
-        return Fact(tensor.dtype, shape)
-    with reading(tensor) as array:
-        return Fact(tensor.dtype, shape, array_of(array.ravel().tolist(), shape))
 
 
 def _declared_names(module: Module) -> set[str]:

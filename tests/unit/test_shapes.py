@@ -425,3 +425,15 @@ def test_infer_shapes_tells_where_the_file_is_wrong() -> None:
     (remark,) = module.remarks
     assert "7" in remark.message
     assert "6" in remark.message
+
+
+def test_a_sequence_of_even_pieces_has_their_shape() -> None:
+    text = """g (float[b,s,96] x) => (float[r] y) {
+        n = Constant<value_int=32>()
+        q = SplitToSequence<axis=2>(x, n)
+        i = Constant<value_int=1>()
+        y = SequenceAt(q, i)
+    }"""
+    assert shape_of(text) == (B, S, 32)
+    shapes, values = infer(text.replace("=32>", "=40>"))
+    assert shapes.shape(values["y"]) is None, "the last piece is shorter"

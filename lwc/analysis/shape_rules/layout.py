@@ -20,6 +20,7 @@ from lwc.analysis.shape_rules.registry import (
     is_integer_type,
     rule,
     static_size,
+    tensor_fact,
     trackable,
 )
 from lwc.core.dims import (
@@ -455,8 +456,6 @@ def _size_of(site: Site) -> Outcome:
 
 @rule("Constant")
 def _constant(site: Site) -> Outcome:
-    from lwc.analysis.shapes import tensor_fact
-
     node = site.node
     tensor = site.attribute("value")
     if tensor is not None:

@@ -18,6 +18,7 @@ import onnx_ir as ir
 import sympy
 
 from lwc.core.dims import Dim, DimShape, Expr, at_least, equal, lower_bound, subtract
+from lwc.core.weights import reading
 
 if TYPE_CHECKING:
     from lwc.analysis.shapes import Shapes
@@ -44,6 +45,7 @@ __all__ = [
     "rule",
     "shapes_equal",
     "static_size",
+    "tensor_fact",
     "trackable",
 ]
 
@@ -110,6 +112,18 @@ def ints_of(known: SymbolicArray | None) -> list[int] | None:
         return None
     flat = known.ravel().tolist()
     return [int(e) for e in flat] if all(isinstance(e, int) for e in flat) else None
+
+
+def tensor_fact(tensor: ir.TensorProtocol) -> Fact:
+    """Describe a constant, with its content if it is small."""
+    shape = tuple(int(dim) for dim in tensor.shape.numpy())
+    size = 1
+    for dim in shape:
+        size *= dim
+    if not trackable(tensor.dtype, size):
+        return Fact(tensor.dtype, shape)
+    with reading(tensor) as array:
+        return Fact(tensor.dtype, shape, array_of(array.ravel().tolist(), shape))
 
 
 def static_size(shape: DimShape | None) -> int | None:

@@ -7,6 +7,7 @@ import onnx_ir as ir
 from lwc.analysis.shape_rules.control_flow import joined
 from lwc.analysis.shape_rules.elementwise import object_array
 from lwc.analysis.shape_rules.registry import UNKNOWN, Fact, Outcome, Site, axis_of, rule
+from lwc.core.dims import Dim, DimShape
 
 __all__: list[str] = []
 
@@ -62,11 +63,24 @@ def _length(site: Site) -> Outcome:
 @rule("SplitToSequence")
 def _split(site: Site) -> Outcome:
     shape = site.shape(0)
-    if shape is None or site.has(1):
+    if shape is None:
         return Fact(element=Fact(site.dtype(0)))
     axis = axis_of(site.attribute("axis", 0), len(shape))
-    middle = (1,) if site.attribute("keepdims", 1) else ()
+    middle: DimShape = (1,) if site.attribute("keepdims", 1) else ()
+    if site.has(1):
+        size = _piece(site.ints(1), site.shape(1), shape[axis])
+        if size is None:
+            return Fact(element=Fact(site.dtype(0)))
+        middle = (size,)
     return Fact(element=Fact(site.dtype(0), (*shape[:axis], *middle, *shape[axis + 1 :])))
+
+
+def _piece(sizes: list[int] | None, given: DimShape | None, whole: Dim) -> int | None:
+    """Return the extent all pieces have, None where they may differ."""
+    if not sizes or len(set(sizes)) > 1:
+        return None
+    even = given != () or (isinstance(whole, int) and sizes[0] > 0 and whole % sizes[0] == 0)
+    return sizes[0] if even else None
 
 
 @rule("ConcatFromSequence")
