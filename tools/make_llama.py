@@ -15,13 +15,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
 _POOL = 1 << 24
-_DTYPES = {
+_DTYPES: dict[str, tuple[int, Any]] = {
     "float16": (TensorProto.FLOAT16, np.dtype(np.float16)),
     "float32": (TensorProto.FLOAT, np.dtype(np.float32)),
 }
@@ -104,7 +105,7 @@ class GraphBuilder:
         self.constants: dict[str, TensorProto] = {}
         self._dtype = _DTYPES[dtype][1]
 
-    def op(self, op_type: str, inputs: Sequence[str], output: str, **attributes: object) -> str:
+    def op(self, op_type: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
         self.nodes.append(
             helper.make_node(op_type, list(inputs), [output], name=output, **attributes)
         )
@@ -116,10 +117,10 @@ class GraphBuilder:
     def real(self, value: float) -> str:
         return self._constant(f"real_{value:.3g}", np.array(value, self._dtype))
 
-    def array(self, name: str, value: np.ndarray) -> str:  # type: ignore[type-arg]
+    def array(self, name: str, value: np.ndarray[Any, Any]) -> str:
         return self._constant(name, value)
 
-    def _constant(self, name: str, value: np.ndarray) -> str:  # type: ignore[type-arg]
+    def _constant(self, name: str, value: np.ndarray[Any, Any]) -> str:
         self.constants.setdefault(name, onnx.numpy_helper.from_array(value, name))
         return name
 
@@ -201,7 +202,7 @@ def _norm(graph: GraphBuilder, weights: WeightFile, shape: Shape, name: str, val
     return graph.op("Mul", [normal, weight], f"{name}.norm")
 
 
-def _layer(
+def _layer(  # noqa: PLR0917
     graph: GraphBuilder,
     weights: WeightFile,
     shape: Shape,
@@ -270,7 +271,7 @@ def _layer(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for field, default in Shape().__dict__.items():
         parser.add_argument(f"--{field.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--dtype", choices=sorted(_DTYPES), default="float16")

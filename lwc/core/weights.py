@@ -14,7 +14,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -70,7 +70,7 @@ class WeightStore:
         self._end = 0
         self._lock = threading.Lock()
 
-    def put(self, array: np.ndarray[Any, Any], name: str | None = None) -> SpilledTensor:
+    def put(self, array: np.ndarray[Any, Any], name: str | None = None) -> ir.TensorProtocol:
         """Write `array` to the store and return a tensor that reads it back on demand.
 
         Sub-byte element types are given unpacked (ml_dtypes) and are stored packed.
@@ -81,15 +81,17 @@ class WeightStore:
         tensor = ir.Tensor(array, name=name)
         return self.put_tensor(tensor)
 
-    def put_tensor(self, tensor: ir.TensorProtocol) -> SpilledTensor:
+    def put_tensor(self, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
         """Write the content of `tensor` to the store; see `put`. Safe to call from several threads."""
         with self._lock:
             start = -(-self._end // _PAGE) * _PAGE
             self._file.seek(start)
-            tensor.tofile(self._file)
+            cast(Any, tensor).tofile(self._file)
             self._file.flush()
             self._end = start + tensor.nbytes
-        return SpilledTensor(self, start, tensor.dtype, tensor.shape, tensor.name)
+        # mypy wants the protocol's read-only members to be settable.
+        spilled = SpilledTensor(self, start, tensor.dtype, tensor.shape, tensor.name)
+        return cast(ir.TensorProtocol, spilled)
 
     @property
     def nbytes(self) -> int:

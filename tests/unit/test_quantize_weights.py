@@ -117,7 +117,8 @@ def dequantized(module: Module, name: str, bits: int, inputs: int) -> np.ndarray
     if f"{name}_zero_points" in module.graph.initializers:
         zeros = unpack_rows(weight(module, f"{name}_zero_points"), bits, blocks)[..., None]
     real = (values - zeros) * scales[..., None]
-    return real.reshape(len(codes), -1)[:, :inputs].T
+    matrix: np.ndarray[Any, Any] = real.reshape(len(codes), -1)[:, :inputs].T
+    return matrix
 
 
 def missed(module: Module) -> list[str]:

@@ -1,0 +1,246 @@
+"""Which float32 values of a model become half precision, and which stay.
+
+Two things decide. The operator's schema: an input or output that does not admit the half type
+stays float32 (Resize's scales, the scales of QuantizeLinear before opset 19, ...). And numbers:
+some float32 results have no useful half form, so the nodes that compute them are kept:
+
+- positions and masks made from integers: float16 counts exactly only up to 2048, and rotary
+  angles made of rounded positions are wrong at the end of a long text;
+- squares, and what is computed from them alone (the inside of an RMS norm): they overflow
+  float16 from 256 on.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from lwc.analysis.shapes import Shapes
+from lwc.core.module import Module
+from lwc.core.walk import (
+    attribute_graphs,
+    constant_tensor,
+    graph_and_subgraphs,
+    is_default_domain,
+    op_name,
+)
+
+__all__ = ["HalfPlan", "plan_half"]
+
+_KEPT = frozenset(
+    [
+        "Range",
+        "CumSum",
+        "ConstantOfShape",
+        "EyeLike",
+        "RandomNormal",
+        "RandomUniform",
+        "RandomNormalLike",
+        "RandomUniformLike",
+        "Bernoulli",
+        "Multinomial",
+        "HannWindow",
+        "HammingWindow",
+        "BlackmanWindow",
+        "MelWeightMatrix",
+        "DFT",
+        "STFT",
+        "ReduceSumSquare",
+        "ReduceL2",
+        "ReduceLogSumExp",
+        "Pow",
+    ]
+)
+"""Operators that stay float32: counting, random numbers, windows, squares."""
+
+_CARRIERS = frozenset(
+    [
+        "Add",
+        "Sub",
+        "Mul",
+        "Div",
+        "Neg",
+        "Sqrt",
+        "Reciprocal",
+        "Pow",
+        "Sin",
+        "Cos",
+        "MatMul",
+        "Where",
+        "Concat",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Unsqueeze",
+        "Reshape",
+        "Transpose",
+        "Expand",
+        "Tile",
+        "Trilu",
+        "Identity",
+        "Cast",
+        "Floor",
+        "Max",
+        "Min",
+        "Clip",
+        "ReduceMean",
+        "ReduceSum",
+    ]
+)
+"""Operators that stay float32 when all their floating-point inputs are kept or constants."""
+
+_SATURATING = _CARRIERS - {"Div", "MatMul", "Pow"}
+"""Operators whose huge constants say "out of the way", where the largest number does as well."""
+
+_CARRIED_CONSTANT = 4096
+"""A constant of more elements is a weight: what it meets is no longer position arithmetic."""
+
+_HALF_CONTRIB = frozenset(
+    [
+        "MatMulNBits",
+        "GatherBlockQuantized",
+        "Gelu",
+        "FastGelu",
+        "BiasGelu",
+        "QuickGelu",
+        "FusedMatMul",
+        "SkipLayerNormalization",
+        "SkipSimplifiedLayerNormalization",
+        "MultiHeadAttention",
+        "GroupQueryAttention",
+        "RotaryEmbedding",
+    ]
+)
+"""com.microsoft operators all of whose floating-point operands share one type, float16 included."""
+
+_TYPE_NAMES = {ir.DataType.FLOAT16: "tensor(float16)", ir.DataType.BFLOAT16: "tensor(bfloat16)"}
+
+
+@dataclass
+class HalfPlan:
+    """The decision.
+
+    Attributes:
+        half: The half type.
+        opsets: The module's operator set versions, by domain.
+        kept: Nodes all of whose floating-point operands stay float32, with the reason; the
+            reason is None where it is the rule for that operator and needs no remark.
+    """
+
+    half: ir.DataType
+    opsets: Mapping[str, int]
+    kept: dict[ir.Node, str | None] = field(default_factory=dict)
+
+    def wants(self, node: ir.Node, index: int) -> bool:
+        """Tell whether the node reads its input as half precision."""
+        return node not in self.kept and self._admits(node, index, "inputs")
+
+    def makes(self, node: ir.Node, index: int) -> bool:
+        """Tell whether the node makes its output in half precision."""
+        return node not in self.kept and self._admits(node, index, "outputs")
+
+    def _admits(self, node: ir.Node, index: int, side: str) -> bool:
+        schema = _schema(node.op_type, node.domain, self.opsets.get(node.domain, 1))
+        formals: Any = () if schema is None else getattr(schema, side)
+        if not formals:
+            return True
+        admitted = formals[min(index, len(formals) - 1)].types
+        return _TYPE_NAMES[self.half] in admitted or "tensor(float)" not in admitted
+
+
+def plan_half(
+    module: Module, shapes: Shapes, half: ir.DataType, excluded: Callable[[ir.Node], bool]
+) -> HalfPlan:
+    """Decide for every node of the main graph and its subgraphs; function bodies stay."""
+    plan = HalfPlan(half, module.graph.opset_imports)
+    for node in _in_order(module.graph):
+        if any(True for _ in attribute_graphs(node)):
+            continue
+        reason = _foreign(node, module, half)
+        if reason is not None:
+            plan.kept[node] = reason
+        elif excluded(node):
+            plan.kept[node] = "it is excluded"
+        elif half == ir.DataType.FLOAT16 and (huge := _beyond_range(node)) is not None:
+            plan.kept[node] = f"'{huge}' holds numbers beyond float16's range"
+        elif is_default_domain(node) and (
+            node.op_type in _KEPT or _counts(node, shapes) or _carries(node, shapes, plan)
+        ):
+            plan.kept[node] = None
+    return plan
+
+
+def _in_order(graph: ir.Graph) -> Iterator[ir.Node]:
+    for current in graph_and_subgraphs(graph):
+        yield from current
+
+
+def _foreign(node: ir.Node, module: Module, half: ir.DataType) -> str | None:
+    if node.op_identifier() in module.model.functions:
+        return "it calls a function, whose body stays float32"
+    if is_default_domain(node) or node.domain == "ai.onnx.ml":
+        return None
+    if node.domain == "com.microsoft" and node.op_type in _HALF_CONTRIB:
+        return None if half == ir.DataType.FLOAT16 else f"{op_name(node)} has no {half} form"
+    return f"whether {op_name(node)} has a {half} form is not known"
+
+
+def _beyond_range(node: ir.Node) -> str | None:
+    """Name a constant operand that float16 cannot hold and that may not simply be clamped.
+
+    A huge filler of a mask may; the variance of a batch norm may not.
+    """
+    if node.op_type in _SATURATING:
+        return None
+    for value in node.inputs:
+        tensor = constant_tensor(value)
+        if (
+            tensor is not None
+            and tensor.dtype == ir.DataType.FLOAT
+            and tensor.size <= _CARRIED_CONSTANT
+            and bool((np.abs(tensor.numpy()) > 65504.0).any())
+        ):
+            return value.name if value is not None else None
+    return None
+
+
+def _counts(node: ir.Node, shapes: Shapes) -> bool:
+    """Tell whether the node makes floating-point numbers of integers, or a square."""
+    if node.op_type == "Cast":
+        source = node.inputs[0]
+        dtype = None if source is None else shapes.dtype(source)
+        return dtype is not None and (dtype.is_integer() or dtype == ir.DataType.BOOL)
+    return node.op_type == "Mul" and node.inputs[0] is node.inputs[1]
+
+
+def _carries(node: ir.Node, shapes: Shapes, plan: HalfPlan) -> bool:
+    """Tell whether all that the node computes with is kept or a small constant."""
+    if node.op_type not in _CARRIERS:
+        return False
+    carried = False
+    for value in node.inputs:
+        if value is None or shapes.dtype(value) != ir.DataType.FLOAT:
+            continue
+        constant = constant_tensor(value)
+        if constant is not None:
+            if constant.size > _CARRIED_CONSTANT:
+                return False
+        elif value.producer() in plan.kept:
+            carried = True
+        else:
+            return False
+    return carried
+
+
+@functools.cache
+def _schema(op_type: str, domain: str, version: int) -> Any:
+    """Return the schema, or None for an operator that ONNX does not define."""
+    if not onnx.defs.has(op_type, domain):
+        return None
+    return onnx.defs.get_schema(op_type, version, domain)
