@@ -55,12 +55,12 @@ class ConvertDtype(Pass):
         plan = plan_half(module, shapes, half, self._excluded)
         conversion = HalfConversion(module, shapes, plan, ctx, keep_io=self.keep_io)
         conversion.run()
-        if not conversion.changed:
-            ctx.note("nothing is float32")
-            return PassResult(changed=False)
         for node, reason in plan.kept.items():
             if reason is not None:
                 ctx.missed(f"stays float32: {reason}", node)
+        if not conversion.changed:
+            ctx.note("nothing to convert")
+            return PassResult(changed=False)
         if half == ir.DataType.BFLOAT16:
             ctx.warn(
                 "ONNX Runtime has no bfloat16 MatMul on the CPU: the model is for other devices"

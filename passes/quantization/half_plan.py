@@ -211,11 +211,10 @@ def _beyond_range(node: ir.Node) -> str | None:
 
 
 def _counts(node: ir.Node, shapes: Shapes) -> bool:
-    """Tell whether the node makes floating-point numbers of integers, or a square."""
+    """Tell whether the node makes float32 of integers, deliberately of half, or a square."""
     if node.op_type == "Cast":
         source = node.inputs[0]
-        dtype = None if source is None else shapes.dtype(source)
-        return dtype is not None and (dtype.is_integer() or dtype == ir.DataType.BOOL)
+        return source is not None and shapes.dtype(source) not in (ir.DataType.FLOAT, None)
     return node.op_type == "Mul" and node.inputs[0] is node.inputs[1]
 
 
