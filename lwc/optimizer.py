@@ -276,7 +276,9 @@ def bind_pass(bindings: Mapping[str, int]) -> tuple[Pass, ...]:
     """Return the `bind-dims` pass for `bindings`, or nothing when there are none."""
     if not bindings:
         return ()
-    return (default_registry().load("bind-dims")(dims=tuple(bindings.items())),)  # type: ignore[call-arg]
+    cls = default_registry().load("bind-dims")
+    assert cls.free_options is not None
+    return (cls(**{cls.free_options: tuple(bindings.items())}),)
 
 
 def save_module(module: Module, path: str | os.PathLike[str]) -> SaveResult:

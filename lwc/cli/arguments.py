@@ -11,7 +11,15 @@ from lwc.cli.guard import EXIT_CODES
 from lwc.core.errors import UsageError
 from lwc.pipeline.options import did_you_mean
 
-__all__ = ["PROGRAM", "REPORT_SUFFIXES", "parse_arguments", "parse_counts", "parse_size"]
+__all__ = [
+    "PROGRAM",
+    "REPORT_SUFFIXES",
+    "parse_arguments",
+    "parse_counts",
+    "parse_matches",
+    "parse_shapes",
+    "parse_size",
+]
 
 PROGRAM = "lwc-opt"
 REPORT_SUFFIXES = (".json", ".md", ".html")
@@ -87,6 +95,17 @@ def parse_matches(texts: Sequence[str]) -> int | Mapping[str, int] | None:
             raise UsageError(f"--require-match takes one N, or PASS:N, not '{text}'")
         counts[name] = int(number)
     return counts
+
+
+def parse_shapes(texts: Sequence[str]) -> list[dict[str, int]]:
+    """Read `NAME=N,NAME=N` as often as given; `default` is the empty binding.
+
+    Raises:
+        UsageError: A text is something else.
+    """
+    return [
+        {} if text == "default" else parse_counts(text.split(","), "--measure") for text in texts
+    ]
 
 
 def parse_size(text: str) -> int:
@@ -196,6 +215,20 @@ def _add_action_options(group: argparse._ArgumentGroup) -> None:
         action="append",
         default=[],
         help="write a report: .json, .md or .html (repeatable)",
+    )
+    group.add_argument(
+        "--measure",
+        metavar="NAME=N,…",
+        action="append",
+        default=[],
+        help="for the report, time both models at these dimensions, compare their outputs and "
+        "predict; 'default' chooses dimensions (repeatable)",
+    )
+    group.add_argument(
+        "--text", metavar="FILE", help="for the report, measure perplexity on this text"
+    )
+    group.add_argument(
+        "--tokenizer", metavar="PATH", help="the tokenizer of --text; by default the input's"
     )
 
 

@@ -11,8 +11,6 @@ from lwc.pipeline.registry import OptionInfo, PassInfo
 
 __all__ = ["list_passes"]
 
-_INDENT = {"initial_indent": " " * 10, "subsequent_indent": " " * 10}
-
 
 def list_passes(infos: Sequence[PassInfo], form: str) -> str:
     """Describe passes and their options as text for people, or as JSON."""
@@ -25,7 +23,7 @@ def list_passes(infos: Sequence[PassInfo], form: str) -> str:
         for option in info.options:
             lines.append(f"      {_usage(option)}")
             if option.help:
-                lines.extend(textwrap.wrap(option.help, 96, **_INDENT))
+                lines.extend(f"          {line}" for line in textwrap.wrap(option.help, 86))
         blocks.append("\n".join(lines))
     return "\n".join(blocks)
 

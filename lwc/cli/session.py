@@ -10,7 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lwc.cli.arguments import REPORT_SUFFIXES, parse_counts, parse_matches, parse_size
+from lwc.cli.arguments import (
+    REPORT_SUFFIXES,
+    parse_counts,
+    parse_matches,
+    parse_shapes,
+    parse_size,
+)
 from lwc.cli.progress import ProgressDisplay
 from lwc.cli.summary import remark_lines, summary_lines, written_line
 from lwc.core.errors import RequirementError, UsageError
@@ -108,14 +114,55 @@ class Session:
             with self.progress.phase(f"writing {output}"):
                 saved = save_module(result.module, output)
             self._say([written_line(saved, result.record.output)])
-        for path in options.report:
-            from lwc.report import write_report
-
-            write_report(result.report, path)
+        if options.report:
+            self._report(result, output)
         printed = any(isinstance(each, IrPrinter) for each in instruments)
         if output == "-" or (output is None and not options.report and not printed):
             sys.stdout.write(f"{str(result.module).rstrip()}\n")
         return 0
+
+    def _report(self, result: OptimizeResult, output: str | None) -> None:
+        """Build the report, measure what was asked for, and write it in every format."""
+        from lwc.report import build_report, model_entry, write_report
+
+        options, config = self.options, self.config
+        shapes = [{**config.bind, **shape} for shape in parse_shapes(options.measure)]
+        before, threads = result.history.modules[0], config.threads or 1
+        predict = None
+        if shapes:
+            from lwc.report.measure import predictor
+
+            predict = predictor(threads)
+        with self.progress.phase("building the report"):
+            report = build_report(
+                result.record,
+                result.history.modules,
+                model_entry(before),
+                model_entry(result.module, None if output == "-" else output),
+                bindings=shapes[0] if shapes else config.bind,
+                predict=predict,
+            )
+        if shapes or options.text:
+            from lwc.backends.onnxruntime.session import OnnxRuntimeBackend
+            from lwc.report.measure import MeasureSettings, measure
+
+            settings = MeasureSettings(
+                shapes=shapes,
+                threads=threads,
+                text=Path(options.text) if options.text else None,
+                tokenizer=Path(options.tokenizer) if options.tokenizer else None,
+            )
+            with self.progress.phase("measuring both models"):
+                report = measure(
+                    report,
+                    before,
+                    result.module,
+                    settings,
+                    backend=OnnxRuntimeBackend(),
+                    predict=predict,
+                )
+        for path in options.report:
+            write_report(report, path)
 
     def _load(self) -> Module:
         from lwc.frontend.load import load
@@ -225,6 +272,9 @@ def _check_outputs(options: argparse.Namespace) -> None:
         if actions and getattr(options, name):
             option = name.replace("_", "-")
             raise UsageError(f"--{actions[0]} writes nothing and does not go with --{option}")
+    for name in ("measure", "text"):
+        if getattr(options, name) and not options.report:
+            raise UsageError(f"--{name} needs a report to go into", remedy="add --report FILE.md")
     for path in options.report:
         if Path(path).suffix.lower() not in REPORT_SUFFIXES:
             raise UsageError(

@@ -84,12 +84,14 @@ class DropRelu(Pass):
     def run(self, module: Module, ctx: PassContext) -> PassResult:
         dropped = 0
         for node in list(module.graph):
-            producer = node.inputs[0].producer() if node.inputs[0] is not None else None
+            source = node.inputs[0]
+            producer = source.producer() if source is not None else None
             if dropped == self.times or node.op_type != "Relu" or producer is None:
                 continue
+            assert source is not None
             if producer.op_type == "Relu":
                 ctx.applied("two in a row", node, rule="twins")
-                ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])
+                ir.convenience.replace_all_uses_with(node.outputs[0], source)
                 module.graph.remove(node, safe=True)
                 dropped += 1
             else:

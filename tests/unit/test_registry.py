@@ -202,7 +202,7 @@ def test_a_bad_plugin_is_one_line(
 def test_a_missing_plugin_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="plugin 'lwc_test_none' cannot be imported: No module"):
         Registry().load_plugin("lwc_test_none")
-    with pytest.raises(UsageError, match="cannot be imported: .*No such file"):
+    with pytest.raises(UsageError, match="No such file"):
         Registry().load_plugin(str(tmp_path / "none.py"))
 
 
@@ -225,7 +225,8 @@ def test_errors_with_a_remedy_of_their_own_pass_through(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget_modules: None
 ) -> None:
     (tmp_path / "lwc_test_extra.py").write_text(
-        "from lwc.core.errors import MissingExtraError\nraise MissingExtraError('training', 'torch')\n"
+        "from lwc.core.errors import MissingExtraError\n"
+        "raise MissingExtraError('training', 'torch')\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(MissingExtraError, match=r"pip install 'lwc\[torch\]'"):

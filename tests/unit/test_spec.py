@@ -189,7 +189,7 @@ def test_a_text_of_several_lines_shows_the_line_with_the_error(registry: Registr
 
 
 def test_a_value_of_a_wrong_type_cannot_be_printed() -> None:
-    with pytest.raises(UsageError, match="option 'bits': expected 4|8, got 5"):
+    with pytest.raises(UsageError, match=r"option 'bits': expected 4\|8, got 5"):
         to_spec(Everything(bits=5))  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="option 'count': expected int, got True"):
         to_spec(Everything(count=True))
