@@ -120,7 +120,7 @@ class DataFolder:
         path = os.path.normpath(os.path.join(folder, location))
         if os.path.commonpath([folder, path]) != folder or "..\\" in location:
             raise self._error(
-                f"tensor '{name}' has its external data outside the model's folder, at '{location}'",
+                f"tensor '{name}' has its data outside the model's folder, at '{location}'",
                 outside,
             )
         real_folder, real_path = os.path.realpath(folder), os.path.realpath(path)

@@ -100,7 +100,13 @@ class _Checker:
         self.imports = self._read_imports(proto.opset_import)
         if not self.imports and (proto.graph.node or proto.functions):
             raise self._error("imports no opset", "add an opset import or export the model again")
+        if not proto.graph.output:
+            raise self._error("has no graph outputs", _AGAIN)
         self._graph(proto.graph, [], top=True)
+        for value in (*proto.graph.input, *proto.graph.output):
+            which = value.type.WhichOneof("value")
+            if which is None or (which == "tensor_type" and not value.type.tensor_type.elem_type):
+                raise self._error(f"graph input or output '{value.name}' has no type", _AGAIN)
         identifiers = set()
         for function in proto.functions:
             key = (function.domain, function.name, function.overload)
@@ -226,6 +232,7 @@ class _Checker:
     def _find_outside(self, name: str, node: onnx.NodeProto, scopes: list[_Scope]) -> None:
         if any(name in scope.defined for scope in scopes):
             return
+        self._text(name, where="value")
         if any(name in scope.eventually for scope in scopes):
             self.findings.unsorted = True
             return
@@ -285,7 +292,7 @@ class _Checker:
                 "store it dense",
                 where,
             )
-        elif kind not in kinds.AttributeType.values():
+        elif kind == kinds.UNDEFINED or kind not in kinds.AttributeType.values():
             raise self._error(
                 f"attribute '{attribute.name}' has unknown type {kind}", _AGAIN, where
             )

@@ -149,9 +149,10 @@ def _build(
     outlined = {
         proto.graph.initializer[position].name: place for position, place in weights.items()
     }
-    for entry in proto.opset_import:
-        if entry.domain == "ai.onnx":
-            entry.domain = ""
+    for imports in (proto.opset_import, *(f.opset_import for f in proto.functions)):
+        for entry in imports:
+            if entry.domain == "ai.onnx":
+                entry.domain = ""
     _drop_default_inputs(proto)
     opset = standard_opset(proto)
     if opset is not None and opset < MIN_OPSET:

@@ -251,7 +251,13 @@ def _model_proto(
 ) -> onnx.ModelProto:
     """Serialise a module; the tensors in `places` are referred to, not contained."""
     with _placeholders(module, data or "", places or {}):
-        proto = ir.serde.serialize_model(module.model)
+        try:
+            proto = ir.serde.serialize_model(module.model)
+        except ir.serde.SerdeError as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            raise LwcError(f"the model cannot be expressed in ONNX: {cause}") from error
     _declare_domains(proto)
     proto.ir_version = max(proto.ir_version, _least_ir_version(module, proto))
     return proto

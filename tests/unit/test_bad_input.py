@@ -301,6 +301,31 @@ def test_types_that_lwc_does_not_read() -> None:
     refused_proto(proto, "sparse")
 
 
+def test_interface_without_types() -> None:
+    proto = simple()
+    proto.graph.output[0].ClearField("type")
+    refused_proto(proto, "'y' has no type")
+    proto = simple()
+    proto.graph.input[0].type.tensor_type.ClearField("elem_type")
+    refused_proto(proto, "'x' has no type")
+    proto = simple()
+    del proto.graph.output[:]
+    refused_proto(proto, "no graph outputs")
+
+
+def test_attributes_without_type_and_text_that_is_not_utf8(tmp_path: Path) -> None:
+    proto = simple()
+    proto.graph.node[1].domain = "my"
+    proto.opset_import.append(helper.make_opsetid("my", 1))
+    proto.graph.node[1].attribute.add(name="k")
+    refused_proto(proto, "'k' has unknown type 0")
+    path = tmp_path / "m.onnx"
+    for name in (b"Relu", b"\x0a\x01t"):
+        damaged = simple().SerializeToString().replace(name, name[:-1] + b"\xff")
+        path.write_bytes(damaged)
+        refused(path, "not UTF-8")
+
+
 # Tensors
 
 
@@ -529,3 +554,33 @@ def test_damaged_bytes_never_crash(tmp_path: Path, base: int) -> None:
         assert "\n" not in line
     assert outcomes["read"] > 20
     assert outcomes["refused"] > 300
+
+
+@pytest.mark.models
+@pytest.mark.parametrize(
+    "name", ["silero_vad_16k_sequence", "silero_vad", "ch_ppocr_mobile_v2.0_cls_infer"]
+)
+def test_damaged_real_models_never_crash(
+    tmp_path: Path, model_file: Callable[[str], Path], name: str
+) -> None:
+    """Flip bits, mostly near the end and the start, where the structure is; cut the file."""
+    whole = model_file(name).read_bytes()
+    generator = random.Random(name)
+    path = tmp_path / "f.onnx"
+    refusals = 0
+    for _ in range(60):
+        data = bytearray(whole)
+        for _ in range(generator.randint(1, 20)):
+            near = generator.choice([len(data), 4096])
+            at = generator.choice(
+                [generator.randrange(near), len(data) - 1 - generator.randrange(near)]
+            )
+            data[at] = generator.randrange(256)
+        if generator.random() < 0.2:
+            del data[generator.randrange(len(data)) :]
+        path.write_bytes(data)
+        try:
+            lwc.load(path)
+        except InputError:
+            refusals += 1
+    assert refusals > 20

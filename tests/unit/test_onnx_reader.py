@@ -197,6 +197,29 @@ def test_outline_leaves_odd_messages_whole() -> None:
         assert bytes(outlined.message) == odd
 
 
+def test_models_over_two_gigabytes(tmp_path: Path) -> None:
+    """Only what is read of the data file is touched: here it is mostly a hole."""
+    rows = 1 << 20
+    proto = big_model([4])
+    tensor = proto.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    del tensor.dims[:]
+    tensor.dims.extend([rows, 1024])
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="w.bin")
+    tensor.external_data.add(key="offset", value="12")
+    (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
+    with (tmp_path / "w.bin").open("wb") as file:
+        file.truncate(12 + rows * 4096)
+        file.seek(-4, 2)
+        file.write(np.float32(7).tobytes())
+    weight = lwc.load(tmp_path / "m.onnx").graph.initializers["w0"].const_value
+    assert weight is not None
+    assert weight.nbytes == 1 << 32
+    assert weight.numpy()[-1, -1] == 7
+    assert weight.numpy()[0, 0] == 0
+
+
 # Opsets
 
 

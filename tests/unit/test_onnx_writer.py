@@ -289,7 +289,7 @@ def test_failure_at_every_call_leaves_a_whole_model(
         save(make_module(1, rows=512), path, external_threshold=0)
         module = make_module(2, rows=512)
         spilled = module.store.put(np.full((512, 64), 2, np.float32), "w")
-        module.replace_initializer(module.graph.initializers["w"], spilled)  # type: ignore[arg-type]
+        module.replace_initializer(module.graph.initializers["w"], spilled)
         with monkeypatch.context() as patch:
             calls = _fail_at(patch, count, make_error)
             try:
