@@ -1,12 +1,13 @@
 """Rewriting: rules, the editor they change graphs through, and the driver that applies them."""
 
 from lwc.rewrite.driver import Missed, Rewriting, rewrite
-from lwc.rewrite.editor import Editor, attribute, use_count
+from lwc.rewrite.editor import MIN_OPSET, Editor, attribute, use_count
 from lwc.rewrite.rules import ANY, EDITED, Edited, Miss, Outcome, Rule, RuleSet, rule
 
 __all__ = [
     "ANY",
     "EDITED",
+    "MIN_OPSET",
     "Edited",
     "Editor",
     "Miss",

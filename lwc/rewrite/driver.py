@@ -126,8 +126,7 @@ class _Run:
         """
         editor = self._editor
         if editor.is_dead(node):
-            editor.erase(node)
-            self.result.erased += 1
+            self.result.erased += editor.erase(node)
             return
         if any(each.is_ref() for each in node.attributes.values()):
             return
@@ -204,9 +203,7 @@ def _weight(fact: Fact, shapes: Shapes) -> int:
 
 def _in_order(editor: Editor) -> Iterator[ir.Node]:
     """Yield every node in topological order, the bodies it holds right after a node."""
-    roots = [editor.module.graph]
-    roots.extend(function.graph for function in editor.module.model.functions.values())
-    stack = [iter(list(graph)) for graph in reversed(roots)]
+    stack = [iter(list(graph)) for graph in reversed(editor.roots())]
     while stack:
         node = next(stack[-1], None)
         if node is None:

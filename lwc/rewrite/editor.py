@@ -19,9 +19,12 @@ from lwc.core.walk import attribute_graphs, constant_tensor, graph_and_subgraphs
 if TYPE_CHECKING:
     from lwc.analysis.shapes import Shapes
 
-__all__ = ["Editor", "attribute", "use_count"]
+__all__ = ["MIN_OPSET", "Editor", "attribute", "use_count"]
 
 Array = np.ndarray[Any, Any]
+
+MIN_OPSET = 13
+"""Rules are written for operators as they are from this opset on."""
 
 _SHARED_CONSTANT_BYTES = 1024
 """Constants up to this size are made once per content."""
@@ -57,13 +60,19 @@ class Editor:
         self.root: ir.Node | None = None
         self.changed = False
         self.touched: dict[ir.Node, bool] = {}
-        self._function_graphs = {
-            graph
+        self._function_imports = {
+            graph: function.opset_imports
             for function in module.model.functions.values()
             for graph in graph_and_subgraphs(function.graph)
         }
         self._constants: dict[tuple[Any, ...], ir.Value] = {}
         self._arrays: dict[ir.Value, Array] = {}
+
+    def roots(self) -> list[ir.Graph]:
+        """Return the graphs to rewrite: the main graph, and function bodies of a current opset."""
+        functions = self.module.model.functions.values()
+        current = [f.graph for f in functions if f.opset_imports.get("", MIN_OPSET) >= MIN_OPSET]
+        return [self.module.graph, *current]
 
     # Facts
 
@@ -140,7 +149,12 @@ class Editor:
 
     def in_function(self, node: ir.Node) -> bool:
         """Tell whether the node lies in a function body, which holds no initializers."""
-        return node.graph in self._function_graphs
+        return node.graph in self._function_imports
+
+    def imports(self, node: ir.Node) -> dict[str, int]:
+        """Return the operator sets that are in force at a node."""
+        found = self._function_imports.get(node.graph) if node.graph is not None else None
+        return dict(self.module.graph.opset_imports if found is None else found)
 
     def single_use(self, value: ir.Value) -> bool:
         """Tell whether exactly one input reads the value and it leaves no graph."""
@@ -284,7 +298,7 @@ class Editor:
                 if output is old:
                     graph.outputs[index] = new
             self._take_name(old, new)
-        elif fresh:
+        elif fresh and not new.is_graph_output():
             if new.shape is None and old.shape is not None:
                 new.shape = old.shape
             self._take_name(old, new)
@@ -295,22 +309,31 @@ class Editor:
             old.name = self.module.fresh_name(name)
             new.name = name
 
-    def erase(self, node: ir.Node) -> None:
-        """Remove a node whose outputs nothing reads, and let go of all that it read."""
-        assert node.graph is not None
-        node.graph.remove(node)
-        self.touched.pop(node, None)
-        stack = [node]
-        while stack:
-            gone = stack.pop()
-            for index, value in enumerate(gone.inputs):
-                if value is None:
-                    continue
-                gone.replace_input_with(index, None)
-                self._touch_after_loss(value)
-            for graph in attribute_graphs(gone):
-                stack.extend(graph)
+    def erase(self, node: ir.Node) -> int:
+        """Remove a node whose outputs nothing reads, and what only it needed.
+
+        Legality often asks for a single use, so nothing dead may keep holding a value.
+
+        Returns:
+            How many nodes went, those inside removed bodies not counted.
+        """
+        count = 0
+        dead = [node]
+        while dead:
+            gone = dead.pop()
+            if gone.graph is None:
+                continue
+            gone.graph.remove(gone)
+            self.touched.pop(gone, None)
+            count += 1
+            for value in _detach(gone):
+                producer = value.producer()
+                if producer is not None and producer.graph is not None and self.is_dead(producer):
+                    dead.append(producer)
+                else:
+                    self._touch_after_loss(value)
         self.changed = True
+        return count
 
     def _touch_after_loss(self, value: ir.Value) -> None:
         # Only a last or single remaining use can make a rule legal that was not; visiting hubs
@@ -329,6 +352,21 @@ class Editor:
     def _root(self) -> ir.Node:
         assert self.root is not None, "the editor has no root: edits happen inside a rule"
         return self.root
+
+
+def _detach(node: ir.Node) -> list[ir.Value]:
+    """Let a removed node and its bodies go of everything they read, and return that."""
+    values = []
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        for index, value in enumerate(current.inputs):
+            if value is not None:
+                current.replace_input_with(index, None)
+                values.append(value)
+        for graph in attribute_graphs(current):
+            stack.extend(graph)
+    return values
 
 
 def _content_key(content: Array | ir.TensorProtocol) -> tuple[Any, ...] | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lwc.analysis.shapes import Shapes
+from lwc.core.errors import PassError
 from lwc.core.module import Module
 from lwc.passes.cleanup.canonical import (
     casts,
@@ -20,7 +21,7 @@ from lwc.passes.cleanup.canonical import (
 from lwc.passes.cleanup.canonical.duplicates import merge_duplicates
 from lwc.passes.cleanup.canonical.folding import Folding
 from lwc.pipeline.passes import Exact, Pass, PassContext, PassResult
-from lwc.rewrite import Editor, Rewriting, RuleSet, rewrite
+from lwc.rewrite import MIN_OPSET, Editor, Rewriting, RuleSet, rewrite
 
 __all__ = ["Canonicalize", "canonicalize"]
 
@@ -43,7 +44,16 @@ class Canonicalize(Pass):
     contract: ClassVar[Exact] = Exact()
 
     def run(self, module: Module, ctx: PassContext) -> PassResult:
-        """Rewrite until nothing changes."""
+        """Rewrite until nothing changes.
+
+        Raises:
+            PassError: The module is older than the operator set the rules speak.
+        """
+        if module.graph.opset_imports.get("", MIN_OPSET) < MIN_OPSET:
+            raise PassError(
+                f"the module is at opset {module.opset}, but canonicalize needs {MIN_OPSET}",
+                remedy="lwc.load raises older models",
+            )
         memory = self.fold_memory << 20
         if ctx.max_memory is not None:
             memory = min(memory, ctx.max_memory)

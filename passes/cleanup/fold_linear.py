@@ -86,9 +86,12 @@ def _fold_after(node: ir.Node, edit: Editor, folder: LinearFolder) -> Outcome:
     affine = affine_of(node, edit)
     if affine is None:
         return None
-    linear = linear_of(affine.source.producer(), edit)
-    if not isinstance(linear, Linear):
-        return linear
+    producer = affine.source.producer()
+    linear = linear_of(producer, edit)
+    if producer is None or not isinstance(linear, Linear):
+        return linear if isinstance(linear, Miss) else None
+    if producer.graph is not node.graph:
+        return Miss("the linear operator lies outside this body, which may run often", producer)
     if affine.axis is not None and affine.axis != linear.channel_axis:
         return Miss("the constant does not vary along the output channels", linear.node)
     return _apply_after(affine, linear, edit, folder)
@@ -123,6 +126,8 @@ def _fold_before(node: ir.Node, edit: Editor, folder: LinearFolder) -> Outcome:
     linear = linear_of(node, edit)
     affine = affine_of(producer, edit) if isinstance(linear, Linear) else None
     if not isinstance(linear, Linear) or affine is None:
+        return None
+    if producer.graph is not node.graph:
         return None
     if affine.axis is not None and affine.axis != linear.channel_axis:
         return Miss("the constant does not vary along the input channels", producer)

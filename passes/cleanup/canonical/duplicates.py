@@ -22,6 +22,7 @@ RANDOM_OPS = frozenset({
 
 _KNOWN_DOMAINS = {"", "ai.onnx.ml", "com.microsoft"}
 _SMALL = 1024
+_INTEGRAL = {ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL}
 
 _Scope = dict[Hashable, list[ir.Value]]
 
@@ -37,9 +38,8 @@ def merge_duplicates(editor: Editor) -> Counter[str]:
     hits: Counter[str] = Counter()
     if editor.share_constants():
         hits["shared-constants"] += 1
-    _walk(editor, editor.module.graph, [], hits)
-    for function in editor.module.model.functions.values():
-        _walk(editor, function.graph, [], hits)
+    for graph in editor.roots():
+        _walk(editor, graph, [], hits)
     return hits
 
 
@@ -118,7 +118,8 @@ def _content(editor: Editor, node: ir.Node) -> Hashable | None:
         return None
     value = node.outputs[0]
     known = editor.shapes.known(value)
-    if known is None:
+    if known is None or editor.dtype(value) not in _INTEGRAL:
+        # Floating-point contents compare equal for 0.0 and -0.0.
         return None
     elements = np.asarray(known, dtype=object)
     return ("known", editor.dtype(value), elements.shape, tuple(elements.ravel()))

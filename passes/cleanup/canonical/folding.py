@@ -150,14 +150,12 @@ class Folding:
         made: dict[ir.Value, Array] = {}
         results: list[Array] = []
         for node in cone:
-            graph = node.graph
-            assert graph is not None
             tensors = [edit.tensor(value) for value in node.inputs]
             inputs = [
                 tensor.numpy() if tensor is not None else None if value is None else made[value]
                 for value, tensor in zip(node.inputs, tensors, strict=True)
             ]
-            results = evaluate(node, inputs, dict(graph.opset_imports))
+            results = evaluate(node, inputs, edit.imports(node))
             made.update(zip(node.outputs, results, strict=False))
             for tensor in tensors:
                 release(tensor)

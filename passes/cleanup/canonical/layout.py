@@ -49,7 +49,7 @@ def view_of_view(node: ir.Node, edit: Editor) -> Outcome:
     source = inner.inputs[0]
     if edit.same_shape(source, node.outputs[0]):
         return source
-    if not edit.single_use(value):
+    if not edit.single_use(value) or inner.graph is not node.graph:
         return None
     if node.op_type == inner.op_type and node.op_type in ("Squeeze", "Unsqueeze"):
         axes = _merged_axes(node, inner, edit)
@@ -164,6 +164,8 @@ def transpose_of_transpose(node: ir.Node, edit: Editor) -> Outcome:
     both = [first[axis] for axis in second]
     if both == sorted(both):
         return inner.inputs[0]
+    if inner.graph is not node.graph:
+        return None
     return edit.op("Transpose", [inner.inputs[0]], {"perm": both})
 
 

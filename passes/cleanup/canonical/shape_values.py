@@ -15,7 +15,7 @@ __all__ = ["RULES"]
 _INTEGRAL = {ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL}
 _ELEMENTWISE = (
     "Add", "Sub", "Mul", "Div", "Pow", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual",
-    "And", "Or", "Xor", "Where", "Max", "Min", "Mod", "PRelu",
+    "And", "Or", "Xor", "Where", "Max", "Min", "Mod",
 )  # fmt: skip
 
 

@@ -45,7 +45,9 @@ def unused_branch_outputs(node: ir.Node, edit: Editor) -> Outcome:
             if producer is not None:
                 edit.touch(producer)
     kept = [value for index, value in enumerate(node.outputs) if index not in unused]
-    made = edit.node("If", [node.inputs[0]], dict(node.attributes.items()), outputs=len(kept))
+    attributes = dict(node.attributes.items())
+    node.attributes.clear()
+    made = edit.node("If", [node.inputs[0]], attributes, outputs=len(kept))
     replacements = iter(made.outputs)
     return [None if index in unused else next(replacements) for index in range(len(node.outputs))]
 
