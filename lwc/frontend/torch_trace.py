@@ -165,9 +165,7 @@ def _translation_error(error: BaseException) -> LwcError:
                 remedy="replace the operator, or register a decomposition with torch.export",
             )
         deepest, cause = cause, cause.__cause__
-    return InputError(
-        f"PyTorch's exporter failed: {type(deepest).__name__}: {_summary(deepest)}"
-    )
+    return InputError(f"PyTorch's exporter failed: {type(deepest).__name__}: {_summary(deepest)}")
 
 
 def _summary(error: BaseException) -> str:
