@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 import onnx
@@ -82,6 +82,8 @@ class _Checker:
         self.findings = Findings()
         self.imports: dict[str, int] = {}
         self.functions = {(f.domain, f.name) for f in proto.functions}
+        self.caller = ("", "")
+        self.calls: defaultdict[tuple[str, str], set[tuple[str, str]]] = defaultdict(set)
 
     def run(self) -> Findings:
         proto = self.proto
@@ -183,6 +185,7 @@ class _Checker:
         )
         self._metadata(function, "function")
         saved, self.imports = self.imports, self._read_imports(function.opset_import)
+        self.caller = (function.domain, function.name)
         defined: set[str] = set()
         for name in function.input:
             self._define(name, defined, f"input '{name}' of function '{function.name}'")
@@ -248,6 +251,7 @@ class _Checker:
         if not op_type:
             raise self._error("a node has no operator", _AGAIN, _describe(node))
         if (node.domain, op_type) in self.functions:
+            self.calls[self.caller].add((node.domain, op_type))
             return
         version = self.imports.get(domain)
         if version is None:
@@ -395,12 +399,9 @@ class _Checker:
             self._text(entry.key, entry.value, where=where)
 
     def _refuse_recursion(self) -> None:
-        calls = {
-            (f.domain, f.name): {(n.domain, n.op_type) for n in f.node} & self.functions
-            for f in self.proto.functions
-        }
+        calls = self.calls
         done: set[tuple[str, str]] = set()
-        for start, callees in calls.items():
+        for start, callees in list(calls.items()):
             path: list[tuple[tuple[str, str], list[tuple[str, str]]]] = [(start, sorted(callees))]
             open_: set[tuple[str, str]] = {start}
             while path:

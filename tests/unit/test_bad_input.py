@@ -289,6 +289,18 @@ def test_recursive_function() -> None:
     refused_proto(proto, "calls itself")
 
 
+def test_recursive_function_through_a_branch() -> None:
+    proto = onnx.parser.parse_model("""<ir_version: 9, opset_import: ["" : 17, "d" : 1]>
+    g (bool c) => (bool y) { y = d.f(c) }
+    <domain: "d", opset_import: ["" : 17, "d" : 1]> f (a) => (b) {
+      b = If (a) <
+        then_branch = t () => (bool p) { p = d.f(a) },
+        else_branch = e () => (bool q) { q = Not(a) }
+      >
+    }""")
+    refused_proto(proto, "function 'f' calls itself")
+
+
 def test_types_that_lwc_does_not_read() -> None:
     proto = simple()
     proto.graph.output[0].type.map_type.key_type = TensorProto.INT64
