@@ -1,0 +1,231 @@
+"""Numeric verification: what it catches, what it lets pass, what it says."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from lwc.core.errors import LwcError, VerificationError
+from lwc.core.module import Module
+from lwc.pipeline.passes import Approximate, Exact, Lossy
+from lwc.verify.numeric import compare, depth, exact_rtol
+
+HEADER = '<ir_version: 10, opset_import: ["" : 21]>\n'
+
+
+def parse(text: str) -> Module:
+    return Module(ir.from_onnx_text(HEADER + text))
+
+
+def linear(scale: float = 1.0) -> Module:
+    module = parse("g (float[batch, 32] x) => (float[batch, 16] y) { y = MatMul(x, x) }")
+    weight = np.random.default_rng(0).standard_normal((32, 16)).astype(np.float32)
+    weight[3, 5] *= scale
+    module.graph[0].replace_input_with(1, module.add_initializer("w", weight))
+    return module
+
+
+def test_equal_modules_agree_exactly_at_two_shapes() -> None:
+    report = compare(linear(), linear())
+    assert report.feeds == 2
+    assert report.worst is not None
+    assert report.worst.max_error == 0
+    batches = {error.shapes["x"][0] for error in report.errors}
+    assert len(batches) == 2
+
+
+def test_rounding_of_another_order_passes() -> None:
+    before = parse(
+        "g (float[n, 64] x) => (float[n] y) <int64[1] last = {1}>\n"
+        "{ y = ReduceSum<keepdims = 0>(x, last) }"
+    )
+    after = parse(
+        "g (float[n, 64] x) => (float[n] y) <int64[1] last = {1}, int64[2] halves = {31, 33}>\n"
+        "{ a, b = Split<axis = 1>(x, halves) s = ReduceSum<keepdims = 0>(b, last)"
+        " t = ReduceSum<keepdims = 0>(a, last) y = Add(s, t) }"
+    )
+    report = compare(before, after)
+    assert report.worst is not None
+    assert 0 < report.worst.excess <= 1
+
+
+@pytest.mark.parametrize("scale", [1.001, 1.5, math.nan])
+def test_a_changed_weight_is_found_with_its_place(scale: float) -> None:
+    with pytest.raises(VerificationError) as caught:
+        compare(linear(), linear(scale))
+    text = str(caught.value)
+    assert re.search(r"output 'y' is \S+ at \[\d, 5\] after the pass and was ", text)
+    assert re.search(r"with x \[\d, 32\]$", text)
+    assert "\n" not in text
+
+
+def test_a_fold_that_holds_at_one_batch_only_is_found() -> None:
+    before = parse("g (float[n, 4] x) => (float[m] y) <int64[1] s = {-1}> { y = Reshape(x, s) }")
+    after = parse(
+        "g (float[n, 4] x) => (float[m] y) <int64[1] s = {-1}, int64[1] zero = {0}, int64[1] "
+        "eight = {8}> { z = Reshape(x, s) y = Slice(z, zero, eight) }"
+    )
+    compare(before, after, bindings=[{"n": 1}, {"n": 2}])
+    with pytest.raises(VerificationError, match=r"had shape \[12\] .* has \[8\] .*x \[3, 4\]"):
+        compare(before, after, bindings=[{"n": 2}, {"n": 3}])
+
+
+def test_after_must_run() -> None:
+    after = parse(
+        "g (float[batch, 32] x) => (float[m] y) <int64[1] s = {7}> { [bad] y = Reshape(x, s) }"
+    )
+    with pytest.raises(VerificationError, match=r"'bad'.*does not run after"):
+        compare(linear(), after)
+
+
+def test_before_that_does_not_run_is_no_verification_error() -> None:
+    broken = parse(
+        "g (float[batch, 32] x) => (float[m] y) <int64[1] s = {7}> { y = Reshape(x, s) }"
+    )
+    with pytest.raises(LwcError) as caught:
+        compare(broken, broken)
+    assert not isinstance(caught.value, VerificationError)
+
+
+def test_missing_output() -> None:
+    after = linear()
+    after.graph.outputs[0].name = "z"
+    with pytest.raises(VerificationError, match="output 'y' is gone"):
+        compare(linear(), after)
+
+
+def test_approximate_adds_its_bounds() -> None:
+    after = linear(1.01)
+    with pytest.raises(VerificationError):
+        compare(linear(), after, contract=Approximate(rtol=1e-5, atol=0.0))
+    report = compare(linear(), after, contract=Approximate(rtol=0.05, atol=0.01))
+    assert report.worst is not None
+    assert 0.01 < report.worst.excess <= 1
+    assert report.rtol == pytest.approx(0.05 + exact_rtol(after))
+
+
+def test_lossy_only_reports() -> None:
+    report = compare(linear(), linear(2.0), contract=Lossy())
+    assert report.worst is not None
+    assert report.worst.excess > 1
+    assert report.worst.max_error > 0.1
+
+
+def test_given_tolerances_replace_the_bounds() -> None:
+    compare(linear(), linear(1.01), rtol=0.1, atol=0.1)
+    with pytest.raises(VerificationError):
+        compare(linear(), linear(1.0001), rtol=0.0, atol=0.0)
+
+
+def integers(text: str) -> Module:
+    return parse(f"g (int64[n] x) => (int64[n] y) <int64 one = {{1}}> {{ {text} }}")
+
+
+def test_integers_must_be_equal() -> None:
+    before = integers("y = Identity(x)")
+    compare(before, integers("a = Add(x, one) y = Sub(a, one)"))
+    with pytest.raises(VerificationError, match=r"inf times its bound|times its bound"):
+        compare(before, integers("y = Add(x, one)"))
+
+
+def special(text: str) -> Module:
+    return parse(
+        f"g (float[n] x) => (float[n] y) <float zero = {{0}}, float one = {{1}}> {{ {text} }}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "same"),
+    [
+        ("y = Div(x, zero)", "y = Div(x, zero)", True),
+        ("a = Sub(x, x) y = Div(a, zero)", "a = Sub(x, x) y = Div(a, zero)", True),
+        ("y = Div(x, zero)", "a = Neg(x) y = Div(a, zero)", False),
+        ("a = Sub(x, x) y = Div(a, zero)", "y = Sub(x, x)", False),
+        ("y = Sub(x, x)", "a = Sub(x, x) y = Div(a, zero)", False),
+        ("y = Identity(x)", "y = Div(x, zero)", False),
+        ("y = Div(x, zero)", "y = Identity(x)", False),
+    ],
+)
+def test_nan_and_infinity_must_stay_where_they_are(before: str, after: str, same: bool) -> None:
+    if same:
+        report = compare(special(before), special(after))
+        assert report.worst is not None
+        assert report.worst.max_error == 0
+    else:
+        with pytest.raises(VerificationError):
+            compare(special(before), special(after))
+
+
+def test_strings() -> None:
+    def module(text: str) -> Module:
+        return parse(f"g (string[n] x) => (string[n] y) {{ {text} }}")
+
+    compare(module("y = Identity(x)"), module("y = Identity(x)"))
+    with pytest.raises(VerificationError):
+        compare(module("y = Identity(x)"), module("y = StringConcat(x, x)"))
+
+
+def test_dimensions_a_pass_fixed_are_fixed_in_the_feeds() -> None:
+    after = linear()
+    after.graph.inputs[0].shape = ir.Shape([7, 32])
+    report = compare(linear(), after)
+    assert {error.shapes["x"] for error in report.errors} == {(7, 32)}
+
+
+def test_anonymous_dimension_fixed_by_a_pass() -> None:
+    before, after = linear(), linear()
+    before.graph.inputs[0].shape = ir.Shape([None, 32])
+    after.graph.inputs[0].shape = ir.Shape([5, 32])
+    assert {error.shapes["x"] for error in compare(before, after).errors} == {(5, 32)}
+
+
+def test_input_types_a_pass_changed_are_fed_as_it_wants_them() -> None:
+    before = parse("g (float[n] x) => (float[n] y) { y = Add(x, x) }")
+    after = parse("g (float16[n] x) => (float16[n] y) { y = Add(x, x) }")
+    report = compare(before, after, contract=Approximate(rtol=2e-3, atol=1e-3))
+    assert report.worst is not None
+    assert report.worst.max_error > 0
+
+
+def test_random_operators_are_skipped_and_said() -> None:
+    module = parse("g (float[n] x) => (float[n] y) { r = RandomNormalLike(x) y = Add(x, r) }")
+    report = compare(module, module)
+    assert report.skipped is not None
+    assert "RandomNormalLike" in report.skipped
+    assert report.errors == ()
+
+
+def test_empty_outputs_agree() -> None:
+    module = parse("g (float[n, 0] x) => (float[n, 0] y) { y = Identity(x) }")
+    assert compare(module, module, contract=Exact()).feeds == 2
+
+
+def test_depth_and_rounding_bound() -> None:
+    chain = parse(
+        "g (float[2] x) => (float[2] y) { a = Abs(x) b = Abs(a) c = Abs(x) y = Add(b, c) }"
+    )
+    assert depth(chain) == 3
+    assert exact_rtol(chain) == pytest.approx(16 * 2**-23 * math.sqrt(3))
+    nested = parse(
+        "g (float[2] x, bool p) => (float[2] y) { y = If (p) <then_branch = t () => (float[2] b)"
+        " { a = Abs(x) b = Abs(a) }, else_branch = e () => (float[2] c) { c = Abs(x) }> }"
+    )
+    assert depth(nested) == 3
+    half = parse("g (float16[2] x) => (float16[2] y) { y = Abs(x) }")
+    assert exact_rtol(half) == pytest.approx(2 * 2**-10)
+    inside = parse(
+        "g (float[2] x) => (float[2] y) { a = Cast<to = 10>(x) b = Abs(a) y = Cast<to = 1>(b) }"
+    )
+    assert exact_rtol(inside) == pytest.approx(2 * 2**-10 * math.sqrt(3))
+
+
+@pytest.mark.parametrize("make", [linear])
+def test_results_do_not_depend_on_anything_but_the_seed(make: Callable[[], Module]) -> None:
+    first, again, other = (compare(make(), make(), seed=seed) for seed in (1, 1, 2))
+    assert first == again
+    assert [e.expected for e in first.errors] != [e.expected for e in other.errors]
