@@ -144,21 +144,23 @@ def _movable_weights(module: Module) -> list[ir.TensorProtocol]:
 def _save_binary(module: Module, target: str, weights: Sequence[ir.TensorProtocol]) -> SaveResult:
     folder, name = os.path.split(os.path.abspath(target))
     stem = os.path.splitext(name)[0]
-    old_data = _data_files_of(folder, name, stem)
+    present = _data_files(folder, stem)
+    old_data = _referenced(folder, name, present)
     data: str | None = None
     places: dict[int, tuple[int, int]] = {}
-    created = False
     try:
         if weights:
-            data, places, created = _write_data(folder, stem, weights)
+            data, places = _write_data(folder, stem, weights)
         message = _serialize(module, data, places, target)
         with StagedFile(folder, name) as staged:
             staged.file.write(message)
             staged.commit(os.path.join(folder, name))
     except BaseException:
-        if created and data is not None:
+        # An interrupt may come just after a rename: what counts is which model is in place.
+        new = _data_files(folder, stem) - present
+        for entry in new - _referenced(folder, name, new):
             with contextlib.suppress(OSError):
-                os.unlink(os.path.join(folder, data))
+                os.unlink(os.path.join(folder, entry))
         raise
     sync_folder(folder)
     for old in old_data - {data}:
@@ -172,7 +174,7 @@ def _save_binary(module: Module, target: str, weights: Sequence[ir.TensorProtoco
 
 def _write_data(
     folder: str, stem: str, weights: Sequence[ir.TensorProtocol]
-) -> tuple[str, dict[int, tuple[int, int]], bool]:
+) -> tuple[str, dict[int, tuple[int, int]]]:
     """Stream tensors to a data file named by its content.
 
     The name is a hash of the CRC-32 of every mebibyte. It must differ only from the name of the
@@ -181,7 +183,7 @@ def _write_data(
     bytes it costs little beside the copy, which mostly happens inside the kernel.
 
     Returns:
-        Name of the file, offset and length of each tensor by its id, whether the file is new.
+        Name of the file, and offset and length of each tensor by its id.
     """
     places: dict[int, tuple[int, int]] = {}
     digest = hashlib.blake2b(digest_size=8)
@@ -200,9 +202,8 @@ def _write_data(
             for checksum in _checksums(file.fileno(), start, file.tell()):
                 digest.update(checksum.to_bytes(4, "little"))
         name = f"{stem}.{digest.hexdigest()}.data"
-        created = not os.path.exists(os.path.join(folder, name))
         staged.commit(os.path.join(folder, name))
-    return name, places, created
+    return name, places
 
 
 def _checksums(descriptor: int, position: int, end: int) -> Iterator[int]:
@@ -214,15 +215,19 @@ def _checksums(descriptor: int, position: int, end: int) -> Iterator[int]:
         position += len(chunk)
 
 
-def _data_files_of(folder: str, name: str, stem: str) -> set[str]:
-    """Return the data files that lwc wrote for the model that is in place now."""
+def _data_files(folder: str, stem: str) -> set[str]:
+    """Return the names that have the form of a data file of lwc's for a model of this name."""
     pattern = re.compile(re.escape(stem) + r"\.[0-9a-f]{16}\.data")
-    candidates = [entry for entry in os.listdir(folder) if pattern.fullmatch(entry)]
+    return {entry for entry in os.listdir(folder) if pattern.fullmatch(entry)}
+
+
+def _referenced(folder: str, name: str, data_files: set[str]) -> set[str]:
+    """Return those data files that the model in place refers to."""
     path = os.path.join(folder, name)
-    if not candidates or not os.path.isfile(path) or os.path.getsize(path) == 0:
+    if not data_files or not os.path.isfile(path) or os.path.getsize(path) == 0:
         return set()
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as old:
-        return {entry for entry in candidates if old.find(entry.encode()) >= 0}
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as model:
+        return {entry for entry in data_files if model.find(entry.encode()) >= 0}
 
 
 def _serialize(
