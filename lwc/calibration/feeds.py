@@ -94,7 +94,8 @@ def make_feed(
 def dim_names(module: Module) -> dict[str, str]:
     """Return the free dimensions of the inputs and their kinds: batch, length, past or spatial.
 
-    Named dimensions keep their names; an anonymous one is called `INPUT:AXIS`.
+    Named dimensions keep their names; an anonymous one is called `INPUT:AXIS`. Those the ONNX
+    reader named (`INPUT_dAXIS`) say as little about their kind as anonymous ones.
     """
     found: dict[str, str] = {}
     for value in fed_inputs(module):
@@ -107,7 +108,8 @@ def dim_names(module: Module) -> dict[str, str]:
                 found.setdefault(name, _kind("", axis, len(value.shape or ())))
                 continue
             for free in sorted(s.name for s in parse_dim(text).free_symbols):
-                found.setdefault(free, _kind(free, axis, len(value.shape or ())))
+                said = "" if free == f"{value.name}_d{axis}" else free
+                found.setdefault(free, _kind(said, axis, len(value.shape or ())))
     return found
 
 
@@ -119,6 +121,9 @@ _KINDS = (
     ("length", re.compile(r"seq|len|time|frames|samples|tokens|^[lst]$", re.I)),
     ("spatial", re.compile(r"height|width|^[hw]$", re.I)),
 )
+
+
+_UNNAMED = re.compile(r"(:|_d)\d+$")
 
 
 def _kind(name: str, axis: int, rank: int) -> str:
@@ -256,7 +261,7 @@ def _candidates(free: Mapping[str, str]) -> Iterator[dict[str, int]]:
     if not free:
         yield {}
         return
-    doubtful = [name for name, kind in free.items() if ":" in name and kind == "length"]
+    doubtful = [name for name, kind in free.items() if kind == "length" and _UNNAMED.search(name)]
     for swaps in _subsets(doubtful):
         kinds = {name: "batch" if name in swaps else kind for name, kind in free.items()}
         present = set(kinds.values())

@@ -52,7 +52,8 @@ def ids() -> np.ndarray:
 
 def nll(table: np.ndarray, rows: np.ndarray, targets: np.ndarray) -> np.ndarray:
     logits = table.astype(np.float32).astype(np.float64)[rows]
-    return np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(rows)), targets]
+    losses: np.ndarray = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(rows)), targets]
+    return losses
 
 
 @pytest.mark.parametrize(("window", "stride"), [(512, 512), (7, 7), (7, 3), (1, 1)])

@@ -224,12 +224,13 @@ def test_working_feeds_find_a_height_the_file_does_not_state() -> None:
     assert shapes[0] != shapes[1]
 
 
-def test_working_feeds_find_that_an_anonymous_dimension_is_the_batch() -> None:
+@pytest.mark.parametrize("name", [None, "state_d1"])
+def test_working_feeds_find_that_an_unnamed_dimension_is_the_batch(name: str | None) -> None:
     module = parse(
         "g (float[b, s] x, float[2, c, 1] state) => (float[b, s] y)\n"
         "<int64 zero = {0}> { first = Gather(state, zero) y = Concat<axis = 1>(x, first) }"
     )
-    module.graph.inputs[1].shape = ir.Shape([2, None, 1])
+    module.graph.inputs[1].shape = ir.Shape([2, name, 1])
     for feed in run_feeds(module):
         assert feed["state"].shape[1] == feed["x"].shape[0]
 
