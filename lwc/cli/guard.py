@@ -45,25 +45,30 @@ def guarded(program: str, run: Callable[[], int], *, debug: bool = False) -> int
         code = run()
         sys.stdout.flush()
         return code
-    except BrokenPipeError:
+    except (Exception, KeyboardInterrupt) as error:
         _settle_stdout()
-        return 1
-    except KeyboardInterrupt:
-        line, code = "interrupted", _INTERRUPTED
-    except LwcError as error:
-        line, code = f"error: {error}", error.exit_code
-    except MemoryError:
-        line, code = "error: out of memory", 1
-    except OSError as error:
-        line, code = f"error: {_describe(error)}", 1
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        line, code = f"error: internal error: {reason} (--debug shows where)", 1
-    _settle_stdout()
-    if debug:
-        traceback.print_exc()
-    print(f"{program}: {line}", file=sys.stderr)
+        if debug:
+            traceback.print_exc()
+        line, code = _outcome(error)
+    if line:
+        print(f"{program}: {line}", file=sys.stderr)
     return code
+
+
+def _outcome(error: BaseException) -> tuple[str, int]:
+    """Return the line that describes an error, and the exit code."""
+    if isinstance(error, BrokenPipeError):
+        return "", 1
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", _INTERRUPTED
+    if isinstance(error, LwcError):
+        return f"error: {error}", error.exit_code
+    if isinstance(error, MemoryError):
+        return "error: out of memory", 1
+    if isinstance(error, OSError):
+        return f"error: {_describe(error)}", 1
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"error: internal error: {reason} (--debug shows where)", 1
 
 
 def _describe(error: OSError) -> str:

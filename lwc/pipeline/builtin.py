@@ -13,6 +13,17 @@ __all__ = ["BUILTIN"]
 
 BUILTIN: tuple[PassInfo, ...] = (
     PassInfo(
+        name="bind-dims",
+        target="lwc.passes.cleanup.bind_dims:BindDims",
+        summary="Set named dimensions of the inputs to numbers, as in bind-dims{batch=1 sequence=128}.",
+        contract="exact",
+        options=(
+            OptionInfo(
+                name="*", type="int", default="", help="Pairs of a dimension's name and its extent."
+            ),
+        ),
+    ),
+    PassInfo(
         name="canonicalize",
         target="lwc.passes.cleanup.canonicalize:Canonicalize",
         summary="Fold constants, merge duplicates, drop what does nothing, simplify shape computations.",
@@ -29,6 +40,33 @@ BUILTIN: tuple[PassInfo, ...] = (
                 type="int",
                 default="1024",
                 help="Bound in MiB on the memory one constant folding may take.",
+            ),
+        ),
+    ),
+    PassInfo(
+        name="convert-dtype",
+        target="lwc.passes.quantization.convert_dtype:ConvertDtype",
+        summary="Compute in half precision where operators admit it and the numbers allow it.",
+        contract="approximate",
+        options=(
+            OptionInfo(
+                name="dtype",
+                type="float16|bfloat16",
+                default="float16",
+                help="The half type.",
+                positional=True,
+            ),
+            OptionInfo(
+                name="keep-io",
+                type="bool",
+                default="true",
+                help="Whether graph inputs and outputs stay float32, behind a Cast.",
+            ),
+            OptionInfo(
+                name="exclude",
+                type="list of str",
+                default="",
+                help="Patterns (`*`, `?`, `[...]`) of names or operators of nodes that stay float32.",
             ),
         ),
     ),

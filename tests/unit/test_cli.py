@@ -1,0 +1,435 @@
+"""lwc-opt: what it writes, what goes to which stream, what ends with which code."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx.parser
+import pytest
+
+import lwc.optimizer
+from lwc.cli.arguments import parse_counts, parse_matches, parse_shapes, parse_size
+from lwc.cli.opt import main
+from lwc.cli.progress import ProgressDisplay
+from lwc.cli.summary import format_bytes
+from lwc.core.errors import UsageError
+from lwc.frontend.load import load
+from lwc.pipeline.registry import default_registry
+
+MODEL = """
+<ir_version: 9, opset_import: ["" : 17]>
+g (float[n, 2] x) => (float[n, 2] y)
+<float[2, 2] w = {1, 2, 3, 4}>
+{
+  a = Identity(x)
+  b = Relu(a)
+  y = MatMul(b, w)
+}
+"""
+
+PLUGIN = '''
+import os
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from lwc.pipeline.passes import Exact, Pass, PassContext, PassResult
+
+
+@dataclass(frozen=True)
+class Act(Pass):
+    """Do what the option says."""
+
+    name: ClassVar[str] = "test-act"
+    contract: ClassVar[Exact] = Exact()
+
+    how: str = "nothing"
+
+    def run(self, module, ctx):
+        if self.how == "crash":
+            raise RuntimeError("on purpose")
+        if self.how == "memory":
+            raise MemoryError
+        if self.how == "interrupt":
+            raise KeyboardInterrupt
+        if self.how == "wait":
+            import time
+            print("waiting", flush=True)
+            time.sleep(60)
+        if self.how == "miss":
+            for node in module.graph:
+                ctx.missed("it is too small", node, rule="shrink")
+            ctx.warn("look here")
+        if self.how == "spoil":
+            value = module.graph.initializers["w"]
+            module.replace_initializer(value, ir.tensor(value.const_value.numpy() * np.float32(2)))
+            return PassResult(True)
+        return PassResult(False)
+'''
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    onnx.save(onnx.parser.parse_model(MODEL), tmp_path / "in.onnx")
+    (tmp_path / "lwc_test_act.py").write_text(PLUGIN)
+    monkeypatch.chdir(tmp_path)
+    default_registry.cache_clear()
+    yield tmp_path
+    default_registry.cache_clear()
+
+
+class Ran:
+    """What a run returned and printed."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def run(folder: Path, capfd: pytest.CaptureFixture[str]) -> Any:
+    def call(*arguments: str) -> Ran:
+        code = main(arguments)
+        return Ran(code, *capfd.readouterr())
+
+    return call
+
+
+def act(how: str) -> list[str]:
+    return ["--load-pass-plugin=lwc_test_act.py", "-p", f"test-act{{how={how}}}"]
+
+
+def ops(path: Path | str) -> list[str]:
+    return [node.op_type for node in onnx.load(path).graph.node]
+
+
+def files(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir()} - {"__pycache__", "lwc_test_act.py", "in.onnx"}
+
+
+def test_a_model_goes_in_and_comes_out(run: Any, folder: Path) -> None:
+    ran = run("in.onnx", "-o", "out.onnx", "-p", "canonicalize")
+    assert (ran.code, ran.out) == (0, "")
+    assert ops("out.onnx") == ["Relu", "MatMul"]
+    first, second, third = ran.err.splitlines()
+    assert first == "in.onnx: 3 nodes, 4 parameters in 16 B"
+    assert second.startswith(" 1 canonicalize  3 -> 2 nodes, 16 B, ")
+    assert third.startswith("wrote out.onnx: ")
+
+
+def test_quiet_prints_nothing(run: Any) -> None:
+    ran = run("in.onnx", "-o", "out.onnx", "-p", "canonicalize", "-q")
+    assert (ran.code, ran.out, ran.err) == (0, "", "")
+
+
+def test_the_output_may_be_the_input(run: Any) -> None:
+    assert run("in.onnx", "-o", "in.onnx", "--pass-pipeline=canonicalize").code == 0
+    assert ops("in.onnx") == ["Relu", "MatMul"]
+
+
+def test_a_folder_is_written(run: Any, folder: Path) -> None:
+    assert run("in.onnx", "-o", "new/", "-p", "canonicalize").code == 0
+    assert ops(folder / "new" / "model.onnx") == ["Relu", "MatMul"]
+    assert run("new", "-o", "text.onnxtxt").code == 0
+    assert [node.op_type for node in load("text.onnxtxt").graph] == ["Relu", "MatMul"]
+
+
+@pytest.mark.parametrize("output", [[], ["-o", "-"]])
+def test_without_an_output_the_text_is_printed(run: Any, output: list[str]) -> None:
+    ran = run("in.onnx", "-p", "canonicalize", *output)
+    assert ran.code == 0
+    assert "MatMul" in ran.out
+    assert "Identity" not in ran.out
+    assert "canonicalize" in ran.err
+
+
+def test_dimensions_are_bound(run: Any) -> None:
+    assert run("in.onnx", "-o", "out.onnx", "--bind", "n=3").code == 0
+    assert list(load("out.onnx").graph.inputs[0].shape or ()) == [3, 2]
+    ran = run("in.onnx", "-o", "out2.onnx", "--bind", "m=3")
+    assert ran.code == 1
+    assert "m" in ran.err
+    assert not Path("out2.onnx").exists()
+
+
+def test_a_configuration_is_read_and_the_command_line_wins(run: Any) -> None:
+    Path("p.yaml").write_text("passes: [canonicalize]\nbind: {n: 3}\nverify: none\n")
+    assert run("in.onnx", "-o", "out.onnx", "--config", "p.yaml", "--bind", "n=4").code == 0
+    assert list(load("out.onnx").graph.inputs[0].shape or ()) == [4, 2]
+    ran = run("in.onnx", "--config", "p.yaml", "-p", "canonicalize")
+    assert (ran.code, ran.err) == (
+        2,
+        "lwc-opt: error: both -p and p.yaml give passes (drop one)\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no input is given"),
+        (["in.onnx", "other.onnx"], "one input only, not 'other.onnx'"),
+        (["in.onnx", "--verfy=none"], "unknown option '--verfy' (did you mean '--verify'?)"),
+        (["in.onnx", "--verify=some"], "invalid choice: 'some'"),
+        (["in.onnx", "-p", "canonicalise"], "did you mean 'canonicalize'?"),
+        (["in.onnx", "--bind", "n"], "--bind takes NAME=N, not 'n'"),
+        (["in.onnx", "--bind", "n=1", "--bind", "n=2"], "--bind gives 'n' twice"),
+        (["in.onnx", "--max-memory", "big"], "'big' is no size in bytes"),
+        (["in.onnx", "--report", "r.txt"], "no report format for 'r.txt'"),
+        (["in.onnx", "--measure", "n=1"], "--measure needs a report"),
+        (["in.onnx", "--plan", "-o", "out.onnx"], "--plan writes nothing"),
+        (["in.onnx", "--plan", "--bisect"], "do not go together"),
+        (["in.onnx", "--config", "none.yaml"], "none.yaml: cannot read the configuration"),
+        (["in.onnx", "--print-ir-after=x", "-p", "canonicalize"], "pass 'x' is not in"),
+        (["in.onnx", "--explain=fold-linear", "-p", "canonicalize"], "is not in the pipeline"),
+        (["in.onnx", "--pass-pipeline-crash-reproducer=x.txt"], "is an .onnx file"),
+        (["in.onnx", "-p", "canonicalize", "--require-match=x"], "takes one N, or PASS:N"),
+        (["in.onnx", "--load-pass-plugin=lwc_test_none"], "No module named 'lwc_test_none'"),
+        (["none.onnx", "-p", "canonicalize"], "none.onnx"),
+        (["in.onnx", "-o", "out.txt"], "out.txt"),
+    ],
+)
+def test_bad_usage_is_one_line_and_code_2(
+    run: Any, folder: Path, arguments: list[str], message: str
+) -> None:
+    ran = run(*arguments)
+    assert ran.code == 2
+    assert ran.out == ""
+    (line,) = [each for each in ran.err.splitlines() if each.startswith("lwc-opt: error: ")]
+    assert message in line
+    assert "Traceback" not in ran.err
+    assert files(folder) == set()
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "line"),
+    [
+        ("crash", 1, "lwc-opt: error: pass 'test-act': RuntimeError: on purpose"),
+        ("memory", 1, "lwc-opt: error: out of memory"),
+        ("interrupt", 130, "lwc-opt: interrupted"),
+    ],
+)
+def test_a_failing_pass_leaves_the_old_output(
+    run: Any, folder: Path, how: str, code: int, line: str
+) -> None:
+    Path("out.onnx").write_bytes(b"old")
+    ran = run("in.onnx", "-o", "out.onnx", *act(how))
+    assert ran.code == code
+    assert ran.err == f"{line}\n"
+    assert Path("out.onnx").read_bytes() == b"old"
+    assert files(folder) == {"out.onnx"}
+
+
+def test_debug_shows_the_traceback(run: Any) -> None:
+    ran = run("in.onnx", *act("crash"), "--debug")
+    assert ran.code == 1
+    assert ran.err.startswith("Traceback")
+    assert "RuntimeError: on purpose" in ran.err
+
+
+def test_numeric_verification_finds_a_miscompile(run: Any) -> None:
+    ran = run("in.onnx", "-o", "out.onnx", *act("spoil"), "--verify=numeric")
+    assert ran.code == 1
+    assert "lwc-opt: error: " in ran.err
+    assert "pass 'test-act'" in ran.err
+    assert not Path("out.onnx").exists()
+    assert run("in.onnx", "-o", "out.onnx", *act("spoil")).code == 0
+
+
+def test_bisection_names_the_pass(run: Any) -> None:
+    pipeline = "canonicalize,infer-shapes,test-act{how=spoil},fold-linear"
+    ran = run("in.onnx", "--load-pass-plugin=lwc_test_act.py", "-p", pipeline, "--bisect")
+    assert ran.code == 1
+    assert ran.out.startswith("pass 3, test-act{how=spoil}, is the first to differ")
+    ran = run("in.onnx", "-p", "canonicalize,infer-shapes", "--bisect")
+    assert (ran.code, ran.out) == (0, "the outputs agree after every pass\n")
+
+
+def test_a_required_match_that_is_missed_ends_with_3(run: Any) -> None:
+    ran = run("in.onnx", "-o", "out.onnx", *act("miss"), "--require-match=1")
+    assert ran.code == 3
+    assert "missed: test-act/shrink at " in ran.err
+    assert "pass 'test-act' applied 0 rewrites, but 1 are required" in ran.err
+    assert not Path("out.onnx").exists()
+    assert run("in.onnx", "-q", "-p", "canonicalize", "--require-match=canonicalize:1").code == 0
+
+
+def test_remarks_are_printed_as_asked(run: Any) -> None:
+    for shown, count in (("none", 1), ("missed", 4), ("all", 4)):
+        ran = run("in.onnx", "-o", "out.onnx", *act("miss"), f"--remarks={shown}")
+        lines = [line for line in ran.err.splitlines() if ": test-act" in line]
+        assert len(lines) == count
+        assert "warning: test-act: look here" in lines
+
+
+def test_explain_groups_reasons(run: Any, folder: Path) -> None:
+    plugin = "--load-pass-plugin=lwc_test_act.py"
+    ran = run("in.onnx", plugin, "-p", "test-act{how=miss},canonicalize", "--explain=test-act")
+    assert ran.code == 0
+    lines = ran.out.splitlines()
+    assert lines[0] == "test-act{how=miss}: changed nothing, 0 rewrites, 3 missed"
+    assert lines[1:3] == ["missed:", "  shrink: it is too small"]
+    assert sum(line.startswith("    at ") for line in lines) == 3
+    ran = run("in.onnx", plugin, "-p", "test-act{how=miss}", "--explain=test-act@MatMul")
+    assert [line for line in ran.out.splitlines() if line.startswith("    at ")] == [
+        line for line in lines if line.startswith("    at MatMul")
+    ]
+    assert run("in.onnx", "--explain=canonicalize").out.startswith("canonicalize: changed the")
+    assert files(folder) == set()
+
+
+def test_ir_goes_to_stdout(run: Any) -> None:
+    ran = run("in.onnx", "-p", "canonicalize,infer-shapes", "--print-ir-before=canonicalize")
+    assert ran.out.startswith("// module before canonicalize\n")
+    assert ran.out.count("// module ") == 1
+    ran = run("in.onnx", "-p", "canonicalize,canonicalize", "--print-ir-after-change")
+    assert ran.out.count("// module after canonicalize, which changed it") == 1
+    ran = run("in.onnx", "-p", "canonicalize,canonicalize", "--print-ir-after-all")
+    assert ran.out.count("// module after canonicalize") == 2
+
+
+def test_timing_and_statistics_go_to_stderr(run: Any) -> None:
+    ran = run("in.onnx", "-o", "o.onnx", "-p", "canonicalize", "--timing", "--pass-statistics")
+    assert ran.out == ""
+    assert "verify s" in ran.err
+    assert "nodes-before" in ran.err
+
+
+def test_a_crash_can_be_replayed(run: Any) -> None:
+    ran = run("in.onnx", *act("crash"), "--pass-pipeline-crash-reproducer=crash.onnx")
+    assert ran.code == 1
+    assert "reproduce with: lwc-opt crash.onnx --config crash.yaml" in ran.err
+    again = run("crash.onnx", "--config", "crash.yaml", "--load-pass-plugin=lwc_test_act.py")
+    assert again.err.splitlines()[-1] == ran.err.splitlines()[-1]
+
+
+def test_reports_are_written(run: Any) -> None:
+    reports = ["--report", "r.json", "--report", "r.md", "--report", "r.html"]
+    ran = run("in.onnx", "-p", "canonicalize", *reports)
+    assert (ran.code, ran.out) == (0, "")
+    report = json.loads(Path("r.json").read_text())
+    assert report["pipeline"] == "canonicalize"
+    assert (report["before"]["nodes"], report["after"]["nodes"]) == (3, 2)
+    assert "canonicalize" in Path("r.md").read_text()
+    assert "<html" in Path("r.html").read_text()
+
+
+def test_passes_are_listed(run: Any) -> None:
+    ran = run("--list-passes=json", "--load-pass-plugin=lwc_test_act.py")
+    assert {"canonicalize", "test-act"} <= {entry["name"] for entry in json.loads(ran.out)}
+    assert "canonicalize [exact]" in run("--list-passes").out
+
+
+def test_help_and_version() -> None:
+    for option, start in (
+        ("--help", "usage: lwc-opt"),
+        ("--version", f"lwc-opt {lwc.__version__}"),
+    ):
+        command = [sys.executable, "-m", "lwc.cli.opt", option]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith(start)
+
+
+def test_a_full_disk_is_code_1(run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(module: object, path: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+    monkeypatch.setattr(lwc.optimizer, "save_module", fail)
+    ran = run("in.onnx", "-o", "out.onnx", "-q", "-p", "canonicalize")
+    assert ran.code == 1
+    assert ran.err == (
+        "lwc-opt: error: out.onnx: No space left on device (the old output, if any, is untouched)\n"
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_stdout_is_code_1(folder: Path) -> None:
+    command = [sys.executable, "-m", "lwc.cli.opt", "in.onnx", "-q"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("lwc-opt: error: No space left on device")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_reader_that_goes_away_is_no_error_message(folder: Path) -> None:
+    script = f"{sys.executable} -m lwc.cli.opt in.onnx -q | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.stderr == ""
+    assert done.returncode in (0, 1)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_it_cleanly(folder: Path, number: signal.Signals, code: int) -> None:
+    Path("out.onnx").write_bytes(b"old")
+    command = [sys.executable, "-m", "lwc.cli.opt", "in.onnx", "-o", "out.onnx", *act("wait")]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "waiting\n"
+    time.sleep(0.1)
+    child.send_signal(number)
+    _, err = child.communicate(timeout=30)
+    assert child.returncode == code
+    assert "Traceback" not in err
+    assert Path("out.onnx").read_bytes() == b"old"
+    assert files(folder) == {"out.onnx"}
+
+
+def test_progress_appears_late_and_disappears(capsys: pytest.CaptureFixture[str]) -> None:
+    silent = ProgressDisplay(enabled=True, delay=30.0)
+    with silent.phase("quick"):
+        assert list(silent.track([1, 2], "loop")) == [1, 2]
+    off = ProgressDisplay(enabled=False, delay=0.0)
+    with off.phase("hidden"):
+        time.sleep(0.05)
+    assert capsys.readouterr().err == ""
+    shown = ProgressDisplay(enabled=True, delay=0.0)
+    with shown.phase("slow"):
+        deadline = time.monotonic() + 10
+        while shown._bars is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert shown._bars is not None
+        seen = []
+        for item in shown.track(range(3), "loop"):
+            seen.append(item)
+            if item == 1:
+                tasks = shown._bars.tasks
+                assert [(task.description, task.completed) for task in tasks][-1] == ("loop", 1)
+        assert seen == [0, 1, 2]
+        assert [task.description for task in shown._bars.tasks] == ["slow"]
+    assert shown._bars is None
+
+
+def test_small_parsers() -> None:
+    assert [parse_size(text) for text in ("12", "2GB", "1.5GiB", "3k")] == [
+        12,
+        2 * 10**9,
+        3 * 2**29,
+        3000,
+    ]
+    assert parse_counts(["a=1", "b=c=2"], "--bind") == {"a": 1, "b=c": 2}
+    assert parse_shapes(["a=1,b=2", "default"]) == [{"a": 1, "b": 2}, {}]
+    assert parse_matches([]) is None
+    assert parse_matches(["3"]) == 3
+    assert parse_matches(["a:1", "b:2"]) == {"a": 1, "b": 2}
+    for bad in (["1", "2"], ["a"], ["a:-1"]):
+        with pytest.raises(UsageError):
+            parse_matches(bad)
+    assert [format_bytes(n) for n in (0, 999, 1234, 90_900_000, 2e12)] == [
+        "0 B",
+        "999 B",
+        "1.23 kB",
+        "90.9 MB",
+        "2 TB",
+    ]
