@@ -288,6 +288,22 @@ def test_explain_groups_reasons(run: Any, folder: Path) -> None:
     assert files(folder) == set()
 
 
+def test_the_plan_is_a_table_of_costs(run: Any, folder: Path) -> None:
+    ran = run("in.onnx", "--plan", "--bind", "n=5")
+    assert (ran.code, ran.err) == (0, "")
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in ran.out.splitlines()]
+    assert ["MatMul", "1", "40", "4", "16 B", "96 B", "40 B"] in rows
+    assert next(row for row in rows if row and row[0] == "total")[1] == "3"
+    assert "largest sum of live activations: 80 B" in ran.out
+    assert "8*n" in run("in.onnx", "--plan").out
+    ran = run("in.onnx", "--plan", "--bind", "m=5")
+    assert (ran.code, ran.err) == (
+        2,
+        "lwc-opt: error: no input has a dimension 'm' (the dimensions are n)\n",
+    )
+    assert files(folder) == set()
+
+
 def test_ir_goes_to_stdout(run: Any) -> None:
     ran = run("in.onnx", "-p", "canonicalize,infer-shapes", "--print-ir-before=canonicalize")
     assert ran.out.startswith("// module before canonicalize\n")
