@@ -42,6 +42,11 @@ class ConvertDtype(Pass):
     keep_io: bool = True
     exclude: tuple[str, ...] = ()
 
+    @property
+    def keeps_interface(self) -> bool:
+        """Whether inputs and outputs stay float32."""
+        return self.keep_io
+
     def run(self, module: Module, ctx: PassContext) -> PassResult:
         """See the class."""
         import onnx_ir as ir
