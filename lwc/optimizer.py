@@ -329,7 +329,7 @@ def numeric_check(*, seed: int = 0, threads: int | None = None) -> NumericCheck:
             return f"outputs not compared: {found.skipped}"
         worst = found.worst
         error = 0.0 if worst is None else worst.max_error
-        return f"outputs within {error:.2g} on {found.feeds} feeds"
+        return f"outputs within {error:.2g} on {found.feeds} feed{'s' * (found.feeds != 1)}"
 
     return check
 

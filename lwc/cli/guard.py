@@ -22,7 +22,7 @@ exit codes:
   1    a pass, the verification or the system (disk full, out of memory) failed
   2    wrong usage or unreadable input
   3    a required match or target was missed
-  130  interrupted
+  130  interrupted (143 by SIGTERM)
 """
 
 _INTERRUPTED = 130

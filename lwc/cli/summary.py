@@ -60,7 +60,7 @@ def _size(snapshot: Snapshot) -> str:
 
 
 def _pass_line(each: PassRecord) -> str:
-    counts = f"{each.applied:,} rewrites"
+    counts = f", {each.applied:,} rewrites" if each.applied else ""
     if each.missed:
         counts += f", {len(each.missed):,} missed"
     if not each.changed:
@@ -72,7 +72,7 @@ def _pass_line(each: PassRecord) -> str:
     if each.after.nodes != each.before.nodes:
         nodes += f" -> {each.after.nodes:,}"
     checked = f", {each.verification}" if each.verification else ""
-    return f"{nodes} nodes, {weights}, {counts}{checked}"
+    return f"{nodes} nodes, {weights}{counts}{checked}"
 
 
 def _why_unchanged(each: PassRecord) -> str:
