@@ -165,9 +165,10 @@ def _skeleton(file: GgufFile, folder: Path) -> tuple[Any, _Mapping]:
         names = {ours: theirs for theirs, ours in get_gguf_hf_weights_map(model, processor).items()}
 
     def convert(content: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
-        return processor.process(
-            weights=content, name=name, parsed_parameters={"tensors": {}}
-        ).weights
+        state: dict[str, dict[str, Any]] = {"tensors": {}}
+        return np.asarray(
+            processor.process(weights=content, name=name, parsed_parameters=state).weights
+        )
 
     _scale_rope(file, model)
     return model, _Mapping(names, convert)
@@ -223,7 +224,7 @@ def _fits(tensor: GgufTensor, shape: tuple[int, ...], mapping: _Mapping) -> bool
 def _lazy(
     file: GgufFile, tensor: GgufTensor, shape: tuple[int, ...], mapping: _Mapping
 ) -> ir.LazyTensor:
-    def content() -> ir.Tensor:
+    def content() -> ir.TensorProtocol:
         values = mapping.convert(file.decode(tensor), tensor.name)
         return ir.Tensor(np.ascontiguousarray(values, np.float32))
 

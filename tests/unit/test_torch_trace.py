@@ -1,0 +1,176 @@
+"""Tracing PyTorch modules: same outputs, named dimensions, shared weights, clear errors."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+import onnxruntime  # noqa: E402
+
+from lwc.core.errors import InputError, LwcError  # noqa: E402
+from lwc.core.module import Module  # noqa: E402
+from lwc.frontend.onnx_writer import save  # noqa: E402
+from lwc.frontend.torch_trace import DEFAULT_OPSET, trace  # noqa: E402
+
+Dim = torch.export.Dim
+RTOL, ATOL = 1e-5, 1e-6
+
+
+class Linear(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = torch.nn.Linear(4, 5)
+        self.dropout = torch.nn.Dropout(0.5)
+
+    def forward(self, x: Any, y: Any) -> Any:
+        return self.dropout(self.linear(x)) + y.sum(), torch.cat([x, x])
+
+
+class Tied(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = torch.nn.Embedding(7, 4)
+        self.head = torch.nn.Linear(4, 7, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: Any) -> Any:
+        return self.head(self.table(ids))
+
+
+class Branching(torch.nn.Module):
+    def forward(self, x: Any) -> Any:
+        return x + 1 if x.sum() > 0 else x
+
+
+class Unsupported(torch.nn.Module):
+    def forward(self, x: Any) -> Any:
+        return torch.linalg.svd(x)
+
+
+class Fixed(torch.nn.Module):
+    def forward(self, x: Any) -> Any:
+        return x + torch.ones(3, 1)
+
+
+def run(module: Module, folder: Path, *inputs: Any) -> list[np.ndarray[Any, Any]]:
+    path = folder / "model.onnx"
+    save(module, path)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
+    feed = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
+    return session.run(None, feed)  # type: ignore[no-any-return]
+
+
+def dims(value: Any) -> list[Any]:
+    return [dim if isinstance(dim, int) else dim.value for dim in value.shape]
+
+
+@pytest.mark.parametrize("form", ["module", "graph_module", "exported_program"])
+@pytest.mark.parametrize("rows", [1, 6])
+def test_every_form_computes_what_torch_does(form: str, rows: int, tmp_path: Path) -> None:
+    model = Linear().eval()
+    example = torch.ones(3, 4), torch.ones(3)
+    shapes = ({0: Dim("batch")}, {0: Dim("width")})
+    if form == "module":
+        module = trace(model, example, dynamic_shapes=shapes)
+    elif form == "graph_module":
+        module = trace(torch.fx.symbolic_trace(model), example, dynamic_shapes=shapes)
+    else:
+        module = trace(torch.export.export(model, example, dynamic_shapes=shapes))
+    feed = torch.randn(rows, 4), torch.randn(rows + 1)
+    with torch.no_grad():
+        expected = model(*feed)
+    for got, want in zip(run(module, tmp_path, *feed), expected, strict=True):
+        np.testing.assert_allclose(got, want.numpy(), rtol=RTOL, atol=ATOL)
+    assert [dims(value) for value in module.graph.inputs] == [["batch", 4], ["width"]]
+    assert [dims(value) for value in module.graph.outputs] == [["batch", 5], ["2*batch", 4]]
+    assert module.opset == DEFAULT_OPSET
+
+
+def test_strings_name_dimensions_and_hints_get_the_inputs_name() -> None:
+    module = trace(
+        Linear(), (torch.ones(3, 4), torch.ones(3)), dynamic_shapes=({0: "rows"}, {0: Dim.AUTO})
+    )
+    assert [dims(value) for value in module.graph.inputs] == [["rows", 4], ["y_dim0"]]
+    assert dims(module.graph.outputs[1]) == ["2*rows", 4]
+
+
+def test_names_of_inputs_and_outputs_can_be_chosen() -> None:
+    module = trace(
+        Linear(),
+        (torch.ones(3, 4),),
+        {"y": torch.ones(3)},
+        input_names=["left", "right"],
+        output_names=["sum", "twice"],
+    )
+    assert [value.name for value in module.graph.inputs] == ["left", "right"]
+    assert [value.name for value in module.graph.outputs] == ["sum", "twice"]
+
+
+def test_training_mode_is_left_as_it_was_and_dropout_is_off() -> None:
+    model = Linear().train()
+    module = trace(model, (torch.ones(3, 4), torch.ones(3)))
+    assert model.training
+    assert model.dropout.training
+    assert "Dropout" not in {node.op_type for node in module.graph}
+
+
+def test_weights_are_shared_with_torch_and_tied_ones_are_one_initializer() -> None:
+    model = Tied()
+    module = trace(model, (torch.ones(2, 3, dtype=torch.int64),))
+    (weight,) = [v for v in module.graph.initializers.values() if len(v.shape) == 2]
+    content = weight.const_value.numpy()
+    assert np.shares_memory(content, model.table.weight.detach().numpy())
+    assert sorted(use.node.op_type for use in weight.uses()) == ["Gather", "Transpose"]
+
+
+def test_provenance_is_the_module_path_and_nothing_heavy() -> None:
+    module = trace(Linear(), (torch.ones(3, 4), torch.ones(3)))
+    gemm = next(node for node in module.graph if node.op_type == "Gemm")
+    assert dict(gemm.metadata_props) == {"torch.op": "linear.default", "torch.module": "linear"}
+    allowed = {"torch.op", "torch.module"}
+    for node in module.graph:
+        assert set(node.metadata_props) <= allowed
+        assert not any(value.metadata_props for value in node.outputs)
+        assert not node.meta
+    assert not module.graph.metadata_props
+
+
+@pytest.mark.parametrize(
+    ("model", "shapes", "words"),
+    [
+        (Branching(), None, ["Branching", "data-dependent", "torch.where"]),
+        (Unsupported(), None, ["aten._linalg_svd", "no ONNX translation"]),
+        (Fixed(), ({0: Dim("rows")},), ["Fixed", "rows", "dynamic_shapes"]),
+        (Fixed(), ({0: "rows"},), ["Fixed", "dynamic_shapes"]),
+    ],
+)
+def test_failures_are_one_line_with_the_culprit(
+    model: Any, shapes: Any, words: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with warnings.catch_warnings(), pytest.raises(InputError) as caught:
+        warnings.simplefilter("error")
+        trace(model, (torch.ones(3, 3),), dynamic_shapes=shapes)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert all(word in text for word in words), text
+    assert capfd.readouterr() == ("", "")
+
+
+def test_missing_arguments_and_other_objects_are_refused() -> None:
+    with pytest.raises(InputError, match="missing a required argument: 'x'"):
+        trace(Fixed())
+    with pytest.raises(LwcError, match="cannot trace a int"):
+        trace(3)  # type: ignore[arg-type]
+
+
+def test_an_opset_out_of_reach_is_refused() -> None:
+    with pytest.raises(InputError, match="opset"):
+        trace(Fixed(), (torch.ones(3, 3),), opset=99)
