@@ -8,7 +8,7 @@ matches; the driver names, records, counts and reports.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import onnx_ir as ir
@@ -30,9 +30,8 @@ class PatternRule(ABC):
     name: ClassVar[str]
     roots: ClassVar[tuple[str, ...]]
 
-    @abstractmethod
-    def pattern(self, op: Any, **values: Any) -> Any:
-        """Describe the graph in onnxscript's pattern language; arguments are its inputs."""
+    pattern: ClassVar[Callable[..., Any]]
+    """Method: describes the graph in onnxscript's pattern language, given `op` and its inputs."""
 
     def check(self, edit: Editor, **bindings: Any) -> dict[str, Any] | Miss:
         """Return what the rewrite needs besides the bindings, or the reason it is not legal."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -65,7 +64,8 @@ class Canonicalize(Pass):
         if not changed:
             ctx.note("nothing to simplify")
         statistics = {"nodes-before": before, "nodes-after": after}
-        return PassResult(changed, statistics=statistics, rewrites=sorted_counts(outcome.hits))
+        rewrites = dict(sorted(outcome.hits.items()))
+        return PassResult(changed, statistics=statistics, rewrites=rewrites)
 
 
 def canonicalize(module: Module, ctx: PassContext, folding: Folding) -> tuple[bool, Rewriting]:
@@ -105,8 +105,3 @@ def canonicalize(module: Module, ctx: PassContext, folding: Folding) -> tuple[bo
     if total.erased:
         total.hits["dead-code"] = total.erased
     return changed, total
-
-
-def sorted_counts(hits: Counter[str]) -> dict[str, int]:
-    """Return counts by name in an order that does not depend on the run."""
-    return dict(sorted(hits.items()))

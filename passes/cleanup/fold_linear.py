@@ -13,7 +13,6 @@ from lwc.core.module import Module
 from lwc.core.walk import constant_tensor
 from lwc.core.weights import reading
 from lwc.passes.cleanup.canonical.tidy import remove_unused
-from lwc.passes.cleanup.canonicalize import sorted_counts
 from lwc.passes.cleanup.linear.affine import AFFINE_OPS, Affine, affine_of
 from lwc.passes.cleanup.linear.linear_ops import Linear, LinearFolder, linear_of
 from lwc.passes.cleanup.linear.padding import RULES as PADDING_RULES
@@ -58,7 +57,7 @@ def fold_linear(module: Module, ctx: PassContext) -> PassResult:
     return PassResult(
         True,
         statistics={"nodes-before": before, "nodes-after": after},
-        rewrites=sorted_counts(done.hits),
+        rewrites=dict(sorted(done.hits.items())),
     )
 
 

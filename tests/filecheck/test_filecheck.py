@@ -7,6 +7,7 @@ and run against the original on ONNX Runtime without optimisations.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -27,7 +28,7 @@ CASES = sorted(Path(__file__).parent.glob("*.txt"))
 EXTENTS = ({"N": 2, "S": 3}, {"N": 3, "S": 5})
 
 
-def run(proto: onnx.ModelProto, extents: dict[str, int]) -> list[np.ndarray]:
+def run(proto: onnx.ModelProto, extents: dict[str, int]) -> list[np.ndarray[Any, Any]]:
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(
@@ -41,8 +42,8 @@ def run(proto: onnx.ModelProto, extents: dict[str, int]) -> list[np.ndarray]:
             feed[each.name] = random.standard_normal(shape).astype(np.float32)
         else:
             assert each.type == "tensor(bool)"
-            feed[each.name] = random.random(shape) > 0.5
-    return session.run(None, feed)
+            feed[each.name] = np.asarray(random.random(shape) > 0.5)
+    return list(session.run(None, feed))
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.stem for case in CASES])

@@ -1,0 +1,375 @@
+"""canonicalize, rule by rule: what must happen, what must not, and the bounds of folding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from lwc.analysis.manager import AnalysisManager
+from lwc.core.errors import PassError
+from lwc.core.module import Module
+from lwc.passes.cleanup.canonicalize import Canonicalize
+from lwc.pipeline.passes import PassContext, PassResult
+from lwc.verify.structural import verify_structure
+
+Array = np.ndarray[Any, Any]
+HEADER = '<ir_version: 8, opset_import: ["" : 17]>\n'
+
+
+def module_of(text: str) -> Module:
+    return Module(ir.from_proto(onnx.parser.parse_model(HEADER + text)))
+
+
+def canonicalize(module: Module, **options: Any) -> PassResult:
+    """Run the pass; check `changed`, the structure, and that a second run changes nothing."""
+    before = module.fingerprint()
+    result = Canonicalize(**options).run(module, context(module))
+    assert result.changed == (module.fingerprint() != before)
+    verify_structure(module)
+    after = module.fingerprint()
+    assert not Canonicalize(**options).run(module, context(module)).changed
+    assert module.fingerprint() == after
+    return result
+
+
+def context(module: Module) -> PassContext:
+    return PassContext(AnalysisManager(module), source="canonicalize")
+
+
+def ops(module: Module) -> list[str]:
+    return [node.op_type for node in module.nodes()]
+
+
+def run(module: Module, feed: dict[str, Array]) -> list[Array]:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(
+        ir.to_proto(module.model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return list(session.run(None, feed))
+
+
+def constant_graph(op: str, inputs: list[Array], **attributes: Any) -> Module:
+    """Make y = op(constants), kept alive by an Add-free Identity on an input."""
+    weights = [numpy_helper.from_array(x, f"c{i}") for i, x in enumerate(inputs)]
+    node = helper.make_node(op, [f"c{i}" for i in range(len(inputs))], ["y"], **attributes)
+    output = helper.make_empty_tensor_value_info("y")
+    graph = helper.make_graph([node], "g", [], [output], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return Module(ir.from_proto(onnx.shape_inference.infer_shapes(model)))
+
+
+@pytest.mark.parametrize(
+    ("op", "inputs", "attributes"),
+    [
+        ("Div", [np.array([-7, 7, -6]), np.array([2, -2, 4])], {}),
+        ("Div", [np.array([1.0, -1.0, 0.0], np.float32), np.zeros(3, np.float32)], {}),
+        ("Cast", [np.array([-1.7, 1.7, 2.5e9], np.float32)], {"to": TensorProto.INT64}),
+        ("Cast", [np.array([300, -1], np.int64)], {"to": TensorProto.UINT8}),
+        ("Cast", [np.array([np.nan, 0.0, -0.0, 2.0], np.float32)], {"to": TensorProto.BOOL}),
+        ("Slice", [np.arange(10), np.array([-3]), np.array([100]), np.array([0])], {}),
+        (
+            "Slice",
+            [np.arange(9), np.array([7]), np.array([-99]), np.array([0]), np.array([-2])],
+            {},
+        ),
+        ("Gather", [np.arange(12).reshape(3, 4), np.array([[-1, 0]])], {"axis": 1}),
+        ("Mod", [np.array([-7, 7]), np.array([3, -3])], {}),
+        ("Pow", [np.array([2.0, 3.0], np.float32), np.array([3, 2])], {}),
+        ("Where", [np.array([True, False]), np.array([1.0]), np.array([2.0, 3.0])], {}),
+        ("Softmax", [np.array([[1.0, 2.0]], np.float32)], {"axis": -1}),
+    ],
+)
+def test_folding_gives_what_the_runtime_gives(
+    op: str, inputs: list[Array], attributes: dict[str, Any]
+) -> None:
+    module = constant_graph(op, inputs, **attributes)
+    (wanted,) = run(module, {})
+    assert canonicalize(module).changed
+    assert ops(module) == ["Identity"]
+    (found,) = run(module, {})
+    assert found.dtype == wanted.dtype
+    np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("op", "inputs", "attributes", "reason"),
+    [
+        ("Div", [np.array([1, 2]), np.array([0, 1])], {}, "division by zero"),
+        ("Cast", [np.array([np.nan], np.float32)], {"to": TensorProto.INT32}, "no defined result"),
+        ("Cast", [np.array([3e9], np.float32)], {"to": TensorProto.INT32}, "no defined result"),
+        ("Cast", [np.array([2.0**63])], {"to": TensorProto.INT64}, "no defined result"),
+        ("Gather", [np.arange(3), np.array([5])], {}, "not known"),
+    ],
+)
+def test_undefined_results_are_left_unfolded_with_a_remark(
+    op: str, inputs: list[Array], attributes: dict[str, Any], reason: str
+) -> None:
+    module = constant_graph(op, inputs, **attributes)
+    canonicalize(module)
+    assert ops(module) == [op]
+    assert any(reason in each.message for each in module.remarks if each.kind == "missed")
+
+
+def test_random_operators_are_neither_folded_nor_merged() -> None:
+    module = module_of(
+        """g (float[4] x) => (float[4] y) {
+            a = RandomNormal<shape = [4]>()
+            b = RandomNormal<shape = [4]>()
+            c = Sub(a, b)
+            y = Add(c, x)
+        }"""
+    )
+    assert not canonicalize(module).changed
+    assert ops(module).count("RandomNormal") == 2
+
+
+def expanding(op: str) -> Module:
+    big, small = np.zeros((64, 64), np.float16), np.array([64, 64])
+    made: dict[str, tuple[list[Array], dict[str, Any]]] = {
+        "Cast": ([big], {"to": TensorProto.FLOAT}),
+        "ConstantOfShape": ([small], {}),
+        "Expand": ([np.ones(64, np.float32), small], {}),
+        "Tile": ([np.ones((1, 64), np.float32), np.array([64, 1])], {}),
+        "DequantizeLinear": ([np.ones((64, 64), np.int8), np.array(0.5, np.float32)], {}),
+    }
+    inputs, attributes = made[op]
+    return constant_graph(op, inputs, **attributes)
+
+
+@pytest.mark.parametrize("op", ["Cast", "ConstantOfShape", "Expand", "Tile", "DequantizeLinear"])
+def test_folding_never_decompresses_unless_asked(op: str) -> None:
+    module = expanding(op)
+    canonicalize(module)
+    assert ops(module) == [op]
+    assert any("decompress=true" in each.message for each in module.remarks)
+    (wanted,) = run(module, {})
+    canonicalize(module, decompress=True)
+    assert ops(module) == ["Identity"]
+    np.testing.assert_array_equal(run(module, {})[0], wanted)
+
+
+def test_a_shared_weight_is_not_doubled_by_folding_its_transpose() -> None:
+    text = """g (float[N,32] x, float[N,48] z) => (float[N,48] y, float[N,32] u)
+    <float[32,48] w = {VALUES}> {
+        t = Transpose(w)
+        y = MatMul(x, w)
+        u = MatMul(z, t)
+    }""".replace("VALUES", ",".join(["1.0"] * (32 * 48)))
+    module = module_of(text)
+    canonicalize(module)
+    assert "Transpose" in ops(module)
+    alone = module_of(text.replace("y = MatMul(x, w)", "y = Pad(x, p)").replace(
+        "t = ", "p = Constant<value = int64[4] {0, 0, 0, 16}>()\n t = "
+    ))  # fmt: skip
+    canonicalize(alone)
+    assert "Transpose" not in ops(alone)
+
+
+def test_the_parts_of_a_weight_are_folded_together_when_nothing_grows() -> None:
+    values = ",".join(str(float(i)) for i in range(512))
+    text = """g (float[N,16] x) => (float[N,32] y) <float[16,32] w = {VALUES}> {
+        zero = Constant<value = int64[1] {0}>()
+        half = Constant<value = int64[1] {16}>()
+        all = Constant<value = int64[1] {32}>()
+        one = Constant<value = int64[1] {1}>()
+        a = Slice(w, zero, half, one)
+        b = Slice(w, half, all, one)
+        c = Concat<axis = 1>(b, a)
+        y = MatMul(x, c)
+    }""".replace("VALUES", values)
+    module = module_of(text)
+    x = np.eye(3, 16, dtype=np.float32)
+    (wanted,) = run(module, {"x": x})
+    canonicalize(module)
+    assert ops(module) == ["MatMul"]
+    assert len(module.graph.initializers) == 1
+    np.testing.assert_array_equal(run(module, {"x": x})[0], wanted)
+
+
+def test_folding_stays_within_the_memory_bound() -> None:
+    module = constant_graph("Transpose", [np.zeros((1024, 512), np.float32)])
+    canonicalize(module, fold_memory=1)
+    assert ops(module) == ["Transpose"]
+    assert any("more than the bound" in each.message for each in module.remarks)
+    canonicalize(module)
+    assert ops(module) == ["Identity"]
+
+
+def test_a_result_of_unknown_size_is_not_computed() -> None:
+    module = module_of(
+        """g (float[N] x) => (float[M] y) {
+            i = NonZero(x)
+            s = Shape(i)
+            f = ConstantOfShape(s)
+            y = ReduceSum<keepdims = 0>(f)
+        }"""
+    )
+    canonicalize(module)
+    assert "ConstantOfShape" in ops(module)
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("a = Transpose<perm = [1, 0]>(x)\n b = Transpose<perm = [1, 0]>(a)\n y = Exp(b)", ["Exp"]),
+        ("a = Neg(x)\n b = Neg(a)\n y = Exp(b)", ["Exp"]),
+        ("a = Relu(x)\n b = Relu(a)\n y = Exp(b)", ["Relu", "Exp"]),
+        ("a = Concat<axis = 0>(x)\n b = Sum(a)\n y = Exp(b)", ["Exp"]),
+        ("a, m = Dropout(x)\n y = Exp(a)", ["Exp"]),
+        ("a, b = Split<axis = 1>(x)\n c = Concat<axis = -1>(a, b)\n y = Exp(c)", ["Exp"]),
+        ("s = Shape(x)\n a = Expand(x, s)\n b = Reshape(a, s)\n y = Exp(b)", ["Exp"]),
+        (
+            "p = Constant<value = int64[4] {0, 0, 0, 0}>()\n a = Pad(x, p)\n b = Clip(a)\n"
+            " y = Exp(b)",
+            ["Exp"],
+        ),
+        (
+            "t = Constant<value = float {1.0}>()\n a = Mul(x, t)\n b = Div(a, t)\n c = Pow(b, t)\n"
+            " y = Exp(c)",
+            ["Exp"],
+        ),
+        (
+            "c = Constant<value = bool {0}>()\n n = Neg(x)\n w = Where(c, n, x)\n y = Exp(w)",
+            ["Exp"],
+        ),
+        (
+            "a = Constant<value = int64[1] {0}>()\n b = Unsqueeze(x, a)\n c = Squeeze(b, a)\n"
+            " y = Exp(c)",
+            ["Exp"],
+        ),
+        (
+            "z = Constant<value = int64[1] {0}>()\n o = Constant<value = int64[1] {1}>()\n"
+            " e = Constant<value = int64[1] {4}>()\n f = Constant<value = int64[1] {6}>()\n"
+            " a = Slice(x, o, f, o)\n b = Slice(a, o, e, o)\n y = Pad(b, p)\n",
+            ["Slice", "Pad"],
+        ),
+    ],
+)
+def test_what_does_nothing_goes(text: str, left: list[str]) -> None:
+    pads = "p = Constant<value = int64[4] {0, 0, 0, 5}>()\n" if "Pad(b, p)" in text else ""
+    module = module_of(f"g (float[N,8] x) => (float[N,8] y) {{ {pads}{text} }}")
+    x = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32)
+    (wanted,) = run(module, {"x": x})
+    canonicalize(module)
+    assert ops(module) == left
+    np.testing.assert_array_equal(run(module, {"x": x})[0], wanted)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        # A multiplication by one that broadcasts makes the result larger.
+        "t = Constant<value = float[2,1] {1.0, 1.0}>()\n y = Mul(x, t)",
+        # A slice with a negative step keeps every extent and reverses.
+        "s = Constant<value = int64[1] {7}>()\n e = Constant<value = int64[1] {-9}>()\n"
+        " a = Constant<value = int64[1] {1}>()\n t = Constant<value = int64[1] {-1}>()\n"
+        " y = Slice(x, s, e, a, t)",
+        # Float16 in the middle loses digits.
+        "a = Cast<to = 10>(x)\n y = Cast<to = 1>(a)",
+        # The mean is over more than one element.
+        "y = ReduceMean<axes = [1], keepdims = 1>(x)",
+    ],
+)
+def test_what_does_something_stays(text: str) -> None:
+    module = module_of(f"g (float[1,8] x) => (float[R,C] y) {{ {text} }}")
+    x = np.random.default_rng(0).standard_normal((1, 8)).astype(np.float32)
+    (wanted,) = run(module, {"x": x})
+    before = [op for op in ops(module) if op != "Constant"]
+    canonicalize(module)
+    assert ops(module) == before
+    np.testing.assert_array_equal(run(module, {"x": x})[0], wanted)
+
+
+def test_unnamed_extents_are_not_taken_for_equal() -> None:
+    graph = helper.make_graph(
+        [
+            helper.make_node("Shape", ["b"], ["s"]),
+            helper.make_node("Expand", ["a", "s"], ["y"]),
+        ],
+        "g",
+        [
+            helper.make_tensor_value_info("a", TensorProto.FLOAT, ["?", "?"]),
+            helper.make_tensor_value_info("b", TensorProto.FLOAT, ["?", "?"]),
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["?", "?"])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    module = Module(ir.from_proto(model))
+    canonicalize(module)
+    assert ops(module) == ["Shape", "Expand"]
+    feed = {"a": np.ones((1, 3), np.float32), "b": np.ones((4, 3), np.float32)}
+    assert run(module, feed)[0].shape == (4, 3)
+
+
+@pytest.mark.parametrize(("trips", "left"), [(0, ["Identity"]), (1, ["Add"]), (2, ["Loop"])])
+def test_short_loops_are_inlined(trips: int, left: list[str]) -> None:
+    module = module_of(
+        """g (float[4] x) => (float[4] y) {
+            n = Constant<value = int64 {TRIPS}>()
+            t = Constant<value = bool {1}>()
+            y = Loop(n, t, x) <body = b (int64 i, bool c, float[4] v) => (bool d, float[4] w) {
+                d = Identity(c)
+                w = Add(v, v)
+            }>
+        }""".replace("TRIPS", str(trips))
+    )
+    x = np.arange(4, dtype=np.float32)
+    canonicalize(module)
+    assert [node.op_type for node in module.graph] == left
+    np.testing.assert_array_equal(run(module, {"x": x})[0], x * 2**trips)
+
+
+def test_branches_with_equal_names_can_both_be_inlined() -> None:
+    branch = """If (t) <then_branch = a () => (float[4] v) { k = Exp(x) v = Neg(k) },
+                        else_branch = b () => (float[4] v) { v = Abs(x) }>"""
+    module = module_of(
+        f"g (float[4] x) => (float[4] y) {{ t = Constant<value = bool {{1}}>()\n"
+        f" p = {branch}\n q = {branch}\n y = Sub(p, q) }}"
+    )
+    canonicalize(module)
+    assert ops(module) == ["Exp", "Neg", "Sub"]
+
+
+def test_unused_functions_go_and_used_ones_are_simplified() -> None:
+    module = module_of(
+        """g (float[4] x) => (float[4] y) { y = local.f(x) }
+        <domain: "local", opset_import: ["" : 17]>
+        f (v) => (w) { a = Identity(v)\n b = Neg(a)\n c = Neg(b)\n w = Exp(c) }
+        <domain: "local", opset_import: ["" : 17]>
+        unused (v) => (w) { w = Exp(v) }"""
+    )
+    module.import_opset("local", 1)
+    canonicalize(module)
+    (function,) = module.model.functions.values()
+    assert [node.op_type for node in function] == ["Exp"]
+
+
+def test_an_initializer_that_a_feed_can_override_is_no_constant() -> None:
+    weight = numpy_helper.from_array(np.ones(3, np.float32), "w")
+    info = helper.make_tensor_value_info("w", TensorProto.FLOAT, [3])
+    out = helper.make_tensor_value_info("y", TensorProto.FLOAT, [3])
+    graph = helper.make_graph([helper.make_node("Neg", ["w"], ["y"])], "g", [info], [out], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    module = Module(ir.from_proto(model))
+    assert not canonicalize(module).changed
+    np.testing.assert_array_equal(run(module, {"w": np.full(3, 2, np.float32)})[0], [-2, -2, -2])
+
+
+def test_old_opsets_are_refused() -> None:
+    module = module_of("g (float[4] x) => (float[4] y) { y = Exp(x) }")
+    module.graph.opset_imports[""] = 12
+    with pytest.raises(PassError, match="opset 12"):
+        Canonicalize().run(module, context(module))
+
+
+def test_nothing_to_do_is_said() -> None:
+    module = module_of("g (float[4] x) => (float[4] y) { y = Exp(x) }")
+    assert not canonicalize(module).changed
+    assert any("nothing to simplify" in each.message for each in module.remarks)
