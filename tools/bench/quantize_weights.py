@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import tempfile
 import time
@@ -62,6 +63,7 @@ def onnxruntime_quantizer(module: Module) -> Module:
 
     module = ours(embeddings=8, exclude=(LAYERS,))(module)
     _untranspose(module)
+    logging.disable(logging.INFO)  # it logs a line for each node
     quantizer = MatMulNBitsQuantizer(
         ir.to_proto(module.model),
         bits=4,
