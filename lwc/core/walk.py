@@ -75,5 +75,7 @@ def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
         return None
     attribute = producer.attributes.get("value")
     if attribute is not None and not attribute.is_ref():
-        return attribute.as_tensor()
+        # as_tensor() checks a run-time protocol, which takes longer than all the rest here.
+        tensor: ir.TensorProtocol = attribute.value
+        return tensor
     return ir.convenience.get_const_tensor(value)

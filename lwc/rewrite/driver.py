@@ -24,7 +24,7 @@ from lwc.rewrite.rules import Edited, Miss, Rule, RuleSet
 if TYPE_CHECKING:
     from lwc.analysis.shapes import Fact, Shapes
 
-__all__ = ["Missed", "Rewriting", "rewrite"]
+__all__ = ["Missed", "Rewriting", "rewrite", "without_collections"]
 
 _EDITS_PER_NODE = 64
 """A node edited this often in one run means that rules undo each other."""
@@ -68,13 +68,6 @@ def rewrite(
     Raises:
         PassError: Rules keep changing the same node.
     """
-    with _without_collections():
-        return _run(editor, rules, sweep)
-
-
-def _run(
-    editor: Editor, rules: RuleSet, sweep: Callable[[Editor], Counter[str]] | None
-) -> Rewriting:
     worklist = _Worklist(_in_order(editor))
     run = _Run(editor, rules)
     while True:
@@ -98,8 +91,12 @@ def _run(
 
 
 @contextmanager
-def _without_collections() -> Iterator[None]:
-    """Pause the cycle collector: rescanning a graph that grows costs a quarter of the time."""
+def without_collections() -> Iterator[None]:
+    """Pause the cycle collector.
+
+    Rescanning a large graph again and again costs a quarter of the time of a rewrite, and more
+    than in proportion to its size.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:

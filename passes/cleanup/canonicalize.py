@@ -20,7 +20,7 @@ from lwc.passes.cleanup.canonical import (
 from lwc.passes.cleanup.canonical.duplicates import merge_duplicates
 from lwc.passes.cleanup.canonical.folding import Folding
 from lwc.pipeline.passes import Exact, Pass, PassContext, PassResult
-from lwc.rewrite import MIN_OPSET, Editor, Rewriting, RuleSet, rewrite
+from lwc.rewrite import MIN_OPSET, Editor, Rewriting, RuleSet, rewrite, without_collections
 
 __all__ = ["Canonicalize", "canonicalize"]
 
@@ -57,7 +57,8 @@ class Canonicalize(Pass):
         if ctx.max_memory is not None:
             memory = min(memory, ctx.max_memory)
         before = sum(1 for _ in module.nodes())
-        changed, outcome = canonicalize(module, ctx, Folding(self.decompress, memory))
+        with without_collections():
+            changed, outcome = canonicalize(module, ctx, Folding(self.decompress, memory))
         for miss in outcome.missed:
             ctx.missed(miss.reason, miss.node, miss.rule)
         after = sum(1 for _ in module.nodes())

@@ -17,7 +17,16 @@ from lwc.passes.cleanup.linear.affine import AFFINE_OPS, Affine, affine_of
 from lwc.passes.cleanup.linear.linear_ops import Linear, LinearFolder, linear_of
 from lwc.passes.cleanup.linear.padding import RULES as PADDING_RULES
 from lwc.pipeline.passes import Exact, Pass, PassContext, PassResult
-from lwc.rewrite import Editor, Miss, Outcome, Rule, RuleSet, attribute, rewrite
+from lwc.rewrite import (
+    Editor,
+    Miss,
+    Outcome,
+    Rule,
+    RuleSet,
+    attribute,
+    rewrite,
+    without_collections,
+)
 
 __all__ = ["FoldLinear", "fold_linear"]
 
@@ -34,7 +43,8 @@ class FoldLinear(Pass):
 
     def run(self, module: Module, ctx: PassContext) -> PassResult:
         """Rewrite until nothing changes."""
-        return fold_linear(module, ctx)
+        with without_collections():
+            return fold_linear(module, ctx)
 
 
 def fold_linear(module: Module, ctx: PassContext) -> PassResult:
