@@ -88,6 +88,9 @@ def _untranspose(module: Module) -> None:
             twin = module.add_initializer(f"{weight.value.name}_transposed", turned)
             for reader, index in list(user.outputs[0].uses()):
                 reader.replace_input_with(index, twin)
+            module.graph.remove(user, safe=True)
+        if not weight.value.uses():
+            module.graph.initializers.pop(str(weight.value.name))
 
 
 VARIANTS: dict[str, Callable[[Module], Module]] = {
