@@ -355,7 +355,7 @@ class Editor:
 
 
 def _detach(node: ir.Node) -> list[ir.Value]:
-    """Let a removed node and its bodies go of everything they read, and return that."""
+    """Take a removed node's bodies apart; let go of everything they read and return that."""
     values = []
     stack = [node]
     while stack:
@@ -365,7 +365,9 @@ def _detach(node: ir.Node) -> list[ir.Value]:
                 current.replace_input_with(index, None)
                 values.append(value)
         for graph in attribute_graphs(current):
-            stack.extend(graph)
+            inner = list(graph)
+            graph.remove(inner)
+            stack.extend(inner)
     return values
 
 

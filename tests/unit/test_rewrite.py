@@ -94,6 +94,26 @@ def test_dead_chains_and_bodies_are_erased_and_release_their_inputs() -> None:
     assert len(module.graph.inputs[0].uses()) == 1
 
 
+def test_rules_do_not_see_the_inside_of_erased_nodes() -> None:
+    @rule(ANY)
+    def every_operand_is_there(node: ir.Node, edit: Editor) -> Outcome:
+        assert all(value is not None for value in node.inputs)
+        return None
+
+    module = module_of(
+        """g (float[2] x, bool p) => (float[2] y) {
+            b = If (p) <then_branch = t () => (float[2] c) { c = Exp(x) },
+                        else_branch = e () => (float[2] d) {
+                            d = If (p) <then_branch = s () => (float[2] f) { f = Neg(x) },
+                                        else_branch = u () => (float[2] h) { h = Abs(x) }>
+                        }>
+            y = Relu(x)
+        }"""
+    )
+    rewrite(editor_of(module), RuleSet([every_operand_is_there]))
+    assert ops(module) == ["Relu"]
+
+
 def test_rules_reach_bodies_and_functions_but_not_nodes_with_parameter_attributes() -> None:
     module = module_of(
         """g (float[2] x, bool p) => (float[2] y) {
