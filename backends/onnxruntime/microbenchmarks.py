@@ -21,10 +21,12 @@ __all__ = ["BENCHMARKS", "Benchmark", "Graph", "build"]
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
 _MICROSOFT = "com.microsoft"
-_COLD_BYTES = 48 << 20
+_COLD_BYTES = 64 << 20
 """Weights of a graph together: more than the last-level cache of common processors."""
+_MOST_WEIGHTS = 256
 _MANY = 64
 _LARGE_WORK = 1 << 24
+_LARGE_PRODUCT = 1 << 29
 
 
 @dataclass
@@ -78,10 +80,11 @@ class Benchmark:
 def build(graph: Graph, work: float) -> tuple[ModelProto, dict[str, Array], int]:
     """Return a model of several copies of a node, its feeds, and how many copies there are."""
     weight_bytes = sum(w.array.nbytes for w in graph.inputs if isinstance(w, Weight))
-    copies = _MANY
-    if weight_bytes:
-        copies = min(copies, max(1, math.ceil(_COLD_BYTES / weight_bytes)))
-    copies = max(1, min(copies, math.ceil(_LARGE_WORK / max(work, 1))))
+    if weight_bytes > 1 << 14:
+        enough = math.ceil(_LARGE_PRODUCT / max(work, 1))
+        copies = max(2, min(_MOST_WEIGHTS, math.ceil(_COLD_BYTES / weight_bytes), enough))
+    else:
+        copies = min(_MANY, math.ceil(_LARGE_WORK / max(work, 1)))
     feeds: dict[str, Array] = {}
     inputs, initializers, nodes, outputs = [], [], [], []
     for index, source in enumerate(graph.inputs):
@@ -96,7 +99,11 @@ def build(graph: Graph, work: float) -> tuple[ModelProto, dict[str, Array], int]
         for index, source in enumerate(graph.inputs):
             if isinstance(source, Weight):
                 names.append(f"w{copy}_{index}")
-                initializers.append(numpy_helper.from_array(source.array, names[-1]))
+                content = source.array
+                if content.nbytes > 1 << 14:  # equal weights would be packed once for all copies
+                    content = content.copy()
+                    content.flat[0] += copy % 100
+                initializers.append(numpy_helper.from_array(content, names[-1]))
             else:
                 names.append("" if source is None else f"x{index}")
         results = [f"y{copy}_{index}" for index in range(graph.outputs)]
@@ -191,6 +198,13 @@ def _conv(taps: int) -> Callable[[int, int, int], Graph]:
     return make
 
 
+def _conv_transpose(positions: int, channels: int, spread: int) -> Graph:
+    side, taps = _side(positions), 4
+    weight = Weight(_floats(channels, spread // taps, 2, 2))
+    attributes = {"strides": [2, 2], "kernel_shape": [2, 2]}
+    return Graph("ConvTranspose", [_floats(1, channels, side, side), weight], attributes)
+
+
 def _conv_depthwise(positions: int, channels: int, taps: int) -> Graph:
     side, kernel = _side(positions), math.isqrt(taps)
     attributes = {"pads": [kernel // 2] * 4, "kernel_shape": [kernel] * 2, "group": channels}
@@ -271,10 +285,13 @@ def _reduce(elements: int) -> Graph:
     return Graph("ReduceMean", [_floats(*_shape(elements, 256)), axes], {"keepdims": 1})
 
 
-def _resize(elements: int) -> Graph:
-    side = math.isqrt(elements // 16 // 4)
-    scales = Weight(np.array([1, 1, 2, 2], np.float32))
-    return Graph("Resize", [_floats(1, 16, side, side), None, scales], {"mode": "linear"})
+def _resize(mode: str) -> Callable[[int], Graph]:
+    def make(elements: int) -> Graph:
+        side = math.isqrt(elements // 16 // 4)
+        scales = Weight(np.array([1, 1, 2, 2], np.float32))
+        return Graph("Resize", [_floats(1, 16, side, side), None, scales], {"mode": mode})
+
+    return make
 
 
 # Moving bytes
@@ -327,9 +344,10 @@ def _attention(queries: int, keys: int, head: int) -> Graph:
 
 _ELEMENTS = ((4096, 65536, 1048576, 8388608),)
 _MOVED = ((16384, 262144, 4194304, 33554432),)
-_PRODUCTS = ((1, 8, 32, 128, 512), (128, 768, 3072), (128, 768, 3072))
+_RESIZED = ((16384, 262144, 1048576),)
+_PRODUCTS = ((1, 4, 16, 64, 512), (128, 768, 3072), (128, 768, 3072))
 _BATCHED = ((1, 16, 128, 512), (32, 128, 512), (32, 128, 512))
-_QUANTIZED = ((1, 16, 64, 512), (256, 768, 3072), (256, 768, 3072))
+_QUANTIZED = ((1, 16, 64, 512), (256, 2048), (256, 2048))
 _ATTENTION = ((1, 32, 256), (32, 256, 1024), (64, 128))
 
 BENCHMARKS: tuple[Benchmark, ...] = (
@@ -341,6 +359,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Benchmark("matmul_int8_dynamic", ((16, 128), (32, 128), (32, 128)), _matmul_int8_dynamic),
     Benchmark("conv", ((196, 3136), (144, 576, 2304), (16, 64, 256)), _conv(9)),
     Benchmark("conv_pointwise", ((196, 3136), (32, 128, 512), (32, 128, 512)), _conv(1)),
+    Benchmark("conv_transpose", ((196, 3136), (64, 384), (64, 512)), _conv_transpose),
     Benchmark("conv_depthwise", ((196, 3136), (32, 256), (9, 25)), _conv_depthwise),
     Benchmark("attention", _ATTENTION, _attention),
     Benchmark("gqa", _ATTENTION, _group_query),
@@ -361,7 +380,9 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Benchmark("skip_layer_norm", _ELEMENTS, _skip_norm("SkipLayerNormalization", 2)),
     Benchmark("skip_rms_norm", _ELEMENTS, _skip_norm("SkipSimplifiedLayerNormalization", 1)),
     Benchmark("reduce", _ELEMENTS, _reduce),
-    Benchmark("resize", ((16384, 262144, 4194304),), _resize),
+    Benchmark("resize_nearest", _RESIZED, _resize("nearest")),
+    Benchmark("resize_linear", _RESIZED, _resize("linear")),
+    Benchmark("resize_cubic", _RESIZED, _resize("cubic")),
     Benchmark("cast", _ELEMENTS, _cast),
     Benchmark("quantize", _ELEMENTS, _quantize),
     Benchmark("dequantize", _ELEMENTS, _dequantize),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -39,7 +39,7 @@ class NodeCost:
         activation_bytes: Bytes of outputs it brings into being; a view has none.
     """
 
-    work: Work = Work()
+    work: Work = field(default_factory=Work)
     parameters: int = 0
     parameter_bytes: int = 0
     read_bytes: Dim = 0

@@ -3,8 +3,9 @@
 What the planner does was found by experiment on ONNX Runtime 1.31 with the arena and the memory
 pattern off: a buffer lives from the node that writes it to the last node that reads it or a view
 of it; reshapes are views; activations, softmax and casts of equal size overwrite their input where
-nothing else needs it; arithmetic such as Add does not; graph outputs live to the end. In-place
-writes need both shapes to be known to the runtime, so the shapes stated in the graph decide.
+nothing else needs it; arithmetic such as Add does not; graph outputs live to the end; a dead buffer
+is kept for the next value of the same shape, if one comes, and freed at once if none does. In-place
+writes and keeping need shapes known to the runtime, so those stated in the graph decide.
 
 Counted are buffers made during a run: not weights, and not graph inputs, which the caller owns.
 """
@@ -34,8 +35,8 @@ _ALIASES = frozenset(("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"))
 """The output is the first input's buffer, unless it is a graph output."""
 
 _IN_PLACE = frozenset(
-    ("Relu", "Sigmoid", "Tanh", "Clip", "HardSigmoid", "LeakyRelu", "Elu", "Selu", "Celu")
-    + ("ThresholdedRelu", "Softplus", "Softsign", "Softmax", "LogSoftmax", "Cast")
+    "Relu Sigmoid Tanh Clip HardSigmoid LeakyRelu Elu Selu Celu ThresholdedRelu Softplus Softsign"
+    " Softmax LogSoftmax Cast".split()
 )
 """The output may overwrite the first input, if that dies here and is as large."""
 
@@ -200,6 +201,7 @@ class _Planner:
         kept = set(graph.outputs)
         owner: dict[ir.Value, _Buffer] = {}
         left: dict[int, int] = {}  # reads still to come, by buffer
+        dead: list[tuple[_Extent, _Buffer]] = []  # latest first
         for step, node in enumerate(order):
             for value in node.outputs:
                 if not value.name:
@@ -208,9 +210,12 @@ class _Planner:
                 if buffer is None:
                     if _is_view(node, value) and value not in kept:
                         continue  # of a weight or an input: nothing is made
+                    buffer = None if value in kept else _take(dead, _extent(value))
+                if buffer is None:
                     buffer = _Buffer(value, self._nbytes(node, value), step, step)
                     plan.buffers.append(buffer)
                     left[id(buffer)] = 0
+                buffer.last = step
                 owner[value] = buffer
                 left[id(buffer)] += uses.get(value, 0)
                 if value in kept:
@@ -220,6 +225,9 @@ class _Planner:
                 if buffer is not None:
                     left[id(buffer)] -= 1
                     buffer.last = max(buffer.last, step)
+                    extent = _extent(buffer.value)
+                    if left[id(buffer)] == 0 and buffer.last == step and extent is not None:
+                        dead.insert(0, (extent, buffer))
             found = self.cost.nodes.get(node)
             region = self.cost.regions.get(node)
             plan.scratch.append(found.work.scratch if found is not None and not region else 0)
@@ -255,7 +263,8 @@ class _Planner:
             node.domain in ("", "ai.onnx")
             and node.op_type in _IN_PLACE
             and left[id(buffer)] == 1
-            and _same_size(source, value)
+            and _extent(source) is not None
+            and _extent(source) == _extent(value)
         ):
             return buffer
         return None
@@ -269,25 +278,31 @@ class _Planner:
 
 
 def _is_view(node: ir.Node, value: ir.Value) -> bool:
-    return (
-        node.domain in ("", "ai.onnx")
-        and node.op_type in _ALIASES
-        and value is node.outputs[0]
-    )
+    return node.domain in ("", "ai.onnx") and node.op_type in _ALIASES and value is node.outputs[0]
 
 
-def _same_size(a: ir.Value, b: ir.Value) -> bool:
-    """Tell whether the graph states shapes that make two buffers equally large."""
-    if a.shape is None or b.shape is None or a.dtype is None or b.dtype is None:
-        return False
-    if a.dtype.bitwidth != b.dtype.bitwidth or len(a.shape) != len(b.shape):
-        return False
-    for one, other in zip(a.shape, b.shape, strict=True):
-        one_name = one if isinstance(one, int) else one.value
-        other_name = other if isinstance(other, int) else other.value
-        if one_name is None or one_name != other_name:
-            return False
-    return True
+_Extent: TypeAlias = "tuple[int, tuple[int | str, ...]]"
+
+
+def _extent(value: ir.Value) -> _Extent | None:
+    """Return the element size and shape that the graph states, or None if it leaves them open."""
+    if value.shape is None or value.dtype is None or value.dtype == ir.DataType.STRING:
+        return None
+    dims = tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape)
+    if any(dim is None for dim in dims):
+        return None
+    return value.dtype.bitwidth, dims
+
+
+def _take(dead: list[tuple[_Extent, _Buffer]], extent: _Extent | None) -> _Buffer | None:
+    """Take the latest dead buffer of an extent; scalars are not worth it to the runtime."""
+    if extent is None or not extent[1]:
+        return None
+    for index, (have, buffer) in enumerate(dead):
+        if have == extent:
+            del dead[index]
+            return buffer
+    return None
 
 
 def _where(plan: _Plan, number: Numbers) -> Peak:

@@ -31,6 +31,7 @@ class Numbers:
         self._known: dict[Dim, int] = {}
 
     def __call__(self, dim: Dim) -> int:
+        """Return the number that `dim` stands for."""
         if isinstance(dim, int):
             return dim
         found = self._known.get(dim)

@@ -73,7 +73,9 @@ def _group_query(node: Operands) -> Work:
     keys: Dim = queries
     if node.has(3):
         present = node.outputs[1] if len(node.outputs) > 1 else None
-        keys = present[2] if present is not None else simplify_dim(node.shape(3)[2] + queries)
+        past = node.shape(3)[2]
+        shared = present is not None and present[2] == past
+        keys = past if shared else simplify_dim(past + queries)
     size = _Problem(batch, heads, queries, keys, head, head)
     rotary = 3 * product((batch, queries, heads + kv_heads, head)) if node.attr("do_rotary") else 0
     work = _attend(node, size, extra=3 if node.attr("softcap", 0.0) else 0)

@@ -122,8 +122,8 @@ def _conv_transpose(node: Operands) -> Work:
     return Work(
         macs=node.size(0) * spread,
         other_flops=node.out_size() if node.has(2) else 0,
-        scratch=positions * spread * 4,
-        kernel="conv",
+        scratch=product(source[2:]) * spread * 4,  # one image at a time
+        kernel="conv_transpose",
         problem=(positions, source[1], spread),
     )
 

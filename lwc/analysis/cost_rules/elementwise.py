@@ -86,9 +86,7 @@ for _op, _kernel in _CONVERSIONS.items():
 def _bias_gelu(node: Operands) -> Work:
     """Add the bias, then Gelu; the kernel holds the sum apart."""
     elements = node.out_size()
-    return Work(
-        other_flops=elements * 6, scratch=elements * 4, kernel="gelu", problem=(elements,)
-    )
+    return Work(other_flops=elements * 6, scratch=elements * 4, kernel="gelu", problem=(elements,))
 
 
 @cost_rule("QuantizeLinear", f"{MS}QuantizeLinear")

@@ -8,8 +8,8 @@ from lwc.core.dims import Dim
 __all__ = ["VIEWS"]
 
 VIEWS = frozenset(
-    ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Constant", "Optional")
-    + ("OptionalGetElement", "SequenceConstruct", "SequenceAt")
+    "Reshape Squeeze Unsqueeze Flatten Identity Constant Optional OptionalGetElement"
+    " SequenceConstruct SequenceAt".split()
 )
 """Operators that hand on their input's bytes."""
 
@@ -58,18 +58,18 @@ def _scatter(node: Operands) -> Work:
 
 @cost_rule("Resize", "Upsample", "com.microsoft.nchwc::Upsample")
 def _resize(node: Operands) -> Work:
-    """Interpolation weighs 2 neighbours per resized axis (4 if cubic); nearest only copies."""
-    taps = {"linear": 2, "cubic": 4}.get(_text(node.attr("mode", "nearest")), 0)
-    axes = 2  # the spatial axes of an image; other axes keep their size
+    """Interpolation weighs 2 neighbours per image axis (4 if cubic); nearest only copies."""
+    mode = _text(node.attr("mode", "nearest"))
+    taps = {"linear": 4, "cubic": 16}.get(mode, 0)  # of an image; other axes keep their size
     elements = node.out_size()
-    return Work(macs=elements * taps**axes if taps else 0, kernel="resize", problem=(elements,))
+    return Work(macs=elements * taps, kernel=f"resize_{mode}", problem=(elements,))
 
 
 @cost_rule("GridSample")
 def _grid_sample(node: Operands) -> Work:
     taps = {"nearest": 1, "cubic": 16, "bicubic": 16}.get(_text(node.attr("mode", "linear")), 4)
     elements = node.out_size()
-    return Work(macs=elements * taps, kernel="resize", problem=(elements,))
+    return Work(macs=elements * taps, kernel="resize_linear", problem=(elements,))
 
 
 @cost_rule("NonZero", "OneHot", "Unique")
