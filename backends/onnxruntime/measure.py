@@ -166,7 +166,7 @@ def _tiny(count: int) -> tuple[ModelProto, dict[str, Any]]:
         op, rest, attributes = turns[index % len(turns)]
         names = [f"x{index}", *rest]
         nodes.append(helper.make_node(op, names, [f"x{index + 1}"], **attributes))
-    constants = {
+    constants: dict[str, np.ndarray[Any, Any]] = {
         "row": np.ones((1, 4), np.float32),
         "column": np.ones((4, 1), np.float32),
         "zero": np.array([0], np.int64),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 __all__ = ["BENCHMARKS", "Benchmark", "Graph", "build"]
 
@@ -55,7 +55,7 @@ class Graph:
 class Weight:
     """An input that is a weight."""
 
-    array: Array
+    array: Array | np.generic
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ def build(graph: Graph, work: float) -> tuple[ModelProto, dict[str, Array], int]
     else:
         copies = min(_MANY, math.ceil(_LARGE_WORK / max(work, 1)))
     feeds: dict[str, Array] = {}
-    inputs, initializers, nodes, outputs = [], [], [], []
+    inputs, initializers, nodes = [], [], []
+    outputs: list[ValueInfoProto] = []
     for index, source in enumerate(graph.inputs):
         if source is not None and not isinstance(source, Weight):
             feeds[f"x{index}"] = source
@@ -99,7 +100,7 @@ def build(graph: Graph, work: float) -> tuple[ModelProto, dict[str, Array], int]
         for index, source in enumerate(graph.inputs):
             if isinstance(source, Weight):
                 names.append(f"w{copy}_{index}")
-                content = source.array
+                content = np.asarray(source.array)
                 if content.nbytes > 1 << 14:  # equal weights would be packed once for all copies
                     content = content.copy()
                     content.flat[0] += copy % 100
@@ -173,7 +174,8 @@ def _matmul_nbits(bits: int) -> Callable[[int, int, int], Graph]:
         attributes = {
             "K": depth, "N": columns, "bits": bits, "block_size": block, "accuracy_level": 4
         }  # fmt: skip
-        inputs = [_floats(rows, depth), packed, Weight(_floats(columns * blocks))]
+        scales = Weight(_floats(columns * blocks))
+        inputs: list[Array | Weight] = [_floats(rows, depth), packed, scales]
         return Graph("MatMulNBits", inputs, attributes, _MICROSOFT)
 
     return make

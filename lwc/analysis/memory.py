@@ -35,8 +35,10 @@ _ALIASES = frozenset(("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"))
 """The output is the first input's buffer, unless it is a graph output."""
 
 _IN_PLACE = frozenset(
-    "Relu Sigmoid Tanh Clip HardSigmoid LeakyRelu Elu Selu Celu ThresholdedRelu Softplus Softsign"
-    " Softmax LogSoftmax Cast".split()
+    (
+        *("Relu", "Sigmoid", "Tanh", "Clip", "HardSigmoid", "LeakyRelu", "Elu", "Selu", "Celu"),
+        *("ThresholdedRelu", "Softplus", "Softsign", "Softmax", "LogSoftmax", "Cast"),
+    )
 )
 """The output may overwrite the first input, if that dies here and is as large."""
 
@@ -288,10 +290,13 @@ def _extent(value: ir.Value) -> _Extent | None:
     """Return the element size and shape that the graph states, or None if it leaves them open."""
     if value.shape is None or value.dtype is None or value.dtype == ir.DataType.STRING:
         return None
-    dims = tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape)
-    if any(dim is None for dim in dims):
-        return None
-    return value.dtype.bitwidth, dims
+    dims: list[int | str] = []
+    for dim in value.shape:
+        extent = dim if isinstance(dim, int) else dim.value
+        if extent is None:
+            return None
+        dims.append(extent)
+    return value.dtype.bitwidth, tuple(dims)
 
 
 def _take(dead: list[tuple[_Extent, _Buffer]], extent: _Extent | None) -> _Buffer | None:

@@ -8,8 +8,10 @@ from lwc.core.dims import Dim
 __all__ = ["VIEWS"]
 
 VIEWS = frozenset(
-    "Reshape Squeeze Unsqueeze Flatten Identity Constant Optional OptionalGetElement"
-    " SequenceConstruct SequenceAt".split()
+    (
+        *("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Constant"),
+        *("Optional", "OptionalGetElement", "SequenceConstruct", "SequenceAt"),
+    )
 )
 """Operators that hand on their input's bytes."""
 
