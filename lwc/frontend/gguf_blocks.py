@@ -1,13 +1,15 @@
-"""Keep GGUF's quantized blocks in ONNX, bit for bit.
+"""Keep GGUF's quantized blocks in ONNX: the same integers and scales, not quantized again.
 
 A block of 32 weights along a row is `d * (q - z)` in Q4_0 (z = 8) and Q8_0 (signed q), and
 `d * q + m` in Q4_1, with d and m in float16. The first two are com.microsoft::MatMulNBits with
-its default zero points. Q4_1 is MatMulNBits with zero points 0 plus a block-sum term:
+its default zero points. Q4_1 is that plus a block-sum term, centred as `d * (q - 8) + (m + 8 d)`:
 
-    y[n] = sum_k d[n, k/32] * q[n, k] * x[k]  +  sum_b m[n, b] * (sum of x over block b)
+    y[n] = sum_k d[n, k/32] (q[n, k] - 8) x[k]  +  sum_b (m + 8 d)[n, b] (sum of x over block b)
 
-Scales and minima stay float16 in the file and are cast where they are used, which ONNX Runtime
-does once, when it loads the model.
+Centred, the first sum is as small as it can be, and so is what accuracy_level 4 adds by rounding
+x to int8 (SmolLM2: .6 % of perplexity, against 1.9 % with zero points 0); the second is exact.
+Scales stay float16 in the file and are cast where they are used, which ONNX Runtime does once,
+when it loads the model.
 """
 
 from __future__ import annotations
@@ -54,13 +56,14 @@ class PackedBlocks:
         bits: 4 or 8.
         values: uint8 `[rows, columns / 32, 4 * bits]`; of two 4-bit values the first is low.
         scales: float16 `[rows, columns / 32]`.
-        minima: float16 `[rows, columns / 32]` for Q4_1, else None.
+        offsets: float32 `[rows, columns / 32]`, what each weight of a block has on top of its
+            centred value, for Q4_1; else None.
     """
 
     bits: int
     values: Array
     scales: Array
-    minima: Array | None
+    offsets: Array | None
 
 
 def repack(blocks: Array, kind: str) -> PackedBlocks:
@@ -76,12 +79,15 @@ def repack(blocks: Array, kind: str) -> PackedBlocks:
     bits = _BITS[kind]
     fields = blocks.reshape(len(blocks), -1, 2 * halves + 4 * bits)
     scales = fields[..., :2].copy().view(np.float16)[..., 0]
-    minima = fields[..., 2:4].copy().view(np.float16)[..., 0] if kind == "Q4_1" else None
+    offsets = None
+    if kind == "Q4_1":
+        minima = fields[..., 2:4].copy().view(np.float16)[..., 0]
+        offsets = minima.astype(np.float32) + 8 * scales.astype(np.float32)
     payload = fields[..., 2 * halves :]
     if bits == 8:
-        return PackedBlocks(bits, payload ^ np.uint8(0x80), scales, minima)
+        return PackedBlocks(bits, payload ^ np.uint8(0x80), scales, offsets)
     elements = np.concatenate([payload & 0x0F, payload >> 4], axis=-1)
-    return PackedBlocks(bits, elements[..., 0::2] | elements[..., 1::2] << 4, scales, minima)
+    return PackedBlocks(bits, elements[..., 0::2] | elements[..., 1::2] << 4, scales, offsets)
 
 
 def keep_quantized_blocks(
@@ -121,7 +127,6 @@ class _Keeper:
         self.accuracy_level = accuracy_level
         self.kept = 0
         self._block_sums: dict[ir.Value, ir.Value] = {}
-        self._zero_points: dict[tuple[int, int], ir.Value] = {}
 
     def keep(self, value: ir.Value, weight: StoredWeight) -> bool:
         """Replace every use of `value`, or none: then return False."""
@@ -130,17 +135,18 @@ class _Keeper:
         if weight.row_order is None or kind not in _BITS or uses is None:
             return False
         linears, gathers = uses
-        if gathers and kind == "Q4_1":  # GatherBlockQuantized has no minima
+        if gathers and kind == "Q4_1":  # GatherBlockQuantized has no offsets
             return False
         packed = repack(self.file.blocks(weight.tensor)[weight.row_order], kind)
         table = self._initializer(f"{value.name}.blocks", packed.values)
         scales = self._float32(f"{value.name}.scales", packed.scales)
-        minima = None
-        if packed.minima is not None:
-            minima = self._float32(f"{value.name}.minima", np.ascontiguousarray(packed.minima.T))
+        offsets = None
+        if packed.offsets is not None:
+            offsets = self._initializer(f"{value.name}.offsets", packed.offsets.T.copy())
         for transpose, matmul in linears:
-            self._linear(matmul, packed, table, scales, minima)
-            self.graph.remove(transpose, safe=True) if not transpose.outputs[0].uses() else None
+            self._linear(matmul, packed, table, scales, offsets)
+            if not transpose.outputs[0].uses():
+                self.graph.remove(transpose, safe=True)
         for gather in gathers:
             self._embedding(gather, packed, table, scales)
         del self.graph.initializers[str(value.name)]
@@ -153,18 +159,15 @@ class _Keeper:
         packed: PackedBlocks,
         table: ir.Value,
         scales: ir.Value,
-        minima: ir.Value | None,
+        offsets: ir.Value | None,
     ) -> None:
         rows, blocks, _ = packed.values.shape
         x = matmul.inputs[0]
         assert x is not None
-        inputs = [x, table, scales]
-        if minima is not None:
-            inputs.append(self._zeros(rows, blocks))
         product = self._node(
             _MICROSOFT,
             "MatMulNBits",
-            inputs,
+            [x, table, scales],
             {
                 "K": blocks * BLOCK_SIZE,
                 "N": rows,
@@ -174,9 +177,9 @@ class _Keeper:
             },
             before=matmul,
         )
-        if minima is not None:
-            sums = self._sums_over_blocks(x, matmul, blocks)
-            term = self._node("", "MatMul", [sums, minima], {}, before=matmul)
+        if offsets is not None:
+            sums = self._sums_over_blocks(x, blocks)
+            term = self._node("", "MatMul", [sums, offsets], {}, before=matmul)
             product = self._node("", "Add", [product, term], {}, before=matmul)
         self._replace(matmul, product)
 
@@ -200,34 +203,23 @@ class _Keeper:
         )
         self._replace(gather, found)
 
-    def _sums_over_blocks(self, x: ir.Value, user: ir.Node, blocks: int) -> ir.Value:
+    def _sums_over_blocks(self, x: ir.Value, blocks: int) -> ir.Value:
         """Return `x` `[..., K]` summed over blocks of K, `[..., K / 32]`; one per value."""
         if x not in self._block_sums:
             assert x.shape is not None
-            after = x.producer()
-            place = user if after is None else self.graph[self.graph.index(after) + 1]
             dims = [0] * (len(x.shape) - 1) + [blocks, BLOCK_SIZE]
             layout = self._initializer("blocks_apart", np.array(dims, np.int64))
             last = self._initializer("last_axis", np.array([-1], np.int64))
-            apart = self._node("", "Reshape", [x, layout], {}, before=place)
+            # Right after `x`, since its users come to this in any order.
+            apart = self._node("", "Reshape", [x, layout], {}, after=x.producer())
             self._block_sums[x] = self._node(
-                "", "ReduceSum", [apart, last], {"keepdims": 0}, before=place
+                "", "ReduceSum", [apart, last], {"keepdims": 0}, after=apart.producer()
             )
         return self._block_sums[x]
 
-    def _zeros(self, rows: int, blocks: int) -> ir.Value:
-        """Return packed 4-bit zero points that are all 0, shared by matrices of one shape."""
-        key = rows, blocks
-        if key not in self._zero_points:
-            content = np.zeros((rows, -(-blocks // 2)), np.uint8)
-            self._zero_points[key] = self._initializer(f"zero_points_{rows}x{blocks}", content)
-        return self._zero_points[key]
-
     def _float32(self, name: str, content: Array) -> ir.Value:
         stored = self._initializer(name, content)
-        return self._node(
-            "", "Cast", [stored], {"to": int(ir.DataType.FLOAT)}, before=self.graph[0]
-        )
+        return self._node("", "Cast", [stored], {"to": int(ir.DataType.FLOAT)})
 
     def _initializer(self, name: str, content: Array) -> ir.Value:
         return self.module.add_initializer(name, self.module.store.put(content))
@@ -239,16 +231,20 @@ class _Keeper:
         inputs: Sequence[ir.Value | None],
         attributes: dict[str, int],
         *,
-        before: ir.Node,
+        before: ir.Node | None = None,
+        after: ir.Node | None = None,
     ) -> ir.Value:
-        """Insert a node with one output and return that."""
+        """Insert a node with one output, at the front by default, and return that output."""
         if domain:
             self.module.import_opset(domain, 1)
         output = ir.Value(name=self.module.fresh_name(f"{op}_blocks"))
         made = [ir.AttrInt64(key, value) for key, value in attributes.items()]
         node = ir.Node(domain, op, inputs, made, outputs=[output])
         node.name = self.module.fresh_name(f"node_{op}_blocks")
-        self.graph.insert_before(before, node)
+        if after is not None:
+            self.graph.insert_after(after, node)
+        else:
+            self.graph.insert_before(before or self.graph[0], node)
         return output
 
     def _replace(self, old: ir.Node, new: ir.Value) -> None:
