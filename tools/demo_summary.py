@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lwc.report import Report, from_dict
-from lwc.report.text import size, time
+from lwc.core.text import size, time
 
 
 def main(paths: list[str]) -> None:

@@ -15,7 +15,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from lwc.analysis.target import Table, Target, cpu_name
 from lwc.backends.onnxruntime.microbenchmarks import BENCHMARKS, Benchmark, build
 
-__all__ = ["load_or_measure", "measure_target", "runtime_name"]
+__all__ = ["load_or_measure", "load_target", "measure_target", "runtime_name"]
 
 _ENOUGH_SECONDS = 0.03
 _ENOUGH_RUNS = 5
@@ -39,12 +39,21 @@ def load_or_measure(
     Raises:
         InputError: The file in the cache folder is damaged.
     """
-    place = Target.place(cpu_name(), runtime_name(), threads)
-    if place.exists():
-        return Target.load(place)
-    target = measure_target(threads, track)
-    target.save(place)
+    target = load_target(threads)
+    if target is None:
+        target = measure_target(threads, track)
+        target.save()
     return target
+
+
+def load_target(threads: int = 1) -> Target | None:
+    """Return the target in the user's cache folder, or None if it was not measured yet.
+
+    Raises:
+        InputError: The file in the cache folder is damaged.
+    """
+    place = Target.place(cpu_name(), runtime_name(), threads)
+    return Target.load(place) if place.exists() else None
 
 
 def measure_target(

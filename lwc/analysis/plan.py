@@ -96,7 +96,7 @@ def plan_rows(
     prediction = predict(cost, target, bindings) if target and not missing else None
     by_op: dict[str, list[ir.Node]] = defaultdict(list)
     for node in module.graph:
-        if node in cost.nodes:
+        if node in cost.nodes and op_name(node) != "Constant":
             by_op[op_name(node)].append(node)
 
     def row(name: str, nodes: Iterable[ir.Node]) -> PlanRow:

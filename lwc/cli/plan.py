@@ -9,95 +9,121 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from lwc.analysis.cost import Cost, Totals
 from lwc.analysis.manager import AnalysisManager
-from lwc.analysis.memory import Memory
+from lwc.analysis.plan import Plan, PlanRow, plan_rows
 from lwc.analysis.shapes import Shapes
-from lwc.cli.summary import format_bytes
-from lwc.core.dims import Dim, bind
+from lwc.core import text
 from lwc.core.errors import UsageError
-from lwc.core.walk import op_name
 from lwc.pipeline.options import did_you_mean
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
+    from lwc.analysis.target import Target
     from lwc.core.module import Module
 
 __all__ = ["plan_table", "print_plan"]
 
 _PLAIN_WIDTH = 160
+_LONGEST_CELL = 30
+_LONGEST_LINE = 400
 
 
-def print_plan(module: Module, bindings: Mapping[str, int], color: str) -> None:
+def print_plan(
+    module: Module, bindings: Mapping[str, int], target: Target | None, color: str
+) -> None:
     """Print the cost table to stdout.
 
     Args:
         module: The model.
-        bindings: Numbers for symbolic dimensions; figures in others stay formulas.
+        bindings: Numbers for symbolic dimensions; where some are missing, figures are formulas.
+        target: The measured machine to predict seconds for, or None.
         color: `auto`, `always` or `never`.
 
     Raises:
         UsageError: No input has a dimension of a bound name.
     """
-    plain = not sys.stdout.isatty()
     console = Console(
         force_terminal=True if color == "always" else None,
         no_color=color == "never",
-        width=_PLAIN_WIDTH if plain else None,
+        width=None if sys.stdout.isatty() else _PLAIN_WIDTH,
         highlight=False,
     )
     analyses = AnalysisManager(module)
-    _check_names(module, analyses.get(Shapes), bindings)
-    cost, memory = analyses.get(Cost), analyses.get(Memory)
-    console.print(plan_table(module, cost, bindings))
-    peak = _peak(memory, bindings)
-    console.print(f"largest sum of live activations: {peak}")
-    if cost.uncounted:
-        listed = ", ".join(f"{count} {op}" for op, count in sorted(cost.uncounted.items()))
+    names = _input_dimensions(module, analyses.get(Shapes))
+    _check_names(names, bindings)
+    plan = plan_rows(module, analyses, bindings, target)
+    console.print(plan_table(plan))
+    if plan.peak is not None:
+        at = "" if plan.peak.node is None else f", at '{plan.peak.node.name}'"
+        console.print(f"largest sum of live activations: {text.size(plan.peak.nbytes)}{at}")
+    else:
+        for name, formula in (
+            ("FLOPs", plan.total.formulas["flops"]),
+            ("bytes read and written", plan.total.formulas["traffic"]),
+            ("largest sum of live activations, in bytes", plan.peak_formula),
+        ):
+            console.print(f"{name}: {_shortened(formula, _LONGEST_LINE)}", soft_wrap=True)
+        unbound = [name for name in names if name not in bindings]
+        if unbound:
+            console.print(f"numbers: {' '.join(f'--bind {name}=N' for name in unbound)}")
+    if plan.uncounted:
+        listed = ", ".join(f"{count} {op}" for op, count in sorted(plan.uncounted.items()))
         console.print(f"in no figure, for want of a rule or of a known shape: {listed}")
+    if target is None:
+        console.print("predicted time: this machine is not measured yet (--measure does it once)")
 
 
-def plan_table(module: Module, cost: Cost, bindings: Mapping[str, int]) -> Table:
-    """Lay the cost out by operator, the most arithmetic first.
+def plan_table(plan: Plan) -> Table:
+    """Lay the plan out by operator.
 
     The rows are the nodes of the main graph; control flow counts with what it runs.
     """
     table = Table(title_justify="left")
     table.add_column("operator")
-    for heading in ("nodes", "FLOPs", "parameters", "weights", "read + written", "activations"):
-        table.add_column(heading, justify="right", overflow="fold")
-    groups: dict[str, list[ir.Node]] = {}
-    for node in module.graph:
-        if op_name(node) != "Constant":
-            groups.setdefault(op_name(node), []).append(node)
-    rows = [(op, len(nodes), cost.totals(nodes)) for op, nodes in groups.items()]
-    rows.sort(key=lambda row: (-_rank(bind(row[2].flops, bindings)), row[0]))
-    for op, count, totals in rows:
-        table.add_row(op, f"{count:,}", *_cells(totals, bindings))
+    headings = ["nodes", "FLOPs", "parameters", "weights", "read + written", "activations"]
+    timed = plan.total.seconds is not None
+    for heading in [*headings, "predicted"] if timed else headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in plan.by_op:
+        table.add_row(*_cells(row, timed))
     table.add_section()
-    table.add_row("total", f"{sum(row[1] for row in rows):,}", *_cells(cost.total, bindings))
+    table.add_row(*_cells(plan.total, timed))
     return table
 
 
-def _cells(totals: Totals, bindings: Mapping[str, int]) -> list[str]:
-    return [
-        _count(bind(totals.flops, bindings)),
-        f"{totals.parameters:,}",
-        format_bytes(totals.parameter_bytes),
-        _bytes(bind(totals.traffic, bindings)),
-        _bytes(bind(totals.activation_bytes, bindings)),
+def _cells(row: PlanRow, timed: bool) -> list[str]:
+    def cell(value: int | None, formula: str, unit: bool) -> str:
+        if value is None:
+            return _shortened(formula, _LONGEST_CELL)
+        return text.size(value) if unit else f"{value:,}"
+
+    cells = [
+        row.name,
+        f"{row.count:,}",
+        cell(row.flops, row.formulas["flops"], False),
+        f"{row.parameters:,}",
+        text.size(row.parameter_bytes),
+        cell(row.traffic, row.formulas["traffic"], True),
+        cell(row.activation_bytes, row.formulas["activation_bytes"], True),
     ]
+    return [*cells, text.time(row.seconds)] if timed else cells
 
 
-def _check_names(module: Module, shapes: Shapes, bindings: Mapping[str, int]) -> None:
+def _shortened(formula: str, longest: int) -> str:
+    return formula if len(formula) <= longest else f"{formula[: longest - 1]}…"
+
+
+def _input_dimensions(module: Module, shapes: Shapes) -> list[str]:
     names = {
-        symbol.name
+        symbol.name: None
         for value in module.graph.inputs
         for dim in shapes.shape(value) or ()
         if not isinstance(dim, int)
-        for symbol in dim.free_symbols
+        for symbol in sorted(dim.free_symbols, key=str)
     }
+    return list(names)
+
+
+def _check_names(names: list[str], bindings: Mapping[str, int]) -> None:
     for name in bindings:
         if name not in names:
             raise UsageError(
@@ -105,25 +131,3 @@ def _check_names(module: Module, shapes: Shapes, bindings: Mapping[str, int]) ->
                 remedy=did_you_mean(name, names)
                 or f"the dimensions are {', '.join(sorted(names)) or 'all fixed'}",
             )
-
-
-def _rank(dim: Dim) -> float:
-    """Order figures that may be formulas: unknown dimensions count as 100."""
-    if isinstance(dim, int):
-        return dim
-    return float(dim.subs(dict.fromkeys(dim.free_symbols, 100)))
-
-
-def _count(dim: Dim) -> str:
-    return f"{dim:,}" if isinstance(dim, int) else str(dim)
-
-
-def _bytes(dim: Dim) -> str:
-    return format_bytes(dim) if isinstance(dim, int) else str(dim)
-
-
-def _peak(memory: Memory, bindings: Mapping[str, int]) -> str:
-    try:
-        return format_bytes(memory.peak(bindings))
-    except UsageError:
-        return f"{_bytes(bind(memory.closed_form, bindings))} (bytes; --bind gives a number)"

@@ -53,10 +53,12 @@ class Session:
 
     def plan(self) -> int:
         """Print what the input costs."""
+        from lwc.backends.onnxruntime.measure import load_target
         from lwc.cli.plan import print_plan
 
         module = self._load()
-        print_plan(module, self.config.bind, self.options.color)
+        target = load_target(self.config.threads or 1)
+        print_plan(module, self.config.bind, target, self.options.color)
         return 0
 
     def explain(self) -> int:

@@ -6,12 +6,14 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Literal
 
+from lwc.core import text
+
 if TYPE_CHECKING:
     from lwc.core.diagnostics import Remark, RemarkKind
     from lwc.frontend.onnx_writer import SaveResult
     from lwc.pipeline.record import PassRecord, PipelineRecord, Snapshot
 
-__all__ = ["RemarkFilter", "format_bytes", "remark_lines", "summary_lines", "written_line"]
+__all__ = ["RemarkFilter", "remark_lines", "summary_lines", "written_line"]
 
 RemarkFilter = Literal["none", "missed", "all"]
 
@@ -40,22 +42,13 @@ def remark_lines(remarks: Iterable[Remark], shown: RemarkFilter) -> Iterator[str
 def written_line(saved: SaveResult, output: Snapshot) -> str:
     """Tell what was written."""
     data = f" + {os.path.basename(saved.data_path)}" if saved.data_path is not None else ""
-    return f"wrote {saved.path}{data}: {format_bytes(saved.nbytes)}, {_size(output)}"
-
-
-def format_bytes(count: float) -> str:
-    """Write a number of bytes in decimal units: `90.9 MB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
+    return f"wrote {saved.path}{data}: {text.size(saved.nbytes)}, {_size(output)}"
 
 
 def _size(snapshot: Snapshot) -> str:
     return (
         f"{snapshot.nodes:,} nodes, {snapshot.parameters:,} parameters in "
-        f"{format_bytes(snapshot.parameter_bytes)}"
+        f"{text.size(snapshot.parameter_bytes)}"
     )
 
 
@@ -65,9 +58,9 @@ def _pass_line(each: PassRecord) -> str:
         counts += f", {len(each.missed):,} missed"
     if not each.changed:
         return f"unchanged: {_why_unchanged(each)}"
-    weights = f"{format_bytes(each.before.parameter_bytes)}"
+    weights = f"{text.size(each.before.parameter_bytes)}"
     if each.after.parameter_bytes != each.before.parameter_bytes:
-        weights += f" -> {format_bytes(each.after.parameter_bytes)}"
+        weights += f" -> {text.size(each.after.parameter_bytes)}"
     nodes = f"{each.before.nodes:,}"
     if each.after.nodes != each.before.nodes:
         nodes += f" -> {each.after.nodes:,}"

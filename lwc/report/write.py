@@ -11,8 +11,8 @@ from typing import Any
 
 import jinja2
 
+from lwc.core import text
 from lwc.core.errors import UsageError
-from lwc.report import text
 from lwc.report.data import Figures, PassEntry, Report
 
 __all__ = ["FORMATS", "render", "write_report"]

@@ -21,7 +21,7 @@ import lwc.optimizer
 from lwc.cli.arguments import parse_counts, parse_matches, parse_shapes, parse_size
 from lwc.cli.opt import main
 from lwc.cli.progress import ProgressDisplay
-from lwc.cli.summary import format_bytes
+from lwc.core import text
 from lwc.core.errors import UsageError
 from lwc.frontend.load import load
 from lwc.pipeline.registry import default_registry
@@ -442,7 +442,7 @@ def test_small_parsers() -> None:
     for bad in (["1", "2"], ["a"], ["a:-1"]):
         with pytest.raises(UsageError):
             parse_matches(bad)
-    assert [format_bytes(n) for n in (0, 999, 1234, 90_900_000, 2e12)] == [
+    assert [text.size(n) for n in (0, 999, 1234, 90_900_000, 2e12)] == [
         "0 B",
         "999 B",
         "1.23 kB",

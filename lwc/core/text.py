@@ -1,0 +1,41 @@
+"""Numbers as people read them: on the command line and in reports."""
+
+from __future__ import annotations
+
+__all__ = ["count", "factor", "size", "time"]
+
+
+def count(value: float | None) -> str:
+    """Write a count with a decimal prefix: `134 M`."""
+    return "–" if value is None else _scaled(value, ("", " k", " M", " G", " T", " P"))
+
+
+def size(value: float | None) -> str:
+    """Write bytes with a decimal prefix: `98.4 MB`."""
+    return "–" if value is None else _scaled(value, (" B", " kB", " MB", " GB", " TB"))
+
+
+def time(value: float | None) -> str:
+    """Write seconds in the unit that fits: `8.7 ms`."""
+    if value is None:
+        return "–"
+    for unit, length in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if value >= length:
+            scaled = value / length
+            return f"{scaled:.3g} {unit}" if scaled < 999.5 else f"{scaled:.0f} {unit}"
+    return f"{value * 1e9:.3g} ns"
+
+
+def factor(after: float | None, before: float | None) -> str:
+    """Write `after / before`: `0.21×`."""
+    if after is None or not before:
+        return "–"
+    return f"{after / before:.3g}×"
+
+
+def _scaled(value: float, units: tuple[str, ...]) -> str:
+    step = 0
+    while abs(value) >= 999.5 and step < len(units) - 1:
+        value /= 1000
+        step += 1
+    return f"{value:.0f}{units[step]}" if step == 0 else f"{value:.3g}{units[step]}"
