@@ -288,7 +288,13 @@ def test_explain_groups_reasons(run: Any, folder: Path) -> None:
     assert files(folder) == set()
 
 
-def test_the_plan_is_a_table_of_costs(run: Any, folder: Path) -> None:
+def test_the_plan_is_a_table_of_costs(
+    run: Any,
+    folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LWC_CACHE", str(tmp_path_factory.mktemp("unmeasured")))
     ran = run("in.onnx", "--plan", "--bind", "n=5")
     assert (ran.code, ran.err) == (0, "")
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in ran.out.splitlines()]
