@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torch")
-import onnxruntime  # noqa: E402
-import torch  # noqa: E402
+import onnxruntime
+import torch
 
-from lwc.core.errors import InputError, LwcError  # noqa: E402
-from lwc.core.module import Module  # noqa: E402
-from lwc.frontend.onnx_writer import save  # noqa: E402
-from lwc.frontend.torch_trace import DEFAULT_OPSET, trace  # noqa: E402
+from lwc.core.errors import InputError, LwcError
+from lwc.core.module import Module
+from lwc.frontend.onnx_writer import save
+from lwc.frontend.torch_trace import DEFAULT_OPSET, trace
 
 Dim = torch.export.Dim
 RTOL, ATOL = 1e-5, 1e-6
