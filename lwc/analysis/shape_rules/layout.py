@@ -1,43 +1,27 @@
-"""Operators that move data: reshaping, joining, cutting, and indexing by axis."""
+"""Operators that lay a tensor out anew: reshaping, turning, repeating, padding."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
-from lwc.analysis.shape_rules.elementwise import object_array
 from lwc.analysis.shape_rules.registry import (
     Fact,
     Misfit,
     Outcome,
     Site,
     SymbolicArray,
-    array_of,
     axis_of,
+    element_count,
     extent,
-    is_integer_type,
     rule,
     static_size,
-    tensor_fact,
     trackable,
 )
-from lwc.core.dims import (
-    Dim,
-    DimShape,
-    add,
-    at_least,
-    ceil_div,
-    maximum,
-    minimum,
-    multiply,
-    product,
-    quotient,
-    subtract,
-)
+from lwc.core.dims import Dim, DimShape, add, at_least, multiply, product, quotient
 
-__all__ = ["content_or_anything", "slice_extent"]
+__all__: list[str] = []
 
 
 @rule("Reshape")
@@ -116,22 +100,8 @@ def _flatten(site: Site) -> Outcome:
         return Fact(site.dtype(0), site.fresh_shape(2))
     axis = site.attribute("axis", 1)
     axis = axis if axis == len(shape) else axis_of(axis, len(shape))
-    result = (_size(shape[:axis]), _size(shape[axis:]))
+    result = (element_count(shape[:axis]), element_count(shape[axis:]))
     return Fact(site.dtype(0), result, _relaid(site.known(0), result))
-
-
-def _sum(dims: list[Dim]) -> Dim:
-    total: Dim = 0
-    for dim in dims:
-        total = add(total, dim)
-    return total
-
-
-def _size(dims: DimShape) -> Dim:
-    total: Dim = 1
-    for dim in dims:
-        total = multiply(total, dim)
-    return total
 
 
 @rule("Unsqueeze")
@@ -182,229 +152,6 @@ def _transpose(site: Site) -> Outcome:
     return Fact(site.dtype(0), tuple(source[axis] for axis in order), moved)
 
 
-@rule("Concat")
-def _concat(site: Site) -> Outcome:
-    facts = [fact for fact in site.inputs if fact is not None]
-    dtype = facts[0].dtype
-    shapes = [fact.shape for fact in facts if fact.shape is not None]
-    if not shapes:
-        return Fact(dtype)
-    rank = len(shapes[0])
-    axis = axis_of(site.attribute("axis", 0), rank)
-    if any(len(shape) != rank for shape in shapes):
-        raise Misfit("the inputs differ in rank")
-    result = list(shapes[0])
-    for shape in shapes[1:]:
-        for place in range(rank):
-            if place != axis:
-                result[place] = site.same(result[place], shape[place])
-            else:
-                result[axis] = add(result[axis], shape[axis])
-    if len(shapes) < len(facts):
-        result[axis] = site.fresh()
-        return Fact(dtype, tuple(result))
-    known = None
-    size = static_size(tuple(result))
-    if size is not None and trackable(dtype, size) and any(f.known is not None for f in facts):
-        parts = [content_or_anything(site, fact) for fact in facts]
-        if all(part is not None for part in parts):
-            known = np.concatenate([p for p in parts if p is not None], axis=axis)
-    return Fact(dtype, tuple(result), known)
-
-
-def content_or_anything(site: Site, fact: Fact) -> SymbolicArray | None:
-    """Return content, that of an integer tensor not followed as symbols that say nothing."""
-    if fact.known is not None:
-        return fact.known
-    size = static_size(fact.shape)
-    integral = fact.dtype in (ir.DataType.INT64, ir.DataType.INT32)
-    if size is None or not integral or not trackable(fact.dtype, size) or fact.shape is None:
-        return None
-    return array_of([site.anything() for _ in range(size)], fact.shape)
-
-
-@rule("Split")
-def _split(site: Site) -> Outcome:
-    source, dtype, parts = site.shape(0), site.dtype(0), site.outputs
-    if source is None:
-        return [Fact(dtype)] * parts
-    axis = axis_of(site.attribute("axis", 0), len(source))
-    whole = source[axis]
-    sizes: list[Dim]
-    given = site.attribute("split")
-    if site.has(1) or given is not None:
-        known = site.known(1) if site.has(1) else array_of(list(given))
-        if known is None:
-            sizes = [site.fresh() for _ in range(parts)]
-        else:
-            sizes = [extent(site, element) for element in known.tolist()]
-    else:
-        count = site.attribute("num_outputs", parts)
-        chunk = ceil_div(whole, count)
-        # All chunks but the last are full: where that does not fit, the runtime refuses.
-        sizes = [chunk] * (count - 1) + [subtract(whole, multiply(chunk, count - 1))]
-    if len(sizes) != parts:
-        raise Misfit(f"{len(sizes)} sizes for {parts} outputs")
-    total = _sum(sizes)
-    if isinstance(total, int) and isinstance(whole, int) and total != whole:
-        raise Misfit(f"the pieces add up to {total}, the axis has {whole}")
-    content = site.known(0)
-    facts, start = [], 0
-    for size in sizes:
-        shape = (*source[:axis], size, *source[axis + 1 :])
-        piece = None
-        if content is not None and isinstance(size, int):
-            piece = np.take(content, range(start, start + size), axis)
-            start += size
-        else:
-            content = None
-        facts.append(Fact(dtype, shape, piece))
-    return facts
-
-
-@rule("Slice")
-def _slice(site: Site) -> Outcome:
-    source, dtype = site.shape(0), site.dtype(0)
-    if source is None:
-        return Fact(dtype)
-    starts, ends = _bounds(site, 1, "starts"), _bounds(site, 2, "ends")
-    count = len(starts) if starts is not None else len(ends) if ends is not None else None
-    axes = site.axes(3)
-    if axes == [] and not site.has(3) and count is not None:
-        axes = list(range(count))
-    if axes is None or count is None:
-        return Fact(dtype, site.fresh_shape(len(source)))
-    given = site.known(4)
-    steps = None if given is None else given.tolist()
-    if not site.has(4):
-        steps = [1] * len(axes)
-    shape = list(source)
-    content = site.known(0)
-    for place, named in enumerate(axes):
-        axis = axis_of(named, len(source))
-        step = None if steps is None else steps[place]
-        if starts is None or ends is None or not isinstance(step, int):
-            shape[axis] = site.fresh()
-            content = None
-            continue
-        start, end = starts[place], ends[place]
-        if isinstance(start, int) and isinstance(end, int) and isinstance(source[axis], int):
-            span = _span(start, end, step, source[axis])
-            shape[axis] = len(span)
-            content = None if content is None else np.take(content, list(span), axis)
-        else:
-            content = None
-            shape[axis] = slice_extent(site, start, end, step, source[axis])
-    return Fact(dtype, tuple(shape), content)
-
-
-def _bounds(site: Site, index: int, name: str) -> list[Any] | None:
-    if not site.has(index):
-        found = site.attribute(name)
-        return None if found is None else list(found)
-    known = site.known(index)
-    if known is not None:
-        return list(known.ravel().tolist())
-    shape = site.shape(index)
-    if shape and isinstance(shape[0], int):
-        return [site.anything() for _ in range(shape[0])]
-    return None
-
-
-def _span(start: int, end: int, step: int, size: int) -> range:
-    """Return the indices Slice takes: Python's rule, but an end below -size means before 0."""
-    if step == 0:
-        raise Misfit("the step of a slice is 0")
-    start = start + size if start < 0 else start
-    end = end + size if end < 0 else end
-    if step > 0:
-        return range(min(max(start, 0), size), min(max(end, 0), size), step)
-    return range(min(max(start, 0), size - 1), min(max(end, -1), size - 1), step)
-
-
-_FAR = (1 << 31) - 1
-"""No extent reaches this; exporters write such numbers for "to the end"."""
-
-
-def slice_extent(site: Site, start: Any, end: Any, step: int, size: Dim) -> Dim:
-    """Return how many indices a slice takes, bounds clamped as far as they are known to need it.
-
-    Args:
-        site: The node; gives a fresh symbol where a bound has no known sign.
-        start: First index, negative from the end.
-        end: Index to stop before, negative from the end.
-        step: Distance, of either sign.
-        size: Extent of the axis.
-    """
-    if step == 0:
-        raise Misfit("the step of a slice is 0")
-    if step < 0:
-        whole = isinstance(start, int) and isinstance(end, int) and start >= _FAR and end <= -_FAR
-        if whole or (start == -1 and isinstance(end, int) and end <= -_FAR):
-            return ceil_div(size, -step)
-        return site.fresh()
-    first, last = _clamped(site, start, size), _clamped(site, end, size)
-    if first is None or last is None:
-        return site.fresh()
-    length = maximum(0, subtract(last, first))
-    return ceil_div(length, step)
-
-
-def _clamped(site: Site, bound: Any, size: Dim) -> Dim | None:
-    """Return a bound as an index in [0, size], None if its sign is not known."""
-    if isinstance(bound, int):
-        if bound >= _FAR:
-            return size
-        if bound < 0:
-            return maximum(0, add(size, bound))
-        return minimum(bound, size)
-    if site.shapes.is_unknown(bound):
-        return None
-    if at_least(bound, 0):
-        return minimum(bound, size)
-    if at_least(-1, bound):
-        return maximum(0, add(size, bound))
-    return None
-
-
-@rule("Gather")
-def _gather(site: Site) -> Outcome:
-    data, indices, dtype = site.shape(0), site.shape(1), site.dtype(0)
-    if data is None or indices is None:
-        return Fact(dtype)
-    axis = axis_of(site.attribute("axis", 0), len(data))
-    shape = (*data[:axis], *indices, *data[axis + 1 :])
-    content, places = site.known(0), site.ints(1)
-    if content is None or places is None or not all(isinstance(dim, int) for dim in indices):
-        return Fact(dtype, shape)
-    size = content.shape[axis]
-    if any(not -size <= place < size for place in places):
-        raise Misfit("an index lies outside the axis")
-    at = np.array([place % size for place in places], dtype=np.int64).reshape(indices)
-    return Fact(dtype, shape, object_array(np.take(content, at, axis)))
-
-
-@rule("GatherElements")
-def _gather_elements(site: Site) -> Outcome:
-    return Fact(site.dtype(0), site.shape(1))
-
-
-@rule("GatherND")
-def _gather_nd(site: Site) -> Outcome:
-    data, indices = site.shape(0), site.shape(1)
-    batch = site.attribute("batch_dims", 0)
-    if data is None or not indices or not isinstance(indices[-1], int):
-        return Fact(site.dtype(0))
-    if batch + indices[-1] > len(data):
-        raise Misfit("the indices are longer than the rank")
-    return Fact(site.dtype(0), (*indices[:-1], *data[batch + indices[-1] :]))
-
-
-@rule("ScatterND ScatterElements Scatter TensorScatter")
-def _scatter(site: Site) -> Outcome:
-    return Fact(site.dtype(0), site.shape(0))
-
-
 @rule("Expand")
 def _expand(site: Site) -> Outcome:
     dtype, source = site.dtype(0), site.shape(0)
@@ -439,89 +186,6 @@ def _tile(site: Site) -> Outcome:
     return Fact(dtype, shape, np.tile(known, [int(n) for n in times]))
 
 
-@rule("Shape")
-def _shape(site: Site) -> Outcome:
-    source = site.shape(0)
-    if source is None:
-        return Fact(ir.DataType.INT64, (site.fresh(),))
-    part = source[slice(site.attribute("start", 0), site.attribute("end"))]
-    return Fact(ir.DataType.INT64, (len(part),), array_of(part))
-
-
-@rule("Size")
-def _size_of(site: Site) -> Outcome:
-    source = site.shape(0)
-    return Fact(ir.DataType.INT64, (), None if source is None else object_array(_size(source)))
-
-
-@rule("Constant")
-def _constant(site: Site) -> Outcome:
-    node = site.node
-    tensor = site.attribute("value")
-    if tensor is not None:
-        return tensor_fact(tensor)
-    for name, dtype in _CONSTANT_KINDS.items():
-        given = site.attribute(name)
-        if given is None:
-            continue
-        if not isinstance(given, tuple | list):
-            array = object_array(given)
-            return Fact(dtype, (), None if dtype == ir.DataType.STRING else array)
-        small = dtype != ir.DataType.STRING and trackable(dtype, len(given))
-        return Fact(dtype, (len(given),), array_of(list(given)) if small else None)
-    value = node.outputs[0]
-    return Fact(value.dtype, None)
-
-
-_CONSTANT_KINDS = {
-    "value_int": ir.DataType.INT64,
-    "value_ints": ir.DataType.INT64,
-    "value_float": ir.DataType.FLOAT,
-    "value_floats": ir.DataType.FLOAT,
-    "value_string": ir.DataType.STRING,
-    "value_strings": ir.DataType.STRING,
-}
-
-
-@rule("ConstantOfShape")
-def _constant_of_shape(site: Site) -> Outcome:
-    tensor = site.attribute("value")
-    dtype = ir.DataType.FLOAT if tensor is None else tensor.dtype
-    target = site.known(0)
-    if target is None:
-        length = site.shape(0)
-        rank = length[0] if length and isinstance(length[0], int) else None
-        return Fact(dtype, None if rank is None else site.fresh_shape(rank))
-    shape = tuple(extent(site, element) for element in target.tolist())
-    size = static_size(shape)
-    if size is None or not trackable(dtype, size):
-        return Fact(dtype, shape)
-    fill = 0.0 if tensor is None else tensor.numpy().ravel().tolist()[0]
-    return Fact(dtype, shape, array_of([fill] * size, [int(d) for d in shape]))
-
-
-@rule("Range")
-def _range(site: Site) -> Outcome:
-    dtype = site.dtype(0)
-    bounds = [site.known(index) for index in range(3)]
-    if any(bound is None or bound.size != 1 for bound in bounds):
-        return Fact(dtype, (site.fresh(),))
-    start, limit, delta = (_integral(bound.item()) for bound in bounds if bound is not None)
-    if delta == 0:
-        raise Misfit("the step of a range is 0")
-    if all(isinstance(element, int) for element in (start, limit, delta)):
-        span = range(start, limit, delta)
-        integral = is_integer_type(dtype) and trackable(dtype, len(span))
-        return Fact(dtype, (len(span),), array_of(list(span)) if integral else None)
-    bound = (start, limit)
-    if not isinstance(delta, int) or any(isinstance(element, float) for element in bound):
-        return Fact(dtype, (site.fresh(),))
-    if any(site.shapes.is_unknown(e) or not _is_whole(e) for e in bound):
-        return Fact(dtype, (site.fresh(),))
-    span_length = subtract(limit, start) if delta > 0 else subtract(start, limit)
-    return Fact(dtype, (ceil_div(maximum(0, span_length), abs(delta)),))
-
-
 @rule("Pad")
 def _pad(site: Site) -> Outcome:
     source, dtype = site.shape(0), site.dtype(0)
@@ -547,94 +211,14 @@ def _pad(site: Site) -> Outcome:
     return Fact(dtype, tuple(shape))
 
 
-@rule("DepthToSpace")
-def _depth_to_space(site: Site) -> Outcome:
+@rule("DepthToSpace SpaceToDepth")
+def _blocks_moved(site: Site) -> Outcome:
     source, block = site.shape(0), site.attribute("blocksize", 1)
     if source is None:
         return Fact(site.dtype(0), site.fresh_shape(4))
     n, c, h, w = source
-    return Fact(
-        site.dtype(0), (n, quotient(c, block * block), multiply(h, block), multiply(w, block))
-    )
-
-
-@rule("SpaceToDepth")
-def _space_to_depth(site: Site) -> Outcome:
-    source, block = site.shape(0), site.attribute("blocksize", 1)
-    if source is None:
-        return Fact(site.dtype(0), site.fresh_shape(4))
-    n, c, h, w = source
-    return Fact(
-        site.dtype(0), (n, multiply(c, block * block), quotient(h, block), quotient(w, block))
-    )
-
-
-@rule("NonZero")
-def _nonzero(site: Site) -> Outcome:
-    source = site.shape(0)
-    rank = site.fresh() if source is None else len(source)
-    return Fact(ir.DataType.INT64, (rank, site.fresh()))
-
-
-@rule("Compress")
-def _compress(site: Site) -> Outcome:
-    source, axis = site.shape(0), site.attribute("axis")
-    if axis is None:
-        return Fact(site.dtype(0), (site.fresh(),))
-    if source is None:
-        return Fact(site.dtype(0))
-    axis = axis_of(axis, len(source))
-    return Fact(site.dtype(0), (*source[:axis], site.fresh(), *source[axis + 1 :]))
-
-
-@rule("Unique")
-def _unique(site: Site) -> Outcome:
-    source, axis, count = site.shape(0), site.attribute("axis"), site.fresh()
-    shape: DimShape | None = (count,)
-    if axis is not None:
-        if source is None:
-            shape = None
-        else:
-            axis = axis_of(axis, len(source))
-            shape = (*source[:axis], count, *source[axis + 1 :])
-    int64 = ir.DataType.INT64
-    inverse = (site.fresh(),)
-    if source is not None:
-        inverse = (_size(source) if axis is None else source[axis],)
-    return [
-        Fact(site.dtype(0), shape),
-        Fact(int64, (count,)),
-        Fact(int64, inverse),
-        Fact(int64, (count,)),
-    ]
-
-
-@rule("OneHot")
-def _one_hot(site: Site) -> Outcome:
-    indices, depth = site.shape(0), site.known(1)
-    dtype = site.dtype(2)
-    if indices is None:
-        return Fact(dtype)
-    axis = axis_of(site.attribute("axis", -1), len(indices) + 1)
-    size = site.fresh() if depth is None else extent(site, _integral(depth.item()))
-    return Fact(dtype, (*indices[:axis], size, *indices[axis:]))
-
-
-def _integral(element: Any) -> Any:
-    """Return a whole float as int, anything else as it is."""
-    return int(element) if isinstance(element, float) and element.is_integer() else element
-
-
-def _is_whole(element: Any) -> bool:
-    return isinstance(element, int) or bool(element.is_integer)
-
-
-@rule("TopK")
-def _top_k(site: Site) -> Outcome:
-    source, k = site.shape(0), site.known(1)
-    if source is None:
-        return [Fact(site.dtype(0)), Fact(ir.DataType.INT64)]
-    axis = axis_of(site.attribute("axis", -1), len(source))
-    count = site.fresh() if k is None else extent(site, k.item())
-    shape = (*source[:axis], count, *source[axis + 1 :])
-    return [Fact(site.dtype(0), shape), Fact(ir.DataType.INT64, shape)]
+    if site.node.op_type == "DepthToSpace":
+        shape = (n, quotient(c, block * block), multiply(h, block), multiply(w, block))
+    else:
+        shape = (n, multiply(c, block * block), quotient(h, block), quotient(w, block))
+    return Fact(site.dtype(0), shape)

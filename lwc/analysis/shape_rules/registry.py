@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 import sympy
 
-from lwc.core.dims import Dim, DimShape, Expr, at_least, equal, lower_bound, subtract
+from lwc.core.dims import Dim, DimShape, Expr, at_least, equal, lower_bound, multiply, subtract
 from lwc.core.weights import reading
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ __all__ = [
     "array_of",
     "axis_of",
     "differ",
+    "element_count",
     "extent",
     "ints_of",
     "is_clipped",
@@ -131,6 +132,11 @@ def static_size(shape: DimShape | None) -> int | None:
     if shape is None or not all(isinstance(dim, int) for dim in shape):
         return None
     return math.prod(shape)
+
+
+def element_count(dims: DimShape) -> Dim:
+    """Return the product of extents as an expanded polynomial."""
+    return functools.reduce(multiply, dims, 1)
 
 
 class Site:
