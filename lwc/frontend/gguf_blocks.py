@@ -7,7 +7,7 @@ its default zero points. Q4_1 is that plus a block-sum term, centred as `d * (q 
     y[n] = sum_k d[n, k/32] (q[n, k] - 8) x[k]  +  sum_b (m + 8 d)[n, b] (sum of x over block b)
 
 Centred, the first sum is as small as it can be, and so is what accuracy_level 4 adds by rounding
-x to int8 (SmolLM2: .6 % of perplexity, against 1.9 % with zero points 0); the second is exact.
+x to int8 (.6 % of SmolLM2's perplexity over 1,536 tokens; zero points 0: 1.9 %).
 Scales stay float16 in the file and are cast where they are used, which ONNX Runtime does once,
 when it loads the model.
 """
