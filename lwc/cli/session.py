@@ -134,7 +134,8 @@ class Session:
         if shapes:
             from lwc.report.measure import predictor
 
-            predict = predictor(threads)
+            with self.progress.phase("measuring this machine, once"):
+                predict = predictor(threads)
         with self.progress.phase("building the report"):
             report = build_report(
                 result.record,
