@@ -48,8 +48,8 @@ _HOME = {
 __all__ = [
     "Approximate",
     "Exact",
-    "LwcError",
     "Lossy",
+    "LwcError",
     "Module",
     "OptimizeResult",
     "Pass",

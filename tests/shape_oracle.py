@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
+from support import plain_session
 
 from lwc.analysis.shapes import Shapes
 from lwc.core.dims import bind
@@ -49,13 +49,7 @@ def run_everything(module: Module, shapes: Shapes, feed: Feed) -> dict[str, np.n
                 kind = onnx.helper.make_tensor_value_info(value.name, int(dtype), None)
                 proto.graph.output.append(kind)
                 present.add(value.name)
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
-    session = ort.InferenceSession(
-        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = plain_session(proto)
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, dict(feed)), strict=True))
 

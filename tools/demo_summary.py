@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from lwc.report import Report, from_dict
 from lwc.core.text import size, time
+from lwc.report import Report, from_dict
 
 
 def main(paths: list[str]) -> None:

@@ -165,7 +165,7 @@ class Module:
         value = ir.Value(
             name=unique,
             type=ir.TensorType(tensor.dtype),
-            shape=ir.Shape(tuple(tensor.shape)),
+            shape=ir.Shape(tensor.shape.numpy()),
             const_value=tensor,
         )
         (graph or self.graph).register_initializer(value)
@@ -176,7 +176,7 @@ class Module:
         tensor.name = value.name
         value.const_value = tensor
         value.type = ir.TensorType(tensor.dtype)
-        value.shape = ir.Shape(tuple(tensor.shape))
+        value.shape = ir.Shape(tensor.shape.numpy())
 
     @property
     def store(self) -> WeightStore:

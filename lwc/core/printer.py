@@ -213,5 +213,5 @@ _LISTS = (ir.AttributeType.FLOATS, ir.AttributeType.INTS, ir.AttributeType.STRIN
 
 
 def _constant_text(tensor: ir.TensorProtocol) -> str:
-    kind = _type_text(ir.TensorType(tensor.dtype), ir.Shape(tensor.shape))  # type: ignore[arg-type]
+    kind = _type_text(ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy()))
     return f"{kind} {_tensor_text(tensor)}"

@@ -6,7 +6,6 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
-from types import TracebackType
 from typing import BinaryIO, Self, cast
 
 from lwc.core.errors import LwcError
@@ -65,12 +64,7 @@ class StagedFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         try:
             # Closing flushes; on a full disk that fails again, and the first error matters.
             with contextlib.suppress(OSError):

@@ -12,16 +12,13 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
+from support import plain_session, run_pass
 
-from lwc.analysis.manager import AnalysisManager
 from lwc.core.module import Module
 from lwc.core.printer import print_module
 from lwc.passes.cleanup.canonicalize import Canonicalize
 from lwc.passes.cleanup.fold_linear import FoldLinear
-from lwc.pipeline.passes import PassContext
-from lwc.verify.structural import verify_structure
 
 PASSES = {"canonicalize": Canonicalize(), "fold-linear": FoldLinear()}
 CASES = sorted(Path(__file__).parent.glob("*.txt"))
@@ -29,11 +26,7 @@ EXTENTS = ({"N": 2, "S": 3}, {"N": 3, "S": 5})
 
 
 def run(proto: onnx.ModelProto, extents: dict[str, int]) -> list[np.ndarray[Any, Any]]:
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(
-        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = plain_session(proto)
     random = np.random.default_rng(0)
     feed = {}
     for each in session.get_inputs():
@@ -52,8 +45,7 @@ def test_before_after(case: Path) -> None:
     proto = onnx.parser.parse_model(before)
     module = Module(ir.from_proto(proto))
     for name in pipeline.strip().split(","):
-        PASSES[name].run(module, PassContext(AnalysisManager(module), source=name))
-        verify_structure(module)
+        run_pass(PASSES[name], module)
     assert print_module(module).strip() == after.strip()
     result = ir.to_proto(module.model)
     for extents in EXTENTS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import fetch_models  # type: ignore[import-not-found,unused-ignore]
+import fetch_models
 import numpy as np
 import pytest
 

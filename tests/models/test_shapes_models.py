@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,14 +13,11 @@ import onnx_ir as ir
 import pytest
 from onnx import numpy_helper
 from onnx.backend.test.loader import load_model_tests
+from shape_oracle import Comparison, check, compare
 
 from lwc.analysis.shapes import Shapes
 from lwc.core.module import Module
 from lwc.frontend.load import load
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from shape_oracle import Comparison, check, compare
 
 Feed = dict[str, np.ndarray[Any, Any]]
 ModelFile = Callable[[str], Path]

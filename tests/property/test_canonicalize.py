@@ -7,19 +7,15 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
+from support import run_pass_to_the_end, run_plain
 
-from lwc.analysis.manager import AnalysisManager
 from lwc.core.module import Module
 from lwc.passes.cleanup.canonicalize import Canonicalize
 from lwc.passes.cleanup.fold_linear import FoldLinear
-from lwc.pipeline.passes import PassContext
-from lwc.verify.structural import verify_structure
 
-Array = np.ndarray[Any, Any]
 WIDTH = 4
 EXTENTS = ((2, 3), (1, 5))
 UNARY = ("Relu", "Neg", "Abs", "Identity", "Tanh", "Sigmoid")
@@ -158,17 +154,6 @@ def models(draw: Any) -> onnx.ModelProto:
     return builder.model()
 
 
-def run(model: onnx.ModelProto, feed: dict[str, Array]) -> list[Array]:
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 4
-    session = ort.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    return list(session.run(None, feed))
-
-
 @settings(
     max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
 )
@@ -177,16 +162,10 @@ def test_random_graphs_keep_their_meaning(model: onnx.ModelProto) -> None:
     module = Module(ir.from_proto(model))
     count = sum(1 for _ in module.nodes())
     for each in (Canonicalize(), FoldLinear()):
-        result = each.run(module, PassContext(AnalysisManager(module), source=each.name))
-        verify_structure(module)
-        after = module.fingerprint()
-        again = each.run(module, PassContext(AnalysisManager(module), source=each.name))
-        assert not again.changed, (result.rewrites, again.rewrites)
-        assert module.fingerprint() == after
+        run_pass_to_the_end(each, module)
     assert sum(1 for _ in module.nodes()) <= count
-    simplified = ir.to_proto(module.model)
     for seed, (n, s) in enumerate(EXTENTS):
         random = np.random.default_rng(seed)
         feed = {name: random.standard_normal((n, s, WIDTH)).astype(np.float32) for name in "xz"}
-        for found, wanted in zip(run(simplified, feed), run(model, feed), strict=True):
+        for found, wanted in zip(run_plain(module, feed), run_plain(model, feed), strict=True):
             np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,14 +11,11 @@ import pytest
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
+from shape_oracle import compare
 
 from lwc.core import dims
 from lwc.core.dims import evaluate, symbol
 from lwc.core.module import Module
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from shape_oracle import compare
 
 SIZES = st.integers(min_value=1, max_value=7)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import onnx
 import onnx_ir as ir
 import pytest
+from support import run_pass
 
-from lwc.analysis.manager import AnalysisManager
 from lwc.core.errors import PassError
 from lwc.core.module import Module
 from lwc.passes.cleanup.bind_dims import BindDims
-from lwc.pipeline.passes import PassContext, PassResult
+from lwc.pipeline.passes import PassResult
 
 TEXT = """<ir_version: 8, opset_import: ["" : 17]>
 g (float[batch,sequence,4] x, float[batch,twice] z)
@@ -27,11 +27,7 @@ def module_of() -> Module:
 
 
 def bind(module: Module, **bindings: int) -> PassResult:
-    before = module.fingerprint()
-    context = PassContext(AnalysisManager(module), source="bind-dims")
-    result = BindDims(tuple(bindings.items())).run(module, context)
-    assert result.changed == (module.fingerprint() != before)
-    return result
+    return run_pass(BindDims(tuple(bindings.items())), module)
 
 
 def shapes(module: Module) -> dict[str | None, list[object]]:

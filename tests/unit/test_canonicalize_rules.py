@@ -7,52 +7,20 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from support import module_of, ops, run_pass, run_pass_to_the_end, run_plain
 
-from lwc.analysis.manager import AnalysisManager
 from lwc.core.errors import PassError
 from lwc.core.module import Module
 from lwc.passes.cleanup.canonicalize import Canonicalize
-from lwc.pipeline.passes import PassContext, PassResult
-from lwc.verify.structural import verify_structure
+from lwc.pipeline.passes import PassResult
 
 Array = np.ndarray[Any, Any]
-HEADER = '<ir_version: 8, opset_import: ["" : 17]>\n'
-
-
-def module_of(text: str) -> Module:
-    return Module(ir.from_proto(onnx.parser.parse_model(HEADER + text)))
 
 
 def canonicalize(module: Module, **options: Any) -> PassResult:
-    """Run the pass; check `changed`, the structure, and that a second run changes nothing."""
-    before = module.fingerprint()
-    result = Canonicalize(**options).run(module, context(module))
-    assert result.changed == (module.fingerprint() != before)
-    verify_structure(module)
-    after = module.fingerprint()
-    assert not Canonicalize(**options).run(module, context(module)).changed
-    assert module.fingerprint() == after
-    return result
-
-
-def context(module: Module) -> PassContext:
-    return PassContext(AnalysisManager(module), source="canonicalize")
-
-
-def ops(module: Module) -> list[str]:
-    return [node.op_type for node in module.nodes()]
-
-
-def run(module: Module, feed: dict[str, Array]) -> list[Array]:
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(
-        ir.to_proto(module.model).SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    return list(session.run(None, feed))
+    return run_pass_to_the_end(Canonicalize(**options), module)
 
 
 def constant_graph(op: str, inputs: list[Array], **attributes: Any) -> Module:
@@ -90,10 +58,10 @@ def test_folding_gives_what_the_runtime_gives(
     op: str, inputs: list[Array], attributes: dict[str, Any]
 ) -> None:
     module = constant_graph(op, inputs, **attributes)
-    (wanted,) = run(module, {})
+    (wanted,) = run_plain(module, {})
     assert canonicalize(module).changed
     assert ops(module) == ["Identity"]
-    (found,) = run(module, {})
+    (found,) = run_plain(module, {})
     assert found.dtype == wanted.dtype
     np.testing.assert_array_equal(found, wanted)
 
@@ -149,10 +117,10 @@ def test_folding_never_decompresses_unless_asked(op: str) -> None:
     canonicalize(module)
     assert ops(module) == [op]
     assert any("decompress=true" in each.message for each in module.remarks)
-    (wanted,) = run(module, {})
+    (wanted,) = run_plain(module, {})
     canonicalize(module, decompress=True)
     assert ops(module) == ["Identity"]
-    np.testing.assert_array_equal(run(module, {})[0], wanted)
+    np.testing.assert_array_equal(run_plain(module, {})[0], wanted)
 
 
 def test_a_shared_weight_is_not_doubled_by_folding_its_transpose() -> None:
@@ -186,11 +154,11 @@ def test_the_parts_of_a_weight_are_folded_together_when_nothing_grows() -> None:
     }""".replace("VALUES", values)
     module = module_of(text)
     x = np.eye(3, 16, dtype=np.float32)
-    (wanted,) = run(module, {"x": x})
+    (wanted,) = run_plain(module, {"x": x})
     canonicalize(module)
     assert ops(module) == ["MatMul"]
     assert len(module.graph.initializers) == 1
-    np.testing.assert_array_equal(run(module, {"x": x})[0], wanted)
+    np.testing.assert_array_equal(run_plain(module, {"x": x})[0], wanted)
 
 
 def test_folding_stays_within_the_memory_bound() -> None:
@@ -256,10 +224,10 @@ def test_what_does_nothing_goes(text: str, left: list[str]) -> None:
     pads = "p = Constant<value = int64[4] {0, 0, 0, 5}>()\n" if "Pad(b, p)" in text else ""
     module = module_of(f"g (float[N,8] x) => (float[N,8] y) {{ {pads}{text} }}")
     x = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32)
-    (wanted,) = run(module, {"x": x})
+    (wanted,) = run_plain(module, {"x": x})
     canonicalize(module)
     assert ops(module) == left
-    np.testing.assert_array_equal(run(module, {"x": x})[0], wanted)
+    np.testing.assert_array_equal(run_plain(module, {"x": x})[0], wanted)
 
 
 @pytest.mark.parametrize(
@@ -280,11 +248,11 @@ def test_what_does_nothing_goes(text: str, left: list[str]) -> None:
 def test_what_does_something_stays(text: str) -> None:
     module = module_of(f"g (float[1,8] x) => (float[R,C] y) {{ {text} }}")
     x = np.random.default_rng(0).standard_normal((1, 8)).astype(np.float32)
-    (wanted,) = run(module, {"x": x})
+    (wanted,) = run_plain(module, {"x": x})
     before = [op for op in ops(module) if op != "Constant"]
     canonicalize(module)
     assert ops(module) == before
-    np.testing.assert_array_equal(run(module, {"x": x})[0], wanted)
+    np.testing.assert_array_equal(run_plain(module, {"x": x})[0], wanted)
 
 
 def test_unnamed_extents_are_not_taken_for_equal() -> None:
@@ -305,7 +273,7 @@ def test_unnamed_extents_are_not_taken_for_equal() -> None:
     canonicalize(module)
     assert ops(module) == ["Shape", "Expand"]
     feed = {"a": np.ones((1, 3), np.float32), "b": np.ones((4, 3), np.float32)}
-    assert run(module, feed)[0].shape == (4, 3)
+    assert run_plain(module, feed)[0].shape == (4, 3)
 
 
 @pytest.mark.parametrize(("trips", "left"), [(0, ["Identity"]), (1, ["Add"]), (2, ["Loop"])])
@@ -323,7 +291,7 @@ def test_short_loops_are_inlined(trips: int, left: list[str]) -> None:
     x = np.arange(4, dtype=np.float32)
     canonicalize(module)
     assert [node.op_type for node in module.graph] == left
-    np.testing.assert_array_equal(run(module, {"x": x})[0], x * 2**trips)
+    np.testing.assert_array_equal(run_plain(module, {"x": x})[0], x * 2**trips)
 
 
 def test_branches_with_equal_names_can_both_be_inlined() -> None:
@@ -359,14 +327,15 @@ def test_an_initializer_that_a_feed_can_override_is_no_constant() -> None:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     module = Module(ir.from_proto(model))
     assert not canonicalize(module).changed
-    np.testing.assert_array_equal(run(module, {"w": np.full(3, 2, np.float32)})[0], [-2, -2, -2])
+    (found,) = run_plain(module, {"w": np.full(3, 2, np.float32)})
+    np.testing.assert_array_equal(found, [-2, -2, -2])
 
 
 def test_old_opsets_are_refused() -> None:
     module = module_of("g (float[4] x) => (float[4] y) { y = Exp(x) }")
     module.graph.opset_imports[""] = 12
     with pytest.raises(PassError, match="opset 12"):
-        Canonicalize().run(module, context(module))
+        run_pass(Canonicalize(), module)
 
 
 def test_nothing_to_do_is_said() -> None:

@@ -7,15 +7,12 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from support import ops, run_pass, run_pass_to_the_end, run_plain
 
-from lwc.analysis.manager import AnalysisManager
 from lwc.core.module import Module
 from lwc.passes.cleanup.fold_linear import FoldLinear
-from lwc.pipeline.passes import PassContext
-from lwc.verify.structural import verify_structure
 
 Array = np.ndarray[Any, Any]
 RTOL, ATOL = 1e-4, 1e-5
@@ -62,35 +59,15 @@ class Graph:
         return [self.random.standard_normal(shape).astype(np.float32) for shape in shapes]
 
 
-def run(module: Module, x: Array) -> list[Array]:
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    proto = ir.to_proto(module.model).SerializeToString()
-    session = ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
-    return list(session.run(None, {"x": x}))
-
-
 def fold(graph: Graph) -> tuple[list[str], Module]:
     """Fold, compare at two batch sizes, check that a second run changes nothing."""
     module, feeds = graph.module(), graph.feeds()
-    wanted = [run(module, x) for x in feeds]
-    before = module.fingerprint()
-    result = fold_linear(module)
-    assert result == (module.fingerprint() != before)
-    verify_structure(module)
+    wanted = [run_plain(module, {"x": x}) for x in feeds]
+    run_pass_to_the_end(FoldLinear(), module)
     for x, expected in zip(feeds, wanted, strict=True):
-        for a, b in zip(run(module, x), expected, strict=True):
+        for a, b in zip(run_plain(module, {"x": x}), expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=RTOL, atol=ATOL)
-    after = module.fingerprint()
-    assert not fold_linear(module)
-    assert module.fingerprint() == after
-    return [node.op_type for node in module.nodes()], module
-
-
-def fold_linear(module: Module) -> bool:
-    return (
-        FoldLinear().run(module, PassContext(AnalysisManager(module), source="fold-linear")).changed
-    )
+    return ops(module), module
 
 
 def missed(module: Module) -> str:
@@ -230,7 +207,7 @@ def test_a_fold_that_leaves_float16_is_refused() -> None:
     graph = helper.make_graph(nodes, "g", [x], [y], [weight, factor])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     module = Module(ir.from_proto(model))
-    assert not fold_linear(module)
+    assert not run_pass(FoldLinear(), module).changed
     assert "leaves the range of float16" in missed(module)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 import pytest
+from support import module_of, ops
 
 from lwc.analysis.manager import AnalysisManager
 from lwc.analysis.shapes import Shapes
@@ -16,19 +16,9 @@ from lwc.rewrite import ANY, EDITED, Editor, Miss, Outcome, Rule, RuleSet, rewri
 from lwc.rewrite.patterns import PatternRule, pattern_rule
 from lwc.verify.structural import verify_structure
 
-HEADER = '<ir_version: 8, opset_import: ["" : 17]>\n'
-
-
-def module_of(text: str) -> Module:
-    return Module(ir.from_proto(onnx.parser.parse_model(HEADER + text)))
-
 
 def editor_of(module: Module) -> Editor:
     return Editor(module, AnalysisManager(module).get(Shapes), "test-pass")
-
-
-def ops(module: Module) -> list[str]:
-    return [node.op_type for node in module.nodes()]
 
 
 @rule("Relu")

@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from support import run_pass, run_pass_to_the_end
 
-from lwc.analysis.manager import AnalysisManager
 from lwc.analysis.shapes import Shapes
 from lwc.core.dims import Dim, Expr, add, evaluate, floor_div, multiply, symbol
 from lwc.core.module import Module
@@ -398,29 +398,24 @@ def test_products_are_expanded_and_so_compare_equal() -> None:
 
 def test_infer_shapes_writes_what_it_knows() -> None:
     from lwc.passes.cleanup.infer_shapes import InferShapes
-    from lwc.pipeline.passes import PassContext
 
     module = module_of(
         "g (float[b,s,6] x) => (int64[r,q] y) {\n h = Relu(x)\n k = Shape(h)\n y = NonZero(h)\n}"
     )
-    ctx = PassContext(AnalysisManager(module), source="infer-shapes")
-    assert InferShapes().run(module, ctx).changed
+    assert run_pass_to_the_end(InferShapes(), module).changed
     h, k = (module.graph.node(i).outputs[0] for i in (0, 1))
     assert h.shape == ir.Shape(["b", "s", 6])
     assert h.dtype == ir.DataType.FLOAT
     assert k.shape == ir.Shape([3])
-    again = PassContext(AnalysisManager(module), source="infer-shapes")
-    assert not InferShapes().run(module, again).changed
 
 
 def test_infer_shapes_tells_where_the_file_is_wrong() -> None:
     from lwc.passes.cleanup.infer_shapes import InferShapes
-    from lwc.pipeline.passes import PassContext
 
     module = module_of("g (float[b,6] x) => (float[r,q] y) {\n h = Relu(x)\n y = Relu(h)\n}")
     value = module.graph.node(0).outputs[0]
     value.shape, value.type = ir.Shape(["b", 7]), ir.TensorType(ir.DataType.FLOAT)
-    InferShapes().run(module, PassContext(AnalysisManager(module), source="infer-shapes"))
+    run_pass(InferShapes(), module)
     assert value.shape == ir.Shape(["b", 6])
     (remark,) = module.remarks
     assert "7" in remark.message

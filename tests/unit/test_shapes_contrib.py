@@ -4,20 +4,15 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 from onnx import helper, numpy_helper
+from shape_oracle import compare
 
 from lwc.core.module import Module
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from shape_oracle import compare
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 

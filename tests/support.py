@@ -1,0 +1,61 @@
+"""What tests share: reading a graph from text, running one pass on it, running what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import onnx
+import onnx.parser
+import onnx_ir as ir
+import onnxruntime as ort
+
+from lwc.analysis.manager import AnalysisManager
+from lwc.core.module import Module
+from lwc.pipeline.passes import Pass, PassContext, PassResult
+from lwc.verify.structural import verify_structure
+
+
+def module_of(text: str, opset: int = 17, ir_version: int = 8) -> Module:
+    """Read a graph in onnx's text format, without the header."""
+    header = f'<ir_version: {ir_version}, opset_import: ["" : {opset}]>\n'
+    return Module(ir.from_proto(onnx.parser.parse_model(header + text)))
+
+
+def ops(module: Module) -> list[str]:
+    """Return the operators of a module in order, those of subgraphs and functions too."""
+    return [node.op_type for node in module.nodes()]
+
+
+def run_pass(chosen: Pass, module: Module) -> PassResult:
+    """Run a pass; check the structure and that `changed` is true."""
+    before = module.fingerprint()
+    result = chosen.run(module, PassContext(AnalysisManager(module), source=chosen.name))
+    assert result.changed == (module.fingerprint() != before)
+    verify_structure(module)
+    return result
+
+
+def run_pass_to_the_end(chosen: Pass, module: Module) -> PassResult:
+    """Run a pass as `run_pass` does; check that a second run changes nothing."""
+    result = run_pass(chosen, module)
+    again = run_pass(chosen, module)
+    assert not again.changed, (result.rewrites, again.rewrites)
+    return result
+
+
+def plain_session(model: Module | onnx.ModelProto) -> ort.InferenceSession:
+    """Open a session that runs a graph as it is written, on one thread."""
+    proto = ir.to_proto(model.model) if isinstance(model, Module) else model
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    return ort.InferenceSession(
+        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def run_plain(model: Module | onnx.ModelProto, feed: Mapping[str, Any]) -> list[Any]:
+    """Run a graph as it is written and return its outputs."""
+    return list(plain_session(model).run(None, dict(feed)))
