@@ -46,10 +46,7 @@ def written_line(saved: SaveResult, output: Snapshot) -> str:
 
 
 def _size(snapshot: Snapshot) -> str:
-    return (
-        f"{snapshot.nodes:,} nodes, {snapshot.parameters:,} parameters in "
-        f"{text.size(snapshot.parameter_bytes)}"
-    )
+    return f"{snapshot.nodes:,} nodes, {text.size(snapshot.parameter_bytes)} of weights"
 
 
 def _pass_line(each: PassRecord) -> str:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lwc.backends.base import Backend
 from lwc.calibration.feeds import make_feed
+from lwc.calibration.text import text_feeds
 from lwc.evaluate import latency as timing
-from lwc.evaluate.agreement import agreement
+from lwc.evaluate.agreement import Agreement, agreement
 from lwc.evaluate.memory import peak_memory
 from lwc.evaluate.perplexity import perplexity
+from lwc.pipeline.passes import Feed
 from lwc.report.build import Predict, onnx_file
 from lwc.report.data import LatencyComparison, ModelEntry, Quality, Report
 
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     from lwc.core.module import Module
 
 __all__ = ["MeasureSettings", "measure", "predictor"]
+
+_AGREEMENT_WINDOWS = 2
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,10 @@ def measure(
             timed = timing.compare_latency(
                 {"before": first, "after": second}, feed, rounds=settings.rounds
             )
-            agreed = agreement(first, second, [feed])
+            if settings.text is None:
+                where = " ".join(f"{name}={number}" for name, number in shape.items())
+                agreed = agreement(first, second, [feed])
+                quality += _agreement(agreed, f"one random feed, {where}")
         latency.append(
             LatencyComparison(
                 bindings=dict(shape),
@@ -91,15 +99,12 @@ def measure(
                 predicted_after=predict(after, shape) if predict else None,
             )
         )
-        where = " ".join(f"{name}={number}" for name, number in shape.items())
-        for name, output in agreed.outputs.items():
-            detail = f"output {name}, one random feed, {where}"
-            quality.append(Quality("cosine", None, output.cosine, detail))
-            quality.append(Quality("max abs error", None, output.max_error, detail))
-            if output.top1 is not None:
-                quality.append(Quality("top-1 agreement", None, output.top1, detail))
     if settings.text is not None:
-        quality.insert(0, _perplexity(before, after, settings, backend))
+        quality.append(_perplexity(before, after, settings, backend))
+        feeds = itertools.islice(_text_feeds(before, settings), _AGREEMENT_WINDOWS)
+        agreed = agreement(before, after, feeds, threads=settings.threads)
+        detail = f"the first {_AGREEMENT_WINDOWS} windows of {settings.window} tokens"
+        quality += _agreement(agreed, detail)
     return dataclasses.replace(
         report,
         latency=latency,
@@ -133,6 +138,36 @@ def predictor(threads: int = 1) -> Predict:
     return seconds
 
 
+def _agreement(agreed: Agreement, detail: str) -> list[Quality]:
+    found = []
+    for name, output in agreed.outputs.items():
+        measured = {
+            "cosine": output.cosine,
+            "top-1 agreement": output.top1,
+            "max abs error": output.max_error,
+        }
+        found += [
+            Quality(metric, None, value, f"output {name}, {detail}")
+            for metric, value in measured.items()
+            if value is not None
+        ]
+    return found
+
+
+def _text_feeds(module: Module, settings: MeasureSettings) -> Iterator[Feed]:
+    assert settings.text is not None
+    return text_feeds(
+        module,
+        _tokenizer(module, settings),
+        settings.text.read_text(encoding="utf-8"),
+        window=settings.window,
+    )
+
+
+def _tokenizer(module: Module, settings: MeasureSettings) -> Path:
+    return settings.tokenizer or Path(module.source.path or "")
+
+
 def _spread(timed: timing.Latency | timing.Spread) -> timing.Spread:
     return timing.Spread(timed.median, timed.p10, timed.p90)
 
@@ -142,7 +177,7 @@ def _perplexity(
 ) -> Quality:
     assert settings.text is not None
     text = settings.text.read_text(encoding="utf-8")
-    tokenizer = settings.tokenizer or Path(before.source.path or "")
+    tokenizer = _tokenizer(before, settings)
     one, two = (
         perplexity(
             model,

@@ -13,7 +13,7 @@ import jinja2
 
 from lwc.core import text
 from lwc.core.errors import UsageError
-from lwc.report.data import Figures, PassEntry, Report
+from lwc.report.data import PassEntry, Report
 
 __all__ = ["FORMATS", "render", "write_report"]
 
@@ -90,7 +90,6 @@ def _summary(report: Report) -> list[dict[str, Any]]:
     """List the figures at both ends: name, before, after, and their ratio."""
     rows: list[tuple[str, Any, Any, Callable[[Any], str]]] = [
         ("File size", report.input.file_bytes, report.output.file_bytes, text.size),
-        ("Weights as float32", report.input.dense_bytes, None, text.size),
         ("Weights", report.before.parameter_bytes, report.after.parameter_bytes, text.size),
         ("Nodes", report.before.nodes, report.after.nodes, text.count),
         ("Parameters", report.before.parameters, report.after.parameters, text.count),
@@ -130,10 +129,12 @@ def _summary(report: Report) -> list[dict[str, Any]]:
             }
         )
     for quality in report.quality:
+        if quality.before is None:
+            continue
         summary.append(
             {
                 "name": quality.metric.capitalize(),
-                "before": "–" if quality.before is None else f"{quality.before:.5g}",
+                "before": f"{quality.before:.5g}",
                 "after": f"{quality.after:.5g}",
                 "ratio": text.factor(quality.after, quality.before),
             }
@@ -160,8 +161,3 @@ def _bars(rows: list[tuple[str, float | None, str]]) -> list[dict[str, Any]]:
         for label, value, shown in rows
         if value is not None
     ]
-
-
-def figures_line(figures: Figures) -> str:
-    """Write a module's figures in one line, as the command line prints them."""
-    return f"{figures.nodes} nodes, {text.size(figures.parameter_bytes)} of weights"

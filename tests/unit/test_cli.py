@@ -123,7 +123,7 @@ def test_a_model_goes_in_and_comes_out(run: Any, folder: Path) -> None:
     assert (ran.code, ran.out) == (0, "")
     assert ops("out.onnx") == ["Relu", "MatMul"]
     first, second, third = ran.err.splitlines()
-    assert first == "in.onnx: 3 nodes, 4 parameters in 16 B"
+    assert first == "in.onnx: 3 nodes, 16 B of weights"
     assert second.startswith(" 1 canonicalize  3 -> 2 nodes, 16 B, ")
     assert third.startswith("wrote out.onnx: ")
 
