@@ -17,19 +17,25 @@ __all__ = ["pack_rows", "pack_tile", "unpack_rows"]
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
 
-def pack_tile(codes: Array, bits: int, out: Array) -> None:
-    """Write the codes of a tile where MatMulNBits reads them.
+def pack_tile(codes: Array, bits: int) -> Array:
+    """Pack the codes of a tile of blocks.
 
     Args:
-        codes: uint8 `[blocks, block_size, columns]`; overwritten.
+        codes: uint8 `[block_size, blocks]`; overwritten.
         bits: 4 or 8.
-        out: uint8 `[columns, blocks, block_size * bits / 8]`, a view into the packed weight.
+
+    Returns:
+        uint8 `[blocks, block_size * bits / 8]`, each row as MatMulNBits reads a block.
     """
     if bits == 4:
-        high = codes[:, 1::2]
+        high = codes[1::2]
         np.left_shift(high, np.uint8(4), out=high)
-        codes = np.bitwise_or(codes[:, 0::2], high)
-    np.copyto(out.transpose(1, 2, 0), codes)
+        codes = np.bitwise_or(codes[0::2], high)
+    packed = np.empty(codes.shape[::-1], np.uint8)
+    # Row by row: numpy's own transposition takes the short axis as the inner one, at half the rate.
+    for index, row in enumerate(codes):
+        packed[:, index] = row
+    return packed
 
 
 def pack_rows(codes: Array, bits: int) -> Array:

@@ -2,9 +2,9 @@
 
 A block is a run of `block_size` weights that share one scale `s` and one integer zero point `z`;
 a weight `w` is stored as the code `q = clamp(round(w / s) + z, 0, 2**bits - 1)` and read back as
-`s * (q - z)`. Everything here works on a *tile* `[blocks, block_size, columns]` small enough for
-the processor's cache, in buffers that are reused, elementwise along blocks and columns: results
-do not depend on how a weight is cut into tiles.
+`s * (q - z)`. Everything here works on a *tile* `[block_size, blocks]` small enough for the
+processor's cache, one block per column, in buffers that are reused: long rows make numpy's loops
+fast, and a column's result does not depend on how a weight is cut into tiles.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ import numpy as np
 __all__ = ["Codes", "Grid", "TileRounder", "widen"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
+
+_MAGIC = np.float32(1.5 * 2.0**23)
+"""Added to a float32 of magnitude below 2**22, it leaves the nearest integer in the low bits."""
 
 _FLOAT32_NORMAL = np.float32(2.0**-126)
 _FLOAT16_NORMAL = np.float32(2.0**-14)
@@ -63,9 +66,9 @@ class Codes(NamedTuple):
     """A rounded tile.
 
     Attributes:
-        codes: uint8 `[blocks, block_size, columns]`, valid until the next tile.
-        scales: float32 `[blocks, columns]`, each representable in the scale's storage type.
-        zero_points: uint8 `[blocks, columns]`.
+        codes: uint8 `[block_size, blocks]`, valid until the next tile.
+        scales: float32 `[blocks]`, each representable in the scale's storage type.
+        zero_points: uint8 `[blocks]`.
         squared_error: Sum of the squared differences over the tile.
         squared_weight: Sum of the squared weights over the tile.
     """
@@ -77,10 +80,18 @@ class Codes(NamedTuple):
     squared_weight: float
 
 
+class _Choice(NamedTuple):
+    """A scale, its reciprocal, and a zero point for every block, float32 `[blocks]`."""
+
+    scales: Array
+    inverses: Array
+    zeros: Array
+
+
 def widen(source: Array, target: Array) -> None:
     """Copy float weights into a float32 buffer of the same shape.
 
-    float16 goes through integers, three times faster than numpy's own conversion: the sign moves
+    float16 goes through integers, five times faster than numpy's own conversion: the sign moves
     to bit 31, exponent and mantissa to where float32 has them, and a multiplication by 2**112
     mends the exponent bias, subnormals included. Infinities and NaN become numbers of at least
     65536, which no finite float16 is.
@@ -96,98 +107,102 @@ def widen(source: Array, target: Array) -> None:
 
 
 class TileRounder:
-    """Rounds tiles of one shape or smaller, in buffers of its own; one per thread.
+    """Rounds tiles of one size or smaller, in buffers of its own; one per thread.
 
     Args:
         grid: What to round to.
-        shape: The largest tile, `[blocks, block_size, columns]`.
+        block_size: Weights in a block.
+        blocks: Blocks of the largest tile.
         scale_dtype: How scales are stored. A scale is first rounded *up* to that type and then
             used, so that the codes fit the scale that the runtime reads.
     """
 
-    def __init__(self, grid: Grid, shape: tuple[int, int, int], scale_dtype: Any) -> None:
+    def __init__(self, grid: Grid, block_size: int, blocks: int, scale_dtype: Any) -> None:
         self._grid = grid
         self._scale_dtype = np.dtype(scale_dtype)
-        size = int(np.prod(shape))
-        self._weights = np.empty(size, np.float32)
-        self._real = np.empty(size, np.float32)
-        self._whole = np.empty(size, np.float32)
-        self._codes = np.empty(size, np.uint8)
+        self._size = block_size
+        self._weights = np.empty(block_size * blocks, np.float32)
+        self._real = np.empty_like(self._weights)
+        self._whole = np.empty_like(self._weights)
+        self._codes = np.empty(block_size * blocks, np.uint8)
+        # Only there may the nearest integer lie outside the grid; see `Grid.symmetric`.
+        self._clips = grid.symmetric and grid.bits == 4
 
-    def weights(self, shape: tuple[int, int, int]) -> Array:
-        """Return the buffer `[blocks, block_size, columns]` to put the next tile into."""
-        return self._view(self._weights, shape)
+    def weights(self, blocks: int) -> Array:
+        """Return the buffer `[block_size, blocks]` to put the next tile into."""
+        return self._view(self._weights, blocks)
 
     def round(self, weights: Array) -> Codes | None:
         """Round the tile that was put into `weights`; None if it holds infinities or NaN."""
-        low, high = weights.min(axis=1), weights.max(axis=1)
+        low, high = np.minimum.reduce(weights, axis=0), np.maximum.reduce(weights, axis=0)
         bound = max(float(high.max()), -float(low.min()))
         if not bound < (65536 if self._scale_dtype == np.float16 else np.inf):
             return None
-        scales, zeros, error = self._best_parameters(weights, low, high)
-        real, codes = self._view(self._whole, weights.shape), self._view(self._codes, weights.shape)
-        self._divide(weights, scales, zeros, real)
-        np.rint(real, out=real)
-        np.clip(real, 0, self._grid.top, out=real)
-        np.copyto(codes, real, casting="unsafe")
-        squared_weight = float(np.einsum("bkn,bkn->", weights, weights))
-        return Codes(codes, scales, zeros.astype(np.uint8), error, squared_weight)
+        best, error = self._best_choice(weights, low, high)
+        real = self._view(self._real, weights.shape[1])
+        codes = self._view(self._codes, weights.shape[1])
+        np.multiply(weights, best.inverses, out=real)
+        np.add(real, best.zeros + _MAGIC, out=real)
+        if self._clips:
+            np.minimum(real, np.float32(self._grid.top) + _MAGIC, out=real)
+        np.copyto(codes, real.view(np.int32), casting="unsafe")
+        squared_weight = float(np.einsum("kn,kn->", weights, weights))
+        return Codes(codes, best.scales, best.zeros.astype(np.uint8), error, squared_weight)
 
-    def _best_parameters(
-        self, weights: Array, low: Array, high: Array
-    ) -> tuple[Array, Array, float]:
-        """Return scales and zero points (both float32) and the squared error they leave."""
-        candidates = self._candidates(low, high)
-        best_scales, best_zeros = next(candidates)
-        best_errors = self._squared_errors(weights, best_scales, best_zeros)
-        for scales, zeros in candidates:
-            errors = self._squared_errors(weights, scales, zeros)
+    def _best_choice(self, weights: Array, low: Array, high: Array) -> tuple[_Choice, float]:
+        """Return the choice of least squared error in each block, and the sum of these errors."""
+        choices = self._choices(low, high)
+        best = next(choices)
+        best_errors = self._squared_errors(weights, best)
+        for choice in choices:
+            errors = self._squared_errors(weights, choice)
             better = errors < best_errors
-            np.copyto(best_scales, scales, where=better)
-            np.copyto(best_zeros, zeros, where=better)
-            np.copyto(best_errors, errors, where=better)
-        return best_scales, best_zeros, float(best_errors.sum(dtype=np.float64))
+            for kept, other in zip((*best, best_errors), (*choice, errors), strict=True):
+                np.putmask(kept, better, other)
+        return best, float(best_errors.sum(dtype=np.float64))
 
-    def _candidates(self, low: Array, high: Array) -> Iterator[tuple[Array, Array]]:
-        """Yield pairs of (scale, zero point), the plain choice first."""
+    def _choices(self, low: Array, high: Array) -> Iterator[_Choice]:
+        """Yield the choices that the search compares, the plain one first."""
         grid = self._grid
         if grid.symmetric:
-            yield from self._symmetric_candidates(low, high)
+            yield from self._symmetric_choices(low, high)
             return
         # Zero is always representable: a zero weight (padding, pruning) stays exactly zero.
         low, high = np.minimum(low, 0), np.maximum(high, 0)
-        scales = self._storable((high - low) / np.float32(grid.top))
-        exact = -low / scales
-        yield scales, np.rint(exact)
+        # A hair above (high - low) / top, to make high / s - low / s < top in spite of rounding:
+        # then round(high / s) - round(low / s) <= top, and no code needs clamping.
+        plain = self._choice((high - low) * np.float32((1 + 2.0**-21) / grid.top))
+        exact = low * -plain.inverses
+        np.rint(exact, out=plain.zeros)
+        below = np.floor(exact)
+        yield plain
         if grid.search == "none":
             return
-        # The rounded zero point shifts the grid by up to half a step, which clips one end and
-        # wastes the other. For a zero point z chosen first, one of the two integers around the
-        # exact one, the smallest scale that covers both ends is max(high / (top - z), -low / z).
-        # At z = 0 or z = top the covered end may lie on one side only: 0 / 0 is then no bound.
-        for zeros in (np.floor(exact), np.ceil(exact)):
-            np.minimum(zeros, np.float32(grid.top), out=zeros)
-            with np.errstate(divide="ignore", invalid="ignore"):
+        # The rounded zero point shifts the grid by up to half a step, which wastes a part of it
+        # at one end. For a zero point z chosen first, one of the two integers around the exact
+        # one, the smallest scale that covers both ends is max(high / (top - z), -low / z). Where
+        # z leaves no code for one end that scale is infinite and its error no number, which is
+        # never the least; where it leaves none for an end that is zero, 0 / 0 is no bound.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            for zeros in (below, np.minimum(below + 1, np.float32(grid.top))):
                 covering = np.fmax(high / (grid.top - zeros), -low / zeros)
-            possible = covering < np.inf
-            np.copyto(covering, scales, where=~possible)
-            np.copyto(zeros, np.rint(exact), where=~possible)
-            yield self._storable(covering), zeros
+                yield self._choice(covering, zeros)
 
-    def _symmetric_candidates(self, low: Array, high: Array) -> Iterator[tuple[Array, Array]]:
+    def _symmetric_choices(self, low: Array, high: Array) -> Iterator[_Choice]:
         grid = self._grid
         zeros = np.full(low.shape, grid.middle, np.float32)
         largest = np.maximum(-low, high)
-        evenly = self._storable(largest / np.float32(grid.middle - 1))
+        evenly = self._choice(largest / np.float32(grid.middle - 1), zeros)
         if grid.bits == 8:
-            yield evenly, zeros
+            yield evenly
             return
         signs = np.where(high > -low, np.float32(-1), np.float32(1))
-        yield self._storable(largest / np.float32(grid.middle)) * signs, zeros
+        scales, inverses, _ = self._choice(largest / np.float32(grid.middle), zeros)
+        yield _Choice(scales * signs, inverses * signs, zeros.copy())
         if grid.search == "mse":
-            yield evenly, zeros.copy()
+            yield evenly
 
-    def _storable(self, scales: Array) -> Array:
+    def _choice(self, scales: Array, zeros: Array | None = None) -> _Choice:
         """Round non-negative scales up to the storage type; a block of zeros gets one."""
         dropped = _DROPPED_BITS[self._scale_dtype]
         mask = np.uint32((1 << dropped) - 1)
@@ -196,32 +211,30 @@ class TileRounder:
             small = stored < _FLOAT16_NORMAL
             if small.any():
                 steps = np.ceil(scales * np.float32(2.0**24)) * np.float32(2.0**-24)
-                stored = np.where(small, steps, stored)
-        return np.where(stored < _FLOAT32_NORMAL, np.float32(1), stored)
+                np.copyto(stored, steps, where=small)
+        np.copyto(stored, np.float32(1), where=stored < _FLOAT32_NORMAL)
+        return _Choice(
+            stored, np.float32(1) / stored, np.empty_like(stored) if zeros is None else zeros
+        )
 
-    def _squared_errors(self, weights: Array, scales: Array, zeros: Array) -> Array:
-        """Return the sum of squared differences of each block, `[blocks, columns]`."""
-        real = self._view(self._real, weights.shape)
-        whole = self._view(self._whole, weights.shape)
-        self._divide(weights, scales, zeros, real)
+    def _squared_errors(self, weights: Array, choice: _Choice) -> Array:
+        """Return the sum of squared differences of each block, `[blocks]`."""
+        real = self._view(self._real, weights.shape[1])
+        whole = self._view(self._whole, weights.shape[1])
+        np.multiply(weights, choice.inverses, out=real)
         np.rint(real, out=whole)
-        np.clip(whole, 0, self._grid.top, out=whole)
+        if self._clips:
+            np.minimum(whole, np.float32(self._grid.top - self._grid.middle), out=whole)
         np.subtract(real, whole, out=real)
         np.multiply(real, real, out=real)
         # Adding halves, not np.sum: its order of summation depends on the shape of the tile.
-        rows = real.shape[1]
+        rows = self._size
         while rows > 1:
             kept = (rows + 1) // 2
-            real[:, : rows - kept] += real[:, kept:rows]
+            real[: rows - kept] += real[kept:rows]
             rows = kept
-        errors: Array = real[:, 0] * (scales * scales)
+        errors: Array = real[0] * (choice.scales * choice.scales)
         return errors
 
-    @staticmethod
-    def _divide(weights: Array, scales: Array, zeros: Array, out: Array) -> None:
-        np.multiply(weights, (np.float32(1) / scales)[:, None], out=out)
-        np.add(out, zeros[:, None], out=out)
-
-    @staticmethod
-    def _view(buffer: Array, shape: tuple[int, ...]) -> Array:
-        return buffer[: int(np.prod(shape))].reshape(shape)
+    def _view(self, buffer: Array, blocks: int) -> Array:
+        return buffer[: self._size * blocks].reshape(self._size, blocks)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import onnx_ir as ir
 
 from lwc.core.weights import WeightStore, reading
 from lwc.passes.quantization.packing import pack_rows, pack_tile
-from lwc.passes.quantization.rounding import Grid, TileRounder, widen
+from lwc.passes.quantization.rounding import Codes, Grid, TileRounder, widen
 
 __all__ = ["Layout", "QuantizedWeight", "WeightSpec", "in_threads", "quantize"]
 
@@ -79,30 +80,26 @@ def quantize(
     The matrix is read once, in the order of its file. Returns None if it holds infinities or NaN.
     """
     with reading(tensor) as array:
-        matrix = array.T if spec.transposed else array
-        inputs, outputs = matrix.shape
+        rows, columns = array.shape
+        inputs, outputs = (columns, rows) if spec.transposed else (rows, columns)
         size = spec.block_size or inputs
         blocks = -(-inputs // size)
-        sink = _Sink(spec, inputs, outputs, blocks, size)
-        columns = min(outputs, _TILE_COLUMNS, max(1, _TILE_ELEMENTS // size))
-        depth = min(blocks, max(1, _TILE_ELEMENTS // (size * columns)))
-        rounder = TileRounder(spec.grid, (depth, size, columns), array.dtype)
+        sink = _Sink(spec, outputs, blocks, size)
+        tiles = _Tiles(array, spec.transposed, size)
+        rounder = TileRounder(spec.grid, size, tiles.largest, array.dtype)
         error = total = 0.0
-        for first, column in _tiles(blocks, outputs, depth, columns, spec.transposed):
-            part = matrix[first * size : (first + depth) * size, column : column + columns]
-            count = -(-part.shape[0] // size)
-            tile = rounder.weights((count, size, part.shape[1]))
-            flat = tile.reshape(count * size, part.shape[1])
-            widen(part, flat[: part.shape[0]])
-            flat[part.shape[0] :] = 0
-            rounded = rounder.round(tile)
+        for here in tiles:
+            weights = rounder.weights(here.count)
+            tiles.load(here, weights)
+            rounded = rounder.round(weights)
             if rounded is None:
                 return None
-            sink.take(first, column, rounded.codes, rounded.scales, rounded.zero_points)
+            sink.take(here, rounded)
             error += rounded.squared_error
             total += rounded.squared_weight
         dtype = array.dtype
-    return sink.finish(store, dtype, float(np.sqrt(error / total)) if total else 0.0)
+    relative_error = float(np.sqrt(error / total)) if total else 0.0
+    return sink.finish(store, dtype, inputs, relative_error)
 
 
 def in_threads(
@@ -131,51 +128,137 @@ def in_threads(
         ahead.shutdown(cancel_futures=True)
 
 
-def _tiles(
-    blocks: int, outputs: int, depth: int, columns: int, transposed: bool
-) -> Iterator[tuple[int, int]]:
-    """Yield (first block, first column) of each tile, in the order of the file."""
-    if transposed:
-        for column in range(0, outputs, columns):
-            for first in range(0, blocks, depth):
-                yield first, column
-    else:
-        for first in range(0, blocks, depth):
-            for column in range(0, outputs, columns):
-                yield first, column
+class _Tile(NamedTuple):
+    """Some blocks of some outputs.
+
+    Attributes:
+        outputs: Which outputs.
+        blocks: Which blocks of their inputs.
+        order: Axes of `[outputs, blocks]` in the order in which a tile's columns run.
+    """
+
+    outputs: slice
+    blocks: slice
+    order: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Extents of both axes, in the order of the tile's columns."""
+        extents = [taken.stop - taken.start for taken in (self.outputs, self.blocks)]
+        return extents[self.order[0]], extents[self.order[1]]
+
+    @property
+    def count(self) -> int:
+        """Number of blocks."""
+        return math.prod(self.shape)
+
+    def place(self, tensor: Array) -> Array:
+        """Return this tile's part of a tensor `[outputs, blocks, ...]`, axes in its order."""
+        return tensor[self.outputs, self.blocks].swapaxes(0, self.order[0])
+
+
+class _Tiles:
+    """A weight cut into tiles that fit the processor's cache, in the order of its file.
+
+    Args:
+        array: `[inputs, outputs]`, or `[outputs, inputs]` if transposed.
+        transposed: Which.
+        size: Weights in a block.
+
+    Attributes:
+        largest: Blocks in the largest tile.
+    """
+
+    def __init__(self, array: Array, transposed: bool, size: int) -> None:
+        self._array = array
+        self._transposed = transposed
+        self._size = size
+        inputs, self._outputs = array.shape[::-1] if transposed else array.shape
+        self._blocks = -(-inputs // size)
+        room = max(1, _TILE_ELEMENTS // size)
+        if transposed:
+            self._depth = min(self._blocks, room)
+            self._columns = min(self._outputs, max(1, room // self._depth))
+        else:
+            self._columns = min(self._outputs, _TILE_COLUMNS, room)
+            self._depth = min(self._blocks, max(1, room // self._columns))
+        self.largest = self._depth * self._columns
+        self._turned = np.empty(self.largest * size if transposed else 0, array.dtype)
+
+    def __iter__(self) -> Iterator[_Tile]:
+        columns = _slices(self._outputs, self._columns)
+        depths = _slices(self._blocks, self._depth)
+        if self._transposed:
+            yield from (_Tile(c, d, (0, 1)) for c in columns for d in depths)
+        else:
+            yield from (_Tile(c, d, (1, 0)) for d in depths for c in columns)
+
+    def load(self, tile: _Tile, weights: Array) -> None:
+        """Widen a tile into float32 `[block_size, blocks]`; a block cut short ends in zeros."""
+        inputs = slice(tile.blocks.start * self._size, tile.blocks.stop * self._size)
+        target = weights.reshape(self._size, *tile.shape)
+        if self._transposed:
+            part = self._array[tile.outputs, inputs]
+            whole = part.shape[1] // self._size
+            blocks = part[:, : whole * self._size].reshape(len(part), whole, self._size)
+            # Turned in the narrow type: each cache line is then used up while it is there.
+            turned = self._turned[: blocks.size].reshape(self._size, len(part), whole)
+            np.copyto(turned, blocks.transpose(2, 0, 1))
+            widen(turned, target[:, :, :whole])
+            ending, last = part[:, whole * self._size :].T, target[:, :, whole:]
+        else:
+            part = self._array[inputs, tile.outputs]
+            whole = len(part) // self._size
+            blocks = part[: whole * self._size].reshape(whole, self._size, part.shape[1])
+            widen(blocks.swapaxes(0, 1), target[:, :whole])
+            ending, last = part[whole * self._size :], target[:, whole:]
+        if last.size:
+            last = last.reshape(self._size, -1)
+            widen(ending, last[: len(ending)])
+            last[len(ending) :] = 0
+
+
+def _slices(length: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
 class _Sink:
     """Collects tiles into the tensors of one weight."""
 
-    def __init__(self, spec: WeightSpec, inputs: int, outputs: int, blocks: int, size: int) -> None:
+    def __init__(self, spec: WeightSpec, outputs: int, blocks: int, size: int) -> None:
         self._spec = spec
-        self._inputs = inputs
         self._size = size
         if spec.layout != "qdq":
-            packed = size * spec.grid.bits // 8
-            self._codes: Array = np.empty((outputs, blocks, packed), np.uint8)
+            self._codes: Array = np.empty((outputs, blocks, size * spec.grid.bits // 8), np.uint8)
+        elif spec.transposed:
+            self._codes = np.empty((outputs, blocks * size), np.uint8)
         else:
-            self._codes = np.empty(
-                (outputs, inputs) if spec.transposed else (inputs, outputs), np.uint8
-            )
+            self._codes = np.empty((blocks * size, outputs), np.uint8)
         self._scales = np.empty((outputs, blocks), np.float32)
         self._zeros = np.empty((outputs, blocks), np.uint8)
 
-    def take(self, first: int, column: int, codes: Array, scales: Array, zeros: Array) -> None:
-        """Put a tile at its place; `codes` may be overwritten."""
-        count, size, columns = codes.shape
-        here = slice(column, column + columns), slice(first, first + count)
-        self._scales[here] = scales.T
-        self._zeros[here] = zeros.T
+    def take(self, tile: _Tile, rounded: Codes) -> None:
+        """Put a tile at its place."""
+        tile.place(self._scales)[...] = rounded.scales.reshape(tile.shape)
+        tile.place(self._zeros)[...] = rounded.zero_points.reshape(tile.shape)
         if self._spec.layout != "qdq":
-            pack_tile(codes, self._spec.grid.bits, self._codes[here])
+            packed = pack_tile(rounded.codes, self._spec.grid.bits)
+            # A block is moved as one element.
+            element = f"V{packed.shape[1]}"
+            whole = self._codes.view(element)[..., 0]
+            tile.place(whole)[...] = packed.view(element).reshape(tile.shape)
             return
-        matrix = self._codes.T if self._spec.transposed else self._codes
-        flat = codes.reshape(count * size, columns)[: self._inputs - first * size]
-        matrix[first * size : first * size + len(flat), here[0]] = flat
+        codes = rounded.codes.reshape(self._size, *tile.shape)
+        if self._spec.transposed:
+            blocks = self._codes.reshape(len(self._codes), -1, self._size)
+            blocks[tile.outputs, tile.blocks] = codes.transpose(1, 2, 0)
+        else:
+            blocks = self._codes.reshape(-1, self._size, self._codes.shape[1])
+            blocks[tile.blocks, :, tile.outputs] = codes.swapaxes(0, 1)
 
-    def finish(self, store: WeightStore, dtype: Any, relative_error: float) -> QuantizedWeight:
+    def finish(
+        self, store: WeightStore, dtype: Any, inputs: int, relative_error: float
+    ) -> QuantizedWeight:
         """Spill the tensors."""
         grid = self._spec.grid
         scales = self._scales.astype(dtype)
@@ -188,6 +271,7 @@ class _Sink:
         # Signed types hold symmetric codes: their zero point is then 0, the default.
         kind = _QDQ_TYPES[grid.bits, grid.symmetric]
         codes, zero_points = self._codes, self._zeros
+        codes = codes[:, :inputs] if self._spec.transposed else codes[:inputs]
         if grid.symmetric:
             np.subtract(codes, np.uint8(grid.middle), out=codes)
             codes = codes.view(np.int8)

@@ -135,14 +135,14 @@ def test_int8_golden_vector() -> None:
     )
     golden = "74 17 111 54 32 10 82 19 19 29 49 23 7 28 53 19 25 127 102 81"
     column = np.array(weights.split(), np.float32)
-    rounder = TileRounder(Grid(8, True, "none"), (1, 20, 1), np.float32)
-    tile = rounder.weights((1, 20, 1))
-    tile[0, :, 0] = column
+    rounder = TileRounder(Grid(8, True, "none"), 20, 1, np.float32)
+    tile = rounder.weights(1)
+    tile[:, 0] = column
     rounded = rounder.round(tile)
     assert rounded is not None
-    codes = rounded.codes[0, :, 0].astype(int) - 128
+    codes = rounded.codes[:, 0].astype(int) - 128
     assert codes.tolist() == [int(code) for code in golden.split()]
-    assert rounded.scales[0, 0] == pytest.approx(2.49 / 127, rel=1e-6)
+    assert rounded.scales[0] == pytest.approx(2.49 / 127, rel=1e-6)
 
 
 def test_widen_agrees_with_numpy_on_every_finite_float16() -> None:
