@@ -152,10 +152,6 @@ class Shapes(Analysis):
         inputs = [None if value is None else self.fact(value) for value in node.inputs]
         self._apply(node, inputs)
 
-    def forget(self, value: ir.Value) -> None:
-        """Drop what is known of a value; the next question infers it again."""
-        self._facts.pop(value, None)
-
     # For the rules
 
     def fresh(self) -> Dim:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -40,21 +40,14 @@ class Remark:
 
 
 class RemarkLog:
-    """Collects remarks and hands each to listeners as it comes."""
+    """Collects remarks in order."""
 
     def __init__(self) -> None:
         self._remarks: list[Remark] = []
-        self._listeners: list[Callable[[Remark], None]] = []
 
     def emit(self, remark: Remark) -> None:
-        """Record `remark` and tell every listener."""
+        """Record `remark`."""
         self._remarks.append(remark)
-        for listener in self._listeners:
-            listener(remark)
-
-    def listen(self, listener: Callable[[Remark], None]) -> None:
-        """Call `listener` with every remark from now on."""
-        self._listeners.append(listener)
 
     def __iter__(self) -> Iterator[Remark]:
         return iter(self._remarks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,27 +13,21 @@ from lwc.core.walk import op_name
 if TYPE_CHECKING:
     from lwc.core.module import Module
 
-__all__ = ["around", "print_module", "print_node"]
+__all__ = ["print_module", "print_node"]
 
 _INDENT = "  "
 _SHOWN_ELEMENTS = 8
 _SHOWN_TEXT = 60
 
 
-def print_module(module: Module, *, only: Collection[ir.Node] | None = None) -> str:
-    """Return a module as text.
-
-    Args:
-        module: The module.
-        only: Print these nodes, and dots for all between them; every node by default. `around`
-            gives the neighbourhood of a node.
-    """
+def print_module(module: Module) -> str:
+    """Return a module as text."""
     model = module.model
     opsets = ", ".join(
         f"{domain or 'ai.onnx'} {v}" for domain, v in sorted(model.opset_imports.items())
     )
     lines = [f"opset {opsets}"]
-    lines += _graph(f"graph {model.graph.name or ''}".rstrip(), model.graph, only)
+    lines += _graph(f"graph {model.graph.name or ''}".rstrip(), model.graph)
     for function in model.functions.values():
         name = f"{function.domain}::{function.name}"
         if function.overload:
@@ -43,62 +37,28 @@ def print_module(module: Module, *, only: Collection[ir.Node] | None = None) -> 
             for key, attribute in function.attributes.items()
         )
         title = f"function {name}<{attributes}>" if attributes else f"function {name}"
-        lines += ["", *_graph(title, function.graph, only)]
+        lines += ["", *_graph(title, function.graph)]
     return "\n".join(lines) + "\n"
 
 
 def print_node(node: ir.Node) -> str:
     """Return a node as text: one line, and more for its subgraphs."""
-    return "\n".join(_node(node, None))
+    return "\n".join(_node(node))
 
 
-def around(node: ir.Node, distance: int = 1) -> set[ir.Node]:
-    """Return the nodes within `distance` producers or consumers of `node`, itself included."""
-    found = {node}
-    edge = [node]
-    for _ in range(distance):
-        reached: list[ir.Node] = []
-        for current in edge:
-            producers = (value.producer() for value in current.inputs if value is not None)
-            reached += [producer for producer in producers if producer is not None]
-            reached += [use.node for value in current.outputs for use in value.uses()]
-        edge = [other for other in dict.fromkeys(reached) if other not in found]
-        found.update(edge)
-    return found
-
-
-def _graph(title: str, graph: ir.Graph, only: Collection[ir.Node] | None) -> list[str]:
+def _graph(title: str, graph: ir.Graph) -> list[str]:
     inputs = ", ".join(_typed(value) for value in graph.inputs)
     lines = [f"{title}({inputs}) {{"]
     for value in graph.initializers.values():
-        used = only is None or any(use.node in only for use in value.uses())
-        if used:
-            lines.append(f"{_INDENT}{_typed(value)} = {_tensor_text(value.const_value)}")
-    elided = False
+        lines.append(f"{_INDENT}{_typed(value)} = {_tensor_text(value.const_value)}")
     for node in graph:
-        if only is not None and node not in only and not _holds(node, only):
-            elided = True
-            continue
-        if elided:
-            lines.append(f"{_INDENT}...")
-            elided = False
-        lines += [_INDENT + line for line in _node(node, only)]
-    if elided:
-        lines.append(f"{_INDENT}...")
+        lines += [_INDENT + line for line in _node(node)]
     outputs = ", ".join(_typed(value) for value in graph.outputs)
     lines += [f"{_INDENT}return {outputs}".rstrip(), "}"]
     return lines
 
 
-def _holds(node: ir.Node, only: Collection[ir.Node]) -> bool:
-    return any(
-        inner in only or _holds(inner, only)
-        for _, graph in _named_subgraphs(node)
-        for inner in graph
-    )
-
-
-def _node(node: ir.Node, only: Collection[ir.Node] | None) -> list[str]:
+def _node(node: ir.Node) -> list[str]:
     outputs = ", ".join(_typed(value) if value.name else "_" for value in node.outputs)
     inputs = ", ".join("_" if value is None else f"%{value.name}" for value in node.inputs)
     plain = [
@@ -116,7 +76,7 @@ def _node(node: ir.Node, only: Collection[ir.Node] | None) -> list[str]:
         line += f"  # {node.name}"
     lines = [line]
     for name, graph in _named_subgraphs(node):
-        lines += [_INDENT + inner for inner in _graph(name, graph, only)]
+        lines += [_INDENT + inner for inner in _graph(name, graph)]
     return lines
 
 

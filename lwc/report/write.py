@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import jinja2
 
 from lwc.core import text
 from lwc.core.errors import UsageError
+from lwc.frontend.atomic import StagedFile
 from lwc.report.data import PassEntry, Report
 
 __all__ = ["FORMATS", "render", "write_report"]
@@ -39,15 +39,9 @@ def write_report(report: Report, path: str | os.PathLike[str]) -> None:
     """
     target = Path(path)
     content = render(report, target.suffix)
-    handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(content)
-        Path(partial).chmod(0o644)
-        Path(partial).replace(target)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+    with StagedFile(str(target.parent), target.name) as staged:
+        staged.file.write(content.encode())
+        staged.commit(str(target))
 
 
 def _json(report: Report) -> str:

@@ -80,13 +80,6 @@ class Editor:
         """Return the shape, unknown extents as expressions; None where the rank is not known."""
         return None if value is None else self.shapes.shape(value)
 
-    def static_shape(self, value: ir.Value | None) -> tuple[int, ...] | None:
-        """Return the shape where every extent is a number."""
-        shape = self.shape(value)
-        if shape is None or not all(isinstance(dim, int) for dim in shape):
-            return None
-        return tuple(shape)
-
     def rank(self, value: ir.Value | None) -> int | None:
         """Return the number of dimensions where it is known."""
         shape = self.shape(value)

@@ -7,7 +7,7 @@ import onnx.parser
 import onnx_ir as ir
 
 import lwc
-from lwc.core.printer import around, print_module, print_node
+from lwc.core.printer import print_module, print_node
 from lwc.frontend.onnx_reader import from_proto
 
 TEXT = """<ir_version: 9, opset_import: ["" : 17, "d" : 1]>
@@ -110,19 +110,3 @@ def test_composite_types() -> None:
 
 def value_like(value: ir.Value) -> ir.Value:
     return ir.Value(name="o", type=value.type, shape=value.shape)
-
-
-def test_neighbourhood() -> None:
-    module = make_module()
-    split = module.graph.node(2)
-    near = around(split)
-    assert {node.op_type for node in near} == {"If", "Split", "f"}
-    text = print_module(module, only=near)
-    assert "  ...\n  %u: ? = If(%c)" in text
-    assert "Gemm" not in text
-    assert "%w" not in text
-    inner = next(node for node in module.nodes() if node.op_type == "Relu")
-    text = print_module(module, only={inner})
-    assert "then_branch() {\n      %p: f32[batch, 4] = Relu(%t)" in text
-    assert "Split" not in text
-    assert {node.op_type for node in around(split, 2)} >= {"If", "Split", "f"}

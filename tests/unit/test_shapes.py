@@ -358,15 +358,6 @@ def test_a_node_made_during_a_rewrite_is_inferred_on_demand() -> None:
     assert list(known) == [B, S]
 
 
-def test_a_forgotten_value_is_inferred_again() -> None:
-    module = module_of("g (float[b,s] x, float[s,b] z) => (float[r] y) {\n y = Relu(x)\n}")
-    shapes = Shapes.build(module)
-    node = module.graph.node(0)
-    node.replace_input_with(0, module.graph.inputs[1])
-    shapes.forget(node.outputs[0])
-    assert shapes.shape(node.outputs[0]) == (S, B)
-
-
 def test_nbytes_packs_small_types() -> None:
     module = module_of("g (float[b,s] x) => (float[r] y) {\n y = Relu(x)\n}")
     shapes = Shapes.build(module)

@@ -36,7 +36,7 @@ from lwc.core.dims import (
 )
 from lwc.core.walk import is_default_domain
 
-__all__ = ["cast_content", "in_range", "object_array"]
+__all__ = ["in_range", "object_array"]
 
 _UNARY = """
     Acos Acosh Asin Asinh Atan Atanh BitwiseNot Celu Cos Cosh Dropout Elu Erf Exp Gelu HardSigmoid
@@ -390,13 +390,11 @@ def _cast(site: Site) -> Outcome:
     dtype = site.dtype(1) if like else ir.DataType(site.attribute("to"))
     known = None
     if site.known(0) is not None and dtype is not None and site.node.op_type != "BitCast":
-        known = cast_content(site.known(0), site.dtype(0), dtype)
+        known = _cast_content(site.known(0), dtype)
     return Fact(dtype, site.shape(0), known)
 
 
-def cast_content(
-    known: SymbolicArray | None, source: ir.DataType | None, dtype: ir.DataType
-) -> SymbolicArray | None:
+def _cast_content(known: SymbolicArray | None, dtype: ir.DataType) -> SymbolicArray | None:
     """Convert content between types; expressions are taken to fit an integer type."""
     if known is None or not trackable(dtype, known.size):
         return None

@@ -58,7 +58,7 @@ def _reshaped(site: Site, source: DimShape | None, target: list[Any]) -> DimShap
     rest = product(dim for dim in shape if dim is not None)
     if len(open_axes) > 1 or source is None or rest == 0:
         return tuple(site.fresh() if dim is None else dim for dim in shape)
-    return tuple(_missing_factor(site, source, shape) if dim is None else dim for dim in shape)
+    return tuple(_missing_factor(source, shape) if dim is None else dim for dim in shape)
 
 
 def _is_extent(element: Any) -> bool:
@@ -66,7 +66,7 @@ def _is_extent(element: Any) -> bool:
     return at_least(element, 0)
 
 
-def _missing_factor(site: Site, source: DimShape, shape: list[Dim | None]) -> Dim:
+def _missing_factor(source: DimShape, shape: list[Dim | None]) -> Dim:
     """Return product(source) / product of the known extents, equal ones struck out first."""
     over = list(source)
     under: list[Dim] = []

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from typing import TypeAlias
 
 import onnx_ir as ir
 
 from lwc.analysis.shape_rules.registry import Fact, Misfit, Outcome, Site, rule
 from lwc.core.dims import Dim, DimShape
 
-__all__ = ["matmul_shape"]
+__all__ = ["matmul_shape", "register_product"]
+
+ProductShape: TypeAlias = Callable[[Site, DimShape | None, DimShape | None], DimShape | None]
 
 
 def matmul_shape(site: Site, a: DimShape | None, b: DimShape | None) -> DimShape | None:
@@ -26,19 +30,31 @@ def matmul_shape(site: Site, a: DimShape | None, b: DimShape | None) -> DimShape
     return (*batch, *rows, *columns)
 
 
-@rule("MatMul")
-def _matmul(site: Site) -> Outcome:
-    return Fact(site.dtype(0), matmul_shape(site, site.shape(0), site.shape(1)))
+def register_product(plain: str, integer: str, qlinear: str, shape_of: ProductShape) -> None:
+    """Register the rules of a product of two tensors in its three forms.
+
+    Args:
+        plain: Operators whose result has the type of their operands, inputs 0 and 1.
+        integer: The operator on 8-bit integers, which sums in int32.
+        qlinear: The operator with a scale and a zero point after each operand, and those of the
+            result at the end.
+        shape_of: Gives the shape of the result from those of the operands.
+    """
+
+    @rule(plain)
+    def _plain(site: Site) -> Outcome:
+        return Fact(site.dtype(0), shape_of(site, site.shape(0), site.shape(1)))
+
+    @rule(integer)
+    def _integer(site: Site) -> Outcome:
+        return Fact(ir.DataType.INT32, shape_of(site, site.shape(0), site.shape(1)))
+
+    @rule(qlinear)
+    def _qlinear(site: Site) -> Outcome:
+        return Fact(site.dtype(7), shape_of(site, site.shape(0), site.shape(3)))
 
 
-@rule("MatMulInteger")
-def _matmul_integer(site: Site) -> Outcome:
-    return Fact(ir.DataType.INT32, matmul_shape(site, site.shape(0), site.shape(1)))
-
-
-@rule("QLinearMatMul")
-def _qlinear_matmul(site: Site) -> Outcome:
-    return Fact(site.dtype(7), matmul_shape(site, site.shape(0), site.shape(3)))
+register_product("MatMul", "MatMulInteger", "QLinearMatMul", matmul_shape)
 
 
 @rule("Gemm")

@@ -7,6 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from lwc.analysis.shape_rules.linear import register_product
 from lwc.analysis.shape_rules.registry import Fact, Misfit, Outcome, Site, axis_of, extent, rule
 from lwc.core.dims import Dim, DimShape, add, ceil_div, floor_div, minimum, multiply, subtract
 
@@ -55,19 +56,7 @@ def _convolved(site: Site, data: DimShape | None, weight: DimShape | None) -> Di
     return (data[0], weight[0], *_windows(site, data[2:], kernel, pool=False))
 
 
-@rule("Conv com.microsoft::FusedConv")
-def _conv(site: Site) -> Outcome:
-    return Fact(site.dtype(0), _convolved(site, site.shape(0), site.shape(1)))
-
-
-@rule("ConvInteger")
-def _conv_integer(site: Site) -> Outcome:
-    return Fact(ir.DataType.INT32, _convolved(site, site.shape(0), site.shape(1)))
-
-
-@rule("QLinearConv")
-def _qlinear_conv(site: Site) -> Outcome:
-    return Fact(site.dtype(7), _convolved(site, site.shape(0), site.shape(3)))
+register_product("Conv com.microsoft::FusedConv", "ConvInteger", "QLinearConv", _convolved)
 
 
 @rule("ConvTranspose")
