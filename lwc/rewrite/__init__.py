@@ -1,7 +1,7 @@
 """Rewriting: rules, the editor they change graphs through, and the driver that applies them."""
 
 from lwc.rewrite.driver import Missed, Rewriting, rewrite, without_collections
-from lwc.rewrite.editor import MIN_OPSET, Editor, attribute, use_count
+from lwc.rewrite.editor import MIN_OPSET, Editor, attribute, producer_of, use_count
 from lwc.rewrite.rules import ANY, EDITED, Edited, Miss, Outcome, Rule, RuleSet, rule
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Rule",
     "RuleSet",
     "attribute",
+    "producer_of",
     "rewrite",
     "rule",
     "use_count",

@@ -19,7 +19,7 @@ from lwc.core.walk import attribute_graphs, constant_tensor, graph_and_subgraphs
 if TYPE_CHECKING:
     from lwc.analysis.shapes import Shapes
 
-__all__ = ["MIN_OPSET", "Editor", "attribute", "use_count"]
+__all__ = ["MIN_OPSET", "Editor", "attribute", "producer_of", "use_count"]
 
 Array = np.ndarray[Any, Any]
 
@@ -37,6 +37,17 @@ def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
     """
     found = node.attributes.get(name)
     return default if found is None else found.value
+
+
+def producer_of(value: ir.Value | None, *ops: str) -> ir.Node | None:
+    """Return the node that makes `value` if it is one of the standard operators `ops`, else None.
+
+    A node whose attributes refer to a function's parameters is none of them, as in the driver.
+    """
+    node = None if value is None else value.producer()
+    if node is None or node.op_type not in ops or node.domain:
+        return None
+    return None if any(each.is_ref() for each in node.attributes.values()) else node
 
 
 def use_count(value: ir.Value) -> int:

@@ -24,6 +24,7 @@ from lwc.rewrite import (
     Rule,
     RuleSet,
     attribute,
+    producer_of,
     rewrite,
     without_collections,
 )
@@ -129,8 +130,8 @@ def _apply_after(affine: Affine, linear: Linear, edit: Editor, folder: LinearFol
 def _fold_before(node: ir.Node, edit: Editor, folder: LinearFolder) -> Outcome:
     """linear(affine(x)): scale the input channels of the weight, put its response into the bias."""
     value = node.inputs[0]
-    producer = None if value is None else value.producer()
-    if producer is None or value is None or producer.op_type not in AFFINE_OPS:
+    producer = producer_of(value, *AFFINE_OPS)
+    if producer is None or value is None:
         return None
     linear = linear_of(node, edit)
     affine = affine_of(producer, edit) if isinstance(linear, Linear) else None
@@ -222,8 +223,8 @@ def _merge_affine(node: ir.Node, edit: Editor) -> Outcome:
     outer = affine_of(node, edit)
     if outer is None or not edit.single_use(outer.source):
         return None
-    producer = outer.source.producer()
-    if producer is None or producer.op_type != node.op_type:
+    producer = producer_of(outer.source, node.op_type)
+    if producer is None:
         return None
     inner = affine_of(producer, edit)
     if inner is None or producer.graph is not node.graph:

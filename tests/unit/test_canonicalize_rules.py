@@ -331,6 +331,34 @@ def test_an_initializer_that_a_feed_can_override_is_no_constant() -> None:
     np.testing.assert_array_equal(found, [-2, -2, -2])
 
 
+@pytest.mark.parametrize(
+    ("call", "body"),
+    [
+        ("p = 11", "h = Cast<to: int = @p>(x)\n y = Cast<to=1>(h)"),
+        ("p = 1", "a, b = Split<axis: int = @p>(x)\n y = Concat<axis=1>(a, b)"),
+        ("p = 1", "h = Concat<axis: int = @p>(x, x)\n k = Concat<axis=1>(h, x)\n y = Relu(k)"),
+        (
+            "p = 0",
+            """i = Constant<value_int=0>() a = Constant<value_ints=[0]>()
+            h = Gather<axis: int = @p>(x, i) k = Unsqueeze(h, a) y = Add(k, x)""",
+        ),
+        (
+            "p = float[1] {2}",
+            "s = Shape(x)\n h = ConstantOfShape<value: tensor = @p>(s)\n y = Add(h, x)",
+        ),
+    ],
+)
+def test_what_a_call_decides_is_left_to_it(call: str, body: str) -> None:
+    text = f"""<ir_version: 9, opset_import: ["" : 17, "d" : 1]>
+    g (float[2, 4] x) => (float[r, c] y) {{ y = d.f<{call}>(x) }}
+    <domain: "d", opset_import: ["" : 17]> f<p>(x) => (y) {{ {body} }}"""
+    module = Module(ir.from_proto(onnx.parser.parse_model(text)))
+    x = np.random.default_rng(0).standard_normal((2, 4)).astype(np.float32)
+    (wanted,) = run_plain(module, {"x": x})
+    canonicalize(module)
+    np.testing.assert_array_equal(run_plain(module, {"x": x})[0], wanted)
+
+
 def test_old_opsets_are_refused() -> None:
     module = module_of("g (float[4] x) => (float[4] y) { y = Exp(x) }")
     module.graph.opset_imports[""] = 12

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from lwc.rewrite import Editor, Outcome, Rule, attribute, rule
+from lwc.rewrite import Editor, Outcome, Rule, attribute, producer_of, rule
 
 __all__ = ["RULES"]
 
@@ -42,9 +42,8 @@ def cast_to_own_type(node: ir.Node, edit: Editor) -> Outcome:
 @rule("Cast")
 def cast_of_cast(node: ir.Node, edit: Editor) -> Outcome:
     """Cast(Cast(x)) where the inner cast is exact: one cast of x, or x itself."""
-    value = node.inputs[0]
-    inner = None if value is None else value.producer()
-    if inner is None or inner.op_type != "Cast" or inner.domain:
+    inner = producer_of(node.inputs[0], "Cast")
+    if inner is None:
         return None
     source = inner.inputs[0]
     start, between = edit.dtype(source), ir.DataType(attribute(inner, "to"))

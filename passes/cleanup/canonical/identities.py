@@ -10,7 +10,7 @@ import math
 
 import onnx_ir as ir
 
-from lwc.rewrite import EDITED, Editor, Miss, Outcome, Rule, attribute, rule
+from lwc.rewrite import EDITED, Editor, Miss, Outcome, Rule, attribute, producer_of, rule
 
 __all__ = ["RULES"]
 
@@ -139,21 +139,14 @@ def where_decided(node: ir.Node, edit: Editor) -> Outcome:
 @rule("Not", "Neg")
 def involution(node: ir.Node, edit: Editor) -> Outcome:
     """Not(Not(x)) and Neg(Neg(x))."""
-    value = node.inputs[0]
-    producer = None if value is None else value.producer()
-    if producer is None or producer.op_type != node.op_type or producer.domain != node.domain:
-        return None
-    return producer.inputs[0]
+    producer = producer_of(node.inputs[0], node.op_type)
+    return None if producer is None else producer.inputs[0]
 
 
 @rule("Relu", "Abs", "Ceil", "Floor", "Round", "Sign")
 def idempotent(node: ir.Node, edit: Editor) -> Outcome:
     """f(f(x)) = f(x)."""
-    value = node.inputs[0]
-    producer = None if value is None else value.producer()
-    if producer is None or producer.op_type != node.op_type or producer.domain != node.domain:
-        return None
-    return value
+    return None if producer_of(node.inputs[0], node.op_type) is None else node.inputs[0]
 
 
 @rule("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd")

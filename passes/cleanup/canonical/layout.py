@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from lwc.core.dims import DimShape
-from lwc.rewrite import Editor, Outcome, Rule, attribute, rule
+from lwc.rewrite import Editor, Outcome, Rule, attribute, producer_of, rule
 
 __all__ = ["RULES", "reshape_target"]
 
@@ -32,18 +32,11 @@ def reshape_target(edit: Editor, source: DimShape, result: DimShape) -> list[int
     return target
 
 
-def _producer(value: ir.Value | None, ops: tuple[str, ...]) -> ir.Node | None:
-    producer = None if value is None else value.producer()
-    if producer is None or producer.op_type not in ops or producer.domain:
-        return None
-    return None if any(each.is_ref() for each in producer.attributes.values()) else producer
-
-
 @rule(*_VIEWS)
 def view_of_view(node: ir.Node, edit: Editor) -> Outcome:
     """A view of a view: one view of the original, or the original itself."""
     value = node.inputs[0]
-    inner = _producer(value, _VIEWS)
+    inner = producer_of(value, *_VIEWS)
     if inner is None or value is None:
         return None
     source = inner.inputs[0]
@@ -155,7 +148,7 @@ def plain_transpose(node: ir.Node, edit: Editor) -> Outcome:
 def transpose_of_transpose(node: ir.Node, edit: Editor) -> Outcome:
     """Two permutations: their product, or nothing."""
     value = node.inputs[0]
-    inner = _producer(value, ("Transpose",))
+    inner = producer_of(value, "Transpose")
     if inner is None or value is None:
         return None
     first, second = _permutation(inner, edit), _permutation(node, edit)

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lwc.core.dims import Dim, DimShape
-from lwc.rewrite import ANY, EDITED, Editor, Outcome, Rule, rule
+from lwc.rewrite import ANY, EDITED, Editor, Outcome, Rule, producer_of, rule
 
 __all__ = ["RULES"]
 
@@ -66,16 +66,8 @@ def implicit_broadcast(node: ir.Node, edit: Editor) -> Outcome:
     if result is None:
         return None
     for index, value in enumerate(node.inputs):
-        producer = None if value is None else value.producer()
-        if (
-            producer is None
-            or producer.domain
-            or producer.op_type
-            not in (
-                "Expand",
-                "ConstantOfShape",
-            )
-        ):
+        producer = producer_of(value, "Expand", "ConstantOfShape")
+        if producer is None:
             continue
         expands = producer.op_type == "Expand"
         shape = edit.shape(producer.inputs[0]) if expands else ()

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from lwc.rewrite import Editor, Outcome, Rule, attribute, rule
+from lwc.rewrite import Editor, Outcome, Rule, attribute, producer_of, rule
 
 __all__ = ["RULES"]
 
@@ -44,8 +44,8 @@ def _ranges(node: ir.Node, edit: Editor) -> dict[int, _Range] | None:
 def slice_of_slice(node: ir.Node, edit: Editor) -> Outcome:
     """Two slices with constant bounds: one, where axes differ or the bounds add up."""
     value = node.inputs[0]
-    inner = None if value is None else value.producer()
-    if value is None or inner is None or inner.op_type != "Slice" or inner.domain:
+    inner = producer_of(value, "Slice")
+    if value is None or inner is None:
         return None
     if not edit.single_use(value):
         return None
@@ -88,12 +88,10 @@ def concat_of_concat(node: ir.Node, edit: Editor) -> Outcome:
     axis = _axis(node, edit)
     operands: list[ir.Value | None] = []
     for value in node.inputs:
-        inner = None if value is None else value.producer()
+        inner = producer_of(value, "Concat")
         if (
             value is not None
             and inner is not None
-            and inner.op_type == "Concat"
-            and not inner.domain
             and edit.single_use(value)
             and axis is not None
             and _axis(inner, edit) == axis
@@ -117,11 +115,8 @@ def _axis(node: ir.Node, edit: Editor) -> int | None:
 @rule("Concat")
 def concat_of_split(node: ir.Node, edit: Editor) -> Outcome:
     """All parts of a split, put together in order: what was split."""
-    first = node.inputs[0]
-    split = None if first is None else first.producer()
-    if split is None or split.op_type != "Split" or split.domain:
-        return None
-    if list(node.inputs) != list(split.outputs):
+    split = producer_of(node.inputs[0], "Split")
+    if split is None or list(node.inputs) != list(split.outputs):
         return None
     axis, other = _axis(node, edit), _axis(split, edit)
     return split.inputs[0] if axis is not None and axis == other else None
@@ -131,8 +126,8 @@ def concat_of_split(node: ir.Node, edit: Editor) -> Outcome:
 def unsqueezed_gather(node: ir.Node, edit: Editor) -> Outcome:
     """One element gathered and its axis put back: a gather with a list of one index."""
     value = node.inputs[0]
-    gather = None if value is None else value.producer()
-    if value is None or gather is None or gather.op_type != "Gather" or gather.domain:
+    gather = producer_of(value, "Gather")
+    if value is None or gather is None:
         return None
     rank, axes = edit.rank(gather.inputs[0]), edit.ints(node.inputs[1])
     index = edit.ints(gather.inputs[1])

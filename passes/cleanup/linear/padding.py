@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from lwc.rewrite import Editor, Miss, Outcome, Rule, attribute, rule
+from lwc.rewrite import Editor, Miss, Outcome, Rule, attribute, producer_of, rule
 
 __all__ = ["RULES"]
 
@@ -17,10 +17,8 @@ def pad_before_window(node: ir.Node, edit: Editor) -> Outcome:
     lowest value.
     """
     value = node.inputs[0]
-    pad = None if value is None else value.producer()
-    if pad is None or value is None or pad.op_type != "Pad" or pad.domain:
-        return None
-    if any(each.is_ref() for each in pad.attributes.values()):
+    pad = producer_of(value, "Pad")
+    if pad is None or value is None:
         return None
     rank = edit.rank(pad.inputs[0])
     if rank is None or rank < 3:
