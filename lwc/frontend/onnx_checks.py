@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import onnx
 import onnx_ir as ir
@@ -31,6 +33,15 @@ _TYPED_FIELDS = {
 
 _AGAIN = "export the model again"
 _MAX_DEPTH = 64
+
+_Documented: TypeAlias = (
+    onnx.ModelProto
+    | onnx.GraphProto
+    | onnx.NodeProto
+    | onnx.ValueInfoProto
+    | onnx.FunctionProto
+    | onnx.TensorProto
+)
 
 
 @dataclass
@@ -91,14 +102,8 @@ class _Checker:
             raise self._error("holds no graph: this is not an ONNX model", "check the file")
         if proto.ir_version < 1:
             raise self._error("has no IR version: this is not an ONNX model", "check the file")
-        self._text(
-            proto.producer_name,
-            proto.producer_version,
-            proto.domain,
-            proto.doc_string,
-            where="model",
-        )
-        self._metadata(proto, "model")
+        names = (proto.producer_name, proto.producer_version, proto.domain)
+        self._texts_of(proto, "model", *names)
         self.imports = self._read_imports(proto.opset_import)
         if not self.imports and (proto.graph.node or proto.functions):
             raise self._error("imports no opset", "add an opset import or export the model again")
@@ -119,9 +124,9 @@ class _Checker:
         self._refuse_recursion()
         return self.findings
 
-    def _read_imports(self, entries: object) -> dict[str, int]:
+    def _read_imports(self, entries: Iterable[onnx.OperatorSetIdProto]) -> dict[str, int]:
         imports: dict[str, int] = {}
-        for entry in entries:  # type: ignore[attr-defined]
+        for entry in entries:
             self._text(entry.domain, where="opset import")
             domain = "" if entry.domain == "ai.onnx" else entry.domain
             if imports.setdefault(domain, entry.version) != entry.version:
@@ -148,8 +153,7 @@ class _Checker:
                 f"graph '{graph.name}' has sparse initializers, which lwc does not read",
                 "store them dense",
             )
-        self._text(graph.name, graph.doc_string, where="graph")
-        self._metadata(graph, "graph")
+        self._texts_of(graph, "graph", graph.name)
         defined: set[str] = set()
         for value in graph.input:
             self._value_type(value)
@@ -175,15 +179,8 @@ class _Checker:
                 )
 
     def _function(self, function: onnx.FunctionProto) -> None:
-        self._text(
-            function.name,
-            function.domain,
-            function.overload,
-            function.doc_string,
-            *function.attribute,
-            where="function",
-        )
-        self._metadata(function, "function")
+        names = (function.name, function.domain, function.overload, *function.attribute)
+        self._texts_of(function, "function", *names)
         saved, self.imports = self.imports, self._read_imports(function.opset_import)
         self.caller = (function.domain, function.name)
         defined: set[str] = set()
@@ -201,15 +198,17 @@ class _Checker:
             self._value_type(value)
         self.imports = saved
 
-    def _nodes(self, nodes: object, defined: set[str], outer: list[_Scope]) -> None:
-        eventually = {name for node in nodes for name in node.output}  # type: ignore[attr-defined]
+    def _nodes(
+        self, nodes: Collection[onnx.NodeProto], defined: set[str], outer: list[_Scope]
+    ) -> None:
+        eventually = {name for node in nodes for name in node.output}
         scopes = [*outer, _Scope(defined, eventually)]
-        for node in nodes:  # type: ignore[attr-defined]
+        for node in nodes:
             self._text(
                 node.op_type, node.domain, node.overload, node.name, node.doc_string, where="node"
             )
             if node.metadata_props:
-                self._metadata(node, _describe(node))
+                self._texts_of(node, _describe(node))
             self._operator(node)
             for name in node.input:
                 if name and name not in defined:
@@ -302,8 +301,7 @@ class _Checker:
             )
 
     def _tensor(self, tensor: onnx.TensorProto, where: str, stored: int | None = None) -> None:
-        self._text(tensor.name, tensor.doc_string, where="tensor")
-        self._metadata(tensor, "tensor")
+        self._texts_of(tensor, "tensor", tensor.name)
         try:
             dtype = ir.DataType(tensor.data_type)
         except ValueError:
@@ -340,8 +338,7 @@ class _Checker:
             )
 
     def _value_type(self, value: onnx.ValueInfoProto) -> None:
-        self._text(value.name, value.doc_string, value.type.denotation, where="value")
-        self._metadata(value, "value")
+        self._texts_of(value, "value", value.name, value.type.denotation)
         kind, depth = value.type, 0
         while True:
             which = kind.WhichOneof("value")
@@ -385,16 +382,9 @@ class _Checker:
             if type(text) is not str:
                 raise self._error(f"a {where} has a name or text that is not UTF-8", _AGAIN)
 
-    def _metadata(
-        self,
-        holder: onnx.ModelProto
-        | onnx.GraphProto
-        | onnx.NodeProto
-        | onnx.ValueInfoProto
-        | onnx.FunctionProto
-        | onnx.TensorProto,
-        where: str,
-    ) -> None:
+    def _texts_of(self, holder: _Documented, where: str, *names: str) -> None:
+        """Refuse names, documentation and metadata that are not UTF-8."""
+        self._text(*names, holder.doc_string, where=where)
         for entry in holder.metadata_props:
             self._text(entry.key, entry.value, where=where)
 
