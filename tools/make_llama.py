@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,29 @@ _DTYPES: dict[str, tuple[int, Any]] = {
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a llama."""
+    """The sizes of a llama; `kv_heads=0` means as many as `heads`.
+
+    Raises:
+        ValueError: A size is not positive, the heads do not divide the hidden size into even
+            parts, or the kv-heads do not divide the heads.
+    """
 
     layers: int = 32
     hidden: int = 4096
     ffn: int = 11008
     heads: int = 32
-    kv_heads: int = 32
+    kv_heads: int = 0
     vocab: int = 32000
+
+    def __post_init__(self) -> None:
+        if not self.kv_heads:
+            object.__setattr__(self, "kv_heads", self.heads)
+        if min(vars(self).values()) < 1:
+            raise ValueError("sizes are positive")
+        if self.hidden % (2 * self.heads):
+            raise ValueError(f"hidden={self.hidden} gives {self.heads} heads no even size")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"{self.kv_heads} kv-heads do not divide {self.heads} heads")
 
     @property
     def head_size(self) -> int:
@@ -270,16 +285,29 @@ def _layer(  # noqa: PLR0917
     return graph.op("Add", [hidden, linear(gate, "down", shape.ffn, shape.hidden)], f"{name}.out")
 
 
+def add_shape_options(parser: argparse.ArgumentParser) -> None:
+    """Add an option for every size."""
+    for field in fields(Shape):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
+
+
+def shape_of(parser: argparse.ArgumentParser, options: dict[str, Any]) -> Shape:
+    """Take the sizes out of parsed options; end the program where they do not fit together."""
+    try:
+        return Shape(**{field.name: options.pop(field.name) for field in fields(Shape)})
+    except ValueError as error:
+        parser.error(str(error))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    for field, default in Shape().__dict__.items():
-        parser.add_argument(f"--{field.replace('_', '-')}", type=int, default=default)
+    add_shape_options(parser)
     parser.add_argument("--dtype", choices=sorted(_DTYPES), default="float16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = vars(parser.parse_args())
     output, dtype, seed = (options.pop(name) for name in ("output", "dtype", "seed"))
-    parameters = make_llama(output, Shape(**options), dtype, seed)
+    parameters = make_llama(output, shape_of(parser, options), dtype, seed)
     print(f"{output}: {parameters / 1e9:.2f} billion parameters")
 
 

@@ -82,13 +82,17 @@ class WeightStore:
         return self.put_tensor(tensor)
 
     def put_tensor(self, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-        """Write the content of `tensor` to the store; see `put`. Safe to call from several threads."""
+        """Write the content of `tensor` to the store; see `put`.
+
+        Safe to call from several threads, which write at the same time.
+        """
+        content = stored_bytes(tensor)
         with self._lock:
             start = -(-self._end // _PAGE) * _PAGE
-            self._file.seek(start)
-            cast(Any, tensor).tofile(self._file)
-            self._file.flush()
-            self._end = start + tensor.nbytes
+            self._end = start + len(content)
+        written = 0
+        while written < len(content):
+            written += os.pwrite(self._file.fileno(), content[written:].data, start + written)
         # mypy wants the protocol's read-only members to be settable.
         spilled = SpilledTensor(self, start, tensor.dtype, tensor.shape, tensor.name)
         return cast(ir.TensorProtocol, spilled)

@@ -201,18 +201,26 @@ def _write_data(
             places[id(tensor)] = (start, tensor.nbytes)
             for checksum in _checksums(file.fileno(), start, file.tell()):
                 digest.update(checksum.to_bytes(4, "little"))
+            _start_writing(file.fileno(), start, tensor.nbytes)
         name = f"{stem}.{digest.hexdigest()}.data"
         staged.commit(os.path.join(folder, name))
     return name, places
 
 
 def _checksums(descriptor: int, position: int, end: int) -> Iterator[int]:
+    buffer = memoryview(bytearray(min(_CHUNK, end - position)))
     while position < end:
-        chunk = os.pread(descriptor, min(_CHUNK, end - position), position)
-        if not chunk:
+        count = os.preadv(descriptor, [buffer[: end - position]], position)
+        if not count:
             raise OSError("the data file lost its end while it was written")
-        yield zlib.crc32(chunk)
-        position += len(chunk)
+        yield zlib.crc32(buffer[:count])
+        position += count
+
+
+def _start_writing(descriptor: int, start: int, length: int) -> None:
+    """Have the disk write what is complete while the rest is copied; a hint."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
 
 
 def _data_files(folder: str, stem: str) -> set[str]:

@@ -21,7 +21,7 @@ __all__ = ["Layout", "QuantizedWeight", "WeightSpec", "in_threads", "quantize"]
 Array: TypeAlias = "np.ndarray[Any, Any]"
 Layout: TypeAlias = Literal["matmulnbits", "table", "qdq"]
 
-_TILE_ELEMENTS = 1 << 17
+_TILE_ELEMENTS = 1 << 18
 _TILE_COLUMNS = 1024
 
 Item = TypeVar("Item")
@@ -89,7 +89,7 @@ def quantize(
         rounder = TileRounder(spec.grid, size, tiles.largest, array.dtype)
         error = total = 0.0
         for here in tiles:
-            weights = rounder.weights(here.count)
+            weights = rounder.weights(here.columns)
             tiles.load(here, weights)
             rounded = rounder.round(weights)
             if rounded is None:
@@ -148,8 +148,8 @@ class _Tile(NamedTuple):
         return extents[self.order[0]], extents[self.order[1]]
 
     @property
-    def count(self) -> int:
-        """Number of blocks."""
+    def columns(self) -> int:
+        """Number of blocks, which are the columns of the tile."""
         return math.prod(self.shape)
 
     def place(self, tensor: Array) -> Array:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from make_llama import Shape, make_llama
+from make_llama import Shape, add_shape_options, make_llama, shape_of
 from rich.console import Console
 from rich.table import Table
 
@@ -167,8 +167,7 @@ def show(rows: list[Row], summary: dict[str, object]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    for field, default in asdict(Shape()).items():
-        parser.add_argument(f"--{field.replace('_', '-')}", type=int, default=default)
+    add_shape_options(parser)
     parser.add_argument("--pipeline", default="quantize-weights{bits=4}")
     parser.add_argument(
         "--directory", type=Path, help="where to put the model, by default a cache folder"
@@ -178,7 +177,7 @@ def main() -> None:
     pipeline, parent, target = (options.pop(name) for name in ("pipeline", "directory", "json"))
     parent = parent or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lwc"
     parent.mkdir(parents=True, exist_ok=True)
-    shape = Shape(**options)
+    shape = shape_of(parser, options)
     with tempfile.TemporaryDirectory(dir=parent, prefix="scale-") as directory:
         rows, summary = measure(Path(directory), shape, pipeline)
     show(rows, summary)
