@@ -59,3 +59,11 @@ def plain_session(model: Module | onnx.ModelProto) -> ort.InferenceSession:
 def run_plain(model: Module | onnx.ModelProto, feed: Mapping[str, Any]) -> list[Any]:
     """Run a graph as it is written and return its outputs."""
     return list(plain_session(model).run(None, dict(feed)))
+
+
+class Idle(Pass):
+    """A pass that does nothing; tests of options derive from it."""
+
+    def run(self, module: Module, ctx: PassContext) -> PassResult:
+        """Do nothing."""
+        return PassResult(False)

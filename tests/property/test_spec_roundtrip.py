@@ -11,12 +11,13 @@ from typing import Any, ClassVar, Literal
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from support import Idle
 
 from lwc.core.errors import LwcError, UsageError
 from lwc.pipeline.config import PipelineConfig, from_yaml, to_yaml
 from lwc.pipeline.grammar import parse_specs, print_specs
 from lwc.pipeline.options import format_value, options_of, parse_value
-from lwc.pipeline.passes import Pass, PassContext, PassResult
+from lwc.pipeline.passes import Pass
 from lwc.pipeline.registry import Registry, default_registry
 from lwc.pipeline.spec import parse, to_text
 
@@ -64,13 +65,8 @@ def instances(cls: type[Pass]) -> st.SearchStrategy[Pass]:
     return st.fixed_dictionaries(required, optional=optional).map(build)
 
 
-class _Idle(Pass):
-    def run(self, module: object, ctx: PassContext) -> PassResult:
-        return PassResult(False)
-
-
 @dataclass(frozen=True)
-class Everything(_Idle):
+class Everything(Idle):
     """Has an option of every kind."""
 
     name: ClassVar[str] = "everything"
@@ -95,7 +91,7 @@ class Everything(_Idle):
 
 
 @dataclass(frozen=True)
-class PositionalList(_Idle):
+class PositionalList(Idle):
     """Takes a list first and text under free names."""
 
     name: ClassVar[str] = "positional-list"

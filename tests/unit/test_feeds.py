@@ -199,6 +199,7 @@ def run_feeds(module: Module, count: int = 2, spec: FeedSpec | None = None) -> l
         found = working_feeds(module, compiled, count, spec=spec or FeedSpec())
         for feed in found:
             compiled.run(feed)
+    assert found
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 
 from lwc.backends.base import Backend, Executable
@@ -295,12 +296,23 @@ def test_node_times_leave_warm_up_out_and_take_the_median() -> None:
     assert found.seconds == pytest.approx(40e-6)
 
 
-def test_bound_call_runs_in_place(weight: Array, x: Array) -> None:
+def test_bound_call_runs_in_place(weight: Array, x: Array, monkeypatch: pytest.MonkeyPatch) -> None:
+    bound: list[ort.OrtValue] = []
+    make = ort.OrtValue.ortvalue_from_numpy
+
+    def recorded(array: Array) -> ort.OrtValue:
+        bound.append(make(array))
+        return bound[-1]
+
+    monkeypatch.setattr(ort.OrtValue, "ortvalue_from_numpy", recorded)
     with OnnxRuntimeBackend().compile(linear(weight), threads=1) as compiled:
-        compiled.warm_up({"x": x}, runs=1)
+        wanted = compiled.run({"x": -x})["y"]
         call = compiled.bind({"x": x})
-        for _ in range(3):
-            call()
+        given, result = bound
+        given.update_inplace(-x)
+        assert not np.array_equal(result.numpy(), wanted)
+        call()
+        np.testing.assert_array_equal(result.numpy(), wanted)
 
 
 def test_bind_takes_string_outputs() -> None:

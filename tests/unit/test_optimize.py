@@ -14,6 +14,7 @@ import onnx.parser
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from support import ops
 
 import lwc
 from lwc.core.errors import (
@@ -79,10 +80,6 @@ class Watch(Pass):
             found = runner.run(feed, [self.value])[self.value]
         ctx.note(f"{self.value} reaches {found.max():g}; seed {ctx.seed}; {ctx.max_memory}")
         return PassResult(False)
-
-
-def ops(module: Module) -> list[str]:
-    return [node.op_type for node in module.graph]
 
 
 def from_path(path: Path) -> Any:

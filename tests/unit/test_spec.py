@@ -6,29 +6,25 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import pytest
+from support import Idle
 
 from lwc.core.errors import UsageError
 from lwc.pipeline.grammar import parse_specs, print_specs
 from lwc.pipeline.options import options_of, parse_value, type_name
-from lwc.pipeline.passes import Pass, PassContext, PassResult
+from lwc.pipeline.passes import Pass
 from lwc.pipeline.registry import Registry
 from lwc.pipeline.spec import parse, resolve, to_spec, to_text
 
 
-class _Idle(Pass):
-    def run(self, module: object, ctx: PassContext) -> PassResult:
-        return PassResult(False)
-
-
 @dataclass(frozen=True)
-class Tidy(_Idle):
+class Tidy(Idle):
     """Tidy up."""
 
     name: ClassVar[str] = "tidy"
 
 
 @dataclass(frozen=True)
-class Everything(_Idle):
+class Everything(Idle):
     """Has an option of every kind."""
 
     name: ClassVar[str] = "every-thing"
@@ -47,7 +43,7 @@ class Everything(_Idle):
 
 
 @dataclass(frozen=True)
-class Convert(_Idle):
+class Convert(Idle):
     """Has a required positional option."""
 
     name: ClassVar[str] = "convert"
@@ -58,7 +54,7 @@ class Convert(_Idle):
 
 
 @dataclass(frozen=True)
-class Bind(_Idle):
+class Bind(Idle):
     """Takes free options."""
 
     name: ClassVar[str] = "bind"
