@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support import run_pass
 
-from lwc.analysis.manager import AnalysisManager
 from lwc.backends.onnxruntime.session import OnnxRuntimeBackend
 from lwc.calibration.feeds import working_feeds
 from lwc.core.module import Module
@@ -17,8 +17,6 @@ from lwc.frontend.load import load
 from lwc.frontend.onnx_writer import save
 from lwc.passes.quantization.convert_dtype import ConvertDtype
 from lwc.passes.quantization.quantize_weights import QuantizeWeights
-from lwc.pipeline.passes import Pass, PassContext, PassResult
-from lwc.verify.structural import verify_structure
 
 pytestmark = pytest.mark.models
 
@@ -43,14 +41,6 @@ ONNX_FILES = [
 ]
 
 
-def applied(module: Module, chosen: Pass) -> PassResult:
-    before = module.fingerprint()
-    result = chosen.run(module, PassContext(AnalysisManager(module), source=chosen.name))
-    assert result.changed == (module.fingerprint() != before)
-    verify_structure(module)
-    return result
-
-
 def outputs_and_feed(module: Module) -> tuple[dict[str, Any], dict[str, Any]]:
     with OnnxRuntimeBackend().compile(module, threads=1) as session:
         (feed,) = working_feeds(module, session, count=1)
@@ -73,8 +63,8 @@ def test_8_bits_on_real_files(name: str, model_file: ModelFile) -> None:
     """8 bits with exact activations change every output by at most 5 %."""
     module = load(model_file(name))
     before, feed = outputs_and_feed(module)
-    result = applied(module, QuantizeWeights(bits=8, accuracy_level=0))
-    again = applied(module, QuantizeWeights(bits=8, accuracy_level=0))
+    result = run_pass(QuantizeWeights(bits=8, accuracy_level=0), module)
+    again = run_pass(QuantizeWeights(bits=8, accuracy_level=0), module)
     assert not again.changed
     if name in ("paraphrase-MiniLM-L3-v2", "vit_s_focus", "magika"):
         assert float(result.statistics["bytes after"]) < 0.3 * float(
@@ -94,9 +84,9 @@ def test_half_precision_on_real_files(name: str, model_file: ModelFile) -> None:
     """
     module = load(model_file(name))
     before, feed = outputs_and_feed(module)
-    result = applied(module, ConvertDtype("float16"))
+    result = run_pass(ConvertDtype("float16"), module)
     assert result.changed
-    assert not applied(module, ConvertDtype("float16")).changed
+    assert not run_pass(ConvertDtype("float16"), module).changed
     with OnnxRuntimeBackend().compile(module, threads=1) as session:
         after = session.run(feed)
     assert all(after[key].dtype == before[key].dtype for key in before)
@@ -108,7 +98,7 @@ def test_tied_head_of_a_language_model(tmp_path: Path, model_file: ModelFile) ->
     """SmolLM2 at the issue's 4-bit setting: size at most 0.22 of float32, the table stored once."""
     module = load(model_file("smollm2"))
     before = 4 * 134_515_008
-    result = applied(module, QuantizeWeights(bits=4, embeddings=8, block_size=32))
+    result = run_pass(QuantizeWeights(bits=4, embeddings=8, block_size=32), module)
     assert result.statistics["weights quantized"] == 211
     assert result.statistics["nodes lowered"] == 212
     saved = save(module, tmp_path / "model.onnx")
