@@ -103,7 +103,7 @@ def build(graph: Graph, work: float) -> tuple[ModelProto, dict[str, Array], int]
                 content = np.asarray(source.array)
                 if content.nbytes > 1 << 14:  # equal weights would be packed once for all copies
                     content = content.copy()
-                    content.flat[0] += copy % 100
+                    content.flat[0] = copy % 100
                 initializers.append(numpy_helper.from_array(content, names[-1]))
             else:
                 names.append("" if source is None else f"x{index}")

@@ -143,7 +143,7 @@ def test_dequantized_weights_of_one_shape_share_a_buffer_that_stays():
         ]
 
     weights = [numpy_helper.from_array(np.zeros((64, 64), np.int8), f"w{i}") for i in (1, 2)]
-    weights.append(numpy_helper.from_array(np.float32(1), "scale"))
+    weights.append(numpy_helper.from_array(np.array(1, np.float32), "scale"))
     nodes = [*layer("x", 1), node("Exp", "m1", "e"), *layer("e", 2), node("Exp", "m2", "y")]
     memory = memory_of(nodes, ["y"], weights=weights)
     weight, rows = 64 * 64 * 4, 10 * ROW
@@ -151,7 +151,7 @@ def test_dequantized_weights_of_one_shape_share_a_buffer_that_stays():
 
 
 def test_where_holds_both_sides_besides_its_result():
-    zero = numpy_helper.from_array(np.float32(0), "zero")
+    zero = numpy_helper.from_array(np.array(0, np.float32), "zero")
     nodes = [node("Greater", ["x", "zero"], "c"), node("Where", ["c", "x", "zero"], "y")]
     peak = memory_of(nodes, ["y"], weights=[zero]).where({"n": 10})
     assert peak.nbytes == 10 * 64 * 1 + 3 * 10 * ROW

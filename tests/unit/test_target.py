@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 
+import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
@@ -15,7 +17,7 @@ from lwc.analysis.manager import AnalysisManager
 from lwc.analysis.predict import predict
 from lwc.analysis.target import Table, Target, cache_folder
 from lwc.backends.onnxruntime.measure import measure_target
-from lwc.backends.onnxruntime.microbenchmarks import BENCHMARKS
+from lwc.backends.onnxruntime.microbenchmarks import BENCHMARKS, Graph, Weight, build
 from lwc.core.errors import InputError, UsageError
 from lwc.frontend.onnx_reader import from_proto
 
@@ -100,6 +102,33 @@ def test_prediction_refuses_a_missing_binding_and_another_thread_count():
         predict(cost, target(), {})
     with pytest.raises(UsageError, match="threads"):
         predict(cost, target(), {"n": 1}, threads=2)
+
+
+def test_a_size_that_depends_on_data_leaves_a_node_unpredicted():
+    info = helper.make_tensor_value_info
+    nodes = [helper.make_node("NonZero", ["x"], ["i"]), helper.make_node("Neg", ["i"], ["y"])]
+    graph = helper.make_graph(
+        nodes, "g", [info("x", TensorProto.FLOAT, ["n"])], [info("y", TensorProto.INT64, None)]
+    )
+    module = from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)]))
+    cost = AnalysisManager(module).get(Cost)
+    found = predict(cost, target(), {"n": 1000})
+    assert found.unpredicted == {"NonZero": 1, "Neg": 1}
+    with pytest.raises(UsageError, match="'n'"):
+        predict(cost, target(), {})
+
+
+def test_copies_of_a_weight_differ_without_overflow():
+    """Equal weights would be packed once for all copies, which a model does not do."""
+    for dtype in (np.int8, np.uint8, np.float32):
+        weight = Weight(np.full((128, 256), np.asarray(99, dtype)))
+        graph = Graph("MatMul", [np.ones((1, 128), np.float32), weight])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model, _, copies = build(graph, 128 * 256)
+        first = [bytes(tensor.raw_data[:4]) for tensor in model.graph.initializer]
+        assert copies > 50
+        assert len(set(first)) == min(copies, 100)
 
 
 def test_measuring_gives_positive_tables_of_the_right_size():

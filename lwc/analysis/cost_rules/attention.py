@@ -22,20 +22,18 @@ class _Problem(NamedTuple):
     value_head: Dim
 
 
-def _attend(node: Operands, size: _Problem, *, extra: int = 0, flash: bool = False) -> Work:
-    """Work of softmax(q kᵀ · scale) v, every query against every key.
+def _attend(size: _Problem, *, extra: int = 0) -> Work:
+    """Work of softmax(q kᵀ · scale) v, every query against every key, scores held as a matrix.
 
     Args:
-        node: The node.
         size: Extents.
         extra: FLOPs per score besides scale and softmax: mask, bias, soft cap.
-        flash: Whether the kernel keeps no matrix of scores.
     """
     scores = product((size.batch, size.heads, size.queries, size.keys))
     return Work(
         macs=scores * (size.head + size.value_head),
         other_flops=scores * (_SOFTMAX_FLOPS + _SCORE_FLOPS + extra),
-        scratch=0 if flash else scores * 4,
+        scratch=scores * 4,
         kernel="attention",
         problem=(size.queries, size.keys, size.head),
         repeat=product((size.batch, size.heads)),
@@ -59,7 +57,7 @@ def _standard(node: Operands) -> Work:
         keys = simplify_dim(keys + node.shape(4)[2])
     size = _Problem(batch, heads, queries, keys, head, value_head)
     extra = int(node.has(3)) + (3 if node.attr("softcap", 0.0) else 0)
-    return _attend(node, size, extra=extra)
+    return _attend(size, extra=extra)
 
 
 @cost_rule(f"{MS}GroupQueryAttention")
@@ -77,12 +75,14 @@ def _group_query(node: Operands) -> Work:
         shared = present is not None and present[2] == past
         keys = past if shared else simplify_dim(past + queries)
     size = _Problem(batch, heads, queries, keys, head, head)
-    rotary = 3 * product((batch, queries, heads + kv_heads, head)) if node.attr("do_rotary") else 0
-    work = _attend(node, size, extra=3 if node.attr("softcap", 0.0) else 0)
+    turned = product((batch, queries, heads + kv_heads, head)) if node.attr("do_rotary") else 0
+    work = _attend(size, extra=3 if node.attr("softcap", 0.0) else 0)
     return Work(
         macs=work.macs,
-        other_flops=work.other_flops + rotary,
-        scratch=work.scratch,
+        other_flops=work.other_flops + 3 * turned,
+        # q, k and v of the new tokens are transposed to heads, then q and k are turned; scores
+        # are computed in tiles.
+        scratch=4 * (product((batch, queries, heads + 2 * kv_heads, head)) + turned),
         kernel="gqa",
         problem=work.problem,
         repeat=work.repeat,
@@ -96,7 +96,7 @@ def _multi_head(node: Operands) -> Work:
     heads = int(node.attr("num_heads"))
     if len(q) == 5:  # packed [B, S, H, 3, D]
         batch, queries, _, _, head = q
-        return _attend(node, _Problem(batch, heads, queries, queries, head, head))
+        return _attend(_Problem(batch, heads, queries, queries, head, head))
     batch, queries, hidden = q
     head = hidden // heads
     k, v = node.shape(1), node.shape(2) if node.has(2) else node.shape(1)
@@ -106,10 +106,8 @@ def _multi_head(node: Operands) -> Work:
         keys = simplify_dim(keys + node.shape(6)[2])
     bias = product((batch, queries, heads, head)) * 3 if node.has(3) else 0
     work = _attend(
-        node,
         _Problem(batch, heads, queries, keys, head, value_head),
         extra=int(node.has(4)) + int(node.has(5)),
-        flash=True,
     )
     return Work(
         macs=work.macs,
@@ -133,7 +131,7 @@ def _projecting(node: Operands) -> Work:
     keys = simplify_dim(queries + node.shape(past)[3]) if node.has(past) else queries
     projected = product((batch, queries, width, weight[1]))
     size = _Problem(batch, heads, queries, keys, sizes[0] // heads, sizes[2] // heads)
-    work = _attend(node, size, extra=int(node.has(3)))
+    work = _attend(size, extra=int(node.has(3)))
     return Work(
         macs=work.macs + projected,
         other_flops=work.other_flops + product((batch, queries, weight[1])),
