@@ -130,7 +130,7 @@ class PassContext:
         progress: Progress display.
         max_memory: Bound in bytes on what a single step may hold, or None.
         seed: Seed of everything random.
-        granted: Assumptions the user vouched for, by their first words or `all`.
+        granted: Assumptions the user vouches for, by their first words, or `all`; see `assume`.
     """
 
     analyses: AnalysisManager
@@ -156,6 +156,22 @@ class PassContext:
     def warn(self, message: str, node: ir.Node | None = None) -> None:
         """Report something the user should look at."""
         self._emit("warning", message, node, None)
+
+    def assume(self, assumption: str) -> None:
+        """Go on only if the user vouches for something that the pass cannot prove.
+
+        Args:
+            assumption: One of the sentences in the pass's contract.
+
+        Raises:
+            PassError: The user did not grant it.
+        """
+        if not any(words == "all" or assumption.startswith(words) for words in self.granted):
+            raise PassError(
+                f"it would have to assume: {assumption}",
+                remedy=f"--grant '{assumption}' if that holds",
+            )
+        self.note(f"assumes, as granted: {assumption}")
 
     def runner(self, module: Module, expose: Sequence[str] = ()) -> AbstractContextManager[Runner]:
         """Return a context manager that gives a `Runner` for `module`.

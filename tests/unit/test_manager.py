@@ -14,6 +14,7 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 
+import lwc
 from lwc.analysis.manager import Analysis, AnalysisManager
 from lwc.core.errors import PassError, UsageError, VerificationError
 from lwc.core.module import Module
@@ -536,3 +537,36 @@ def test_a_reproducer_that_cannot_be_written_does_not_hide_the_failure(module: M
     with pytest.raises(VerificationError):
         PassManager([acting(break_graph)], instruments=[reproducer]).run(module)
     assert "cannot be written" in stream.getvalue()
+
+
+@dataclass(frozen=True)
+class Presuming(Pass):
+    """Needs what it cannot prove."""
+
+    name: ClassVar[str] = "presuming"
+    contract: ClassVar[Exact] = Exact(assumptions=("the mask is right-padded",))
+
+    def run(self, module: Module, ctx: PassContext) -> PassResult:
+        ctx.assume("the mask is right-padded")
+        return PassResult(False)
+
+
+@pytest.mark.parametrize(
+    ("granted", "refused"),
+    [((), True), (("positions",), True), (("the mask",), False), (("all",), False)],
+)
+def test_a_pass_refuses_what_nobody_granted(granted: tuple[str, ...], refused: bool) -> None:
+    module = lwc.Module(ir.from_onnx_text(GRANT_MODEL))
+    if refused:
+        with pytest.raises(PassError, match="assume: the mask is right-padded"):
+            lwc.optimize(module, [Presuming()], grant=granted)
+        return
+    (record,) = lwc.optimize(module, [Presuming()], grant=granted).record.passes
+    assert record.assumptions == ("the mask is right-padded",)
+    assert [r.message for r in record.remarks] == ["assumes, as granted: the mask is right-padded"]
+
+
+GRANT_MODEL = """
+<ir_version: 10, opset_import: ["" : 18]>
+graph (float[n] x) => (float[n] y) { y = Relu (x) }
+"""
