@@ -14,7 +14,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import IO, Any, Protocol, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -62,11 +62,12 @@ class WeightStore:
 
     Args:
         directory: Where to make the file; the system's temporary directory by default. Choose
-            the output's own file system: results are then copied once, inside the kernel.
+            the output's own folder: the file of results can then become the data file.
     """
 
     def __init__(self, directory: str | os.PathLike[str] | None = None) -> None:
-        self._file = tempfile.TemporaryFile(dir=directory, prefix=".lwc-")  # noqa: SIM115
+        self._directory = directory
+        self._file, self._has_name_to_come = _unnamed_file(directory)
         self._end = 0
         self._lock = threading.Lock()
 
@@ -94,7 +95,7 @@ class WeightStore:
         while written < len(content):
             written += os.pwrite(self._file.fileno(), content[written:].data, start + written)
         # mypy wants the protocol's read-only members to be settable.
-        spilled = SpilledTensor(self, start, tensor.dtype, tensor.shape, tensor.name)
+        spilled = SpilledTensor(self, self._file, start, tensor.dtype, tensor.shape, tensor.name)
         return cast(ir.TensorProtocol, spilled)
 
     @property
@@ -102,9 +103,46 @@ class WeightStore:
         """Bytes written so far."""
         return self._end
 
+    def offset(self, tensor: ir.TensorProtocol) -> int | None:
+        """Return where a tensor begins in the store's file, or None if it is not there."""
+        kept: object = tensor
+        return (
+            kept._offset if isinstance(kept, SpilledTensor) and kept._store is self._file else None
+        )
+
+    def linkable(self, folder: str) -> bool:
+        """Tell whether the store's file can be given a name in a folder."""
+        descriptor = self.fileno()
+        return (
+            self._has_name_to_come
+            and os.path.exists(f"/proc/self/fd/{descriptor}")
+            and os.fstat(descriptor).st_dev == os.stat(folder).st_dev
+        )
+
+    def restart(self) -> None:
+        """Put later results into another file; tensors keep the one that they are in."""
+        with self._lock:
+            self._file, self._has_name_to_come = _unnamed_file(self._directory)
+            self._end = 0
+
     def fileno(self) -> int:
         """Return the descriptor of the file behind the store."""
         return self._file.fileno()
+
+
+class _Open(Protocol):
+    def fileno(self) -> int: ...
+
+
+def _unnamed_file(directory: str | os.PathLike[str] | None) -> tuple[IO[bytes], bool]:
+    """Open a file without a name; tell whether it can be given one later."""
+    flag = getattr(os, "O_TMPFILE", 0)
+    if flag:
+        # tempfile opens such a file in the way that forbids a name.
+        with contextlib.suppress(OSError):
+            descriptor = os.open(directory or tempfile.gettempdir(), os.O_RDWR | flag, 0o600)
+            return open(descriptor, "w+b", buffering=0), True
+    return tempfile.TemporaryFile(dir=directory, prefix=".lwc-", buffering=0), False
 
 
 class FileTensor:
@@ -122,7 +160,7 @@ class FileTensor:
 
     def __init__(
         self,
-        store: WeightStore | DataFile,
+        store: _Open,
         offset: int,
         dtype: ir.DataType,
         shape: ir.Shape | Any,
@@ -222,7 +260,15 @@ class FileTensor:
 
 
 class SpilledTensor(FileTensor):
-    """A tensor in a `WeightStore`."""
+    """A tensor in the file of a `WeightStore`; arguments as of `FileTensor`.
+
+    Attributes:
+        owner: The store.
+    """
+
+    def __init__(self, owner: WeightStore, *place: Any) -> None:
+        super().__init__(*place)
+        self.owner = owner
 
 
 _FATAL_COPY = {27, 28, 122}

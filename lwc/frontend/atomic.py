@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from typing import BinaryIO, Self, cast
 
 from lwc.core.errors import LwcError
 
-__all__ = ["StagedFile", "sync_folder", "writing"]
+__all__ = ["StagedFile", "link_into_place", "sync_folder", "writing"]
 
 
 @contextlib.contextmanager
@@ -73,6 +74,23 @@ class StagedFile:
             if not self._committed:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self._path)
+
+
+def link_into_place(descriptor: int, target: str) -> None:
+    """Give an open file without a name (O_TMPFILE) the name `target`, replacing what is there."""
+    os.fsync(descriptor)
+    os.fchmod(descriptor, _default_mode())
+    folder, name = os.path.split(target)
+    path = os.path.join(folder, f".{name}.{secrets.token_hex(4)}.tmp")
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        # Given any folder, Python asks the system to follow the link in /proc.
+        os.link(f"/proc/self/fd/{descriptor}", path, src_dir_fd=opened, follow_symlinks=True)
+        os.replace(path, target)
+    finally:
+        os.close(opened)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
 
 
 def sync_folder(folder: str) -> None:

@@ -16,6 +16,7 @@ import shutil
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import onnx
 import onnx.helper
@@ -26,8 +27,8 @@ from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
 
 from lwc.core.errors import LwcError, UsageError
 from lwc.core.module import Module
-from lwc.core.weights import release
-from lwc.frontend.atomic import StagedFile, sync_folder, writing
+from lwc.core.weights import SpilledTensor, WeightStore, release
+from lwc.frontend.atomic import StagedFile, link_into_place, sync_folder, writing
 
 __all__ = ["EXTERNAL_THRESHOLD", "SaveResult", "save", "save_folder"]
 
@@ -40,6 +41,9 @@ _PAGE = 4096
 _CACHE_LINE = 64
 _BIG = 64 << 10
 _CHUNK = 1 << 20
+_ADOPTED = 16 << 20
+"""Bytes of spilled weights from which their file becomes the data file instead of being copied."""
+
 _PROTOBUF_LIMIT = 2**31 - 1
 _TYPE_IR_VERSION = {
     ir.DataType.INT4: 10,
@@ -150,7 +154,11 @@ def _save_binary(module: Module, target: str, weights: Sequence[ir.TensorProtoco
     places: dict[int, tuple[int, int]] = {}
     try:
         if weights:
-            data, places = _write_data(folder, stem, weights)
+            store = _adoptable(folder, weights)
+            if store is None:
+                data, places = _write_data(folder, stem, weights)
+            else:
+                data, places = _adopt(folder, stem, weights, store)
         message = _serialize(module, data, places, target)
         with StagedFile(folder, name) as staged:
             staged.file.write(message)
@@ -200,21 +208,59 @@ def _write_data(
                 raise LwcError(f"weight '{tensor.name}' has not the size that its shape says")
             places[id(tensor)] = (start, tensor.nbytes)
             for checksum in _checksums(file.fileno(), start, file.tell()):
-                digest.update(checksum.to_bytes(4, "little"))
+                digest.update(checksum)
             _start_writing(file.fileno(), start, tensor.nbytes)
         name = f"{stem}.{digest.hexdigest()}.data"
         staged.commit(os.path.join(folder, name))
     return name, places
 
 
-def _checksums(descriptor: int, position: int, end: int) -> Iterator[int]:
-    buffer = memoryview(bytearray(min(_CHUNK, end - position)))
+def _checksums(descriptor: int, position: int, end: int) -> Iterator[bytes]:
     while position < end:
-        count = os.preadv(descriptor, [buffer[: end - position]], position)
-        if not count:
+        chunk = os.pread(descriptor, min(_CHUNK, end - position), position)
+        if not chunk:
             raise OSError("the data file lost its end while it was written")
-        yield zlib.crc32(buffer[:count])
-        position += count
+        yield zlib.crc32(chunk).to_bytes(4, "little")
+        position += len(chunk)
+
+
+def _adoptable(folder: str, weights: Sequence[ir.TensorProtocol]) -> WeightStore | None:
+    """Return the store whose file can become the data file: big, and hardly anything in it lost."""
+    stored = [kept for kept in cast(Sequence[object], weights) if isinstance(kept, SpilledTensor)]
+    for store in dict.fromkeys(tensor.owner for tensor in stored):
+        kept = sum(tensor.nbytes for tensor in weights if store.offset(tensor) is not None)
+        if kept >= max(_ADOPTED, 0.99 * store.nbytes) and store.linkable(folder):
+            return store
+    return None
+
+
+def _adopt(
+    folder: str, stem: str, weights: Sequence[ir.TensorProtocol], store: WeightStore
+) -> tuple[str, dict[int, tuple[int, int]]]:
+    """Make the file of spilled weights the data file, adding those that are elsewhere.
+
+    Nothing is copied that is there already. See `_write_data`; the places, which depend on the
+    history of the store, are part of what the name is made of.
+    """
+    _start_writing(store.fileno(), 0, store.nbytes)
+    places: dict[int, tuple[int, int]] = {}
+    digest = hashlib.blake2b(digest_size=8)
+    for tensor in weights:
+        start = store.offset(tensor)
+        if start is None:
+            start = store.offset(store.put_tensor(tensor))
+            release(tensor)
+        assert start is not None
+        places[id(tensor)] = (start, tensor.nbytes)
+        digest.update(start.to_bytes(8, "little"))
+        for checksum in _checksums(store.fileno(), start, start + tensor.nbytes):
+            digest.update(checksum)
+    name = f"{stem}.{digest.hexdigest()}.data"
+    try:
+        link_into_place(store.fileno(), os.path.join(folder, name))
+    finally:
+        store.restart()  # A file is given a name only once, even if that name is removed.
+    return name, places
 
 
 def _start_writing(descriptor: int, start: int, length: int) -> None:

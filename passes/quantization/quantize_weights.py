@@ -95,9 +95,8 @@ class QuantizeWeights(Pass):
             else:
                 skipped += 1
                 ctx.missed(f"'{weight.value.name}' stays: {reason}", weight.uses[0].node)
-        store = module.store
         results = in_threads(
-            lambda item: quantize(item[0].tensor, item[1], store),
+            lambda item: quantize(item[0].tensor, item[1]),
             chosen,
             upcoming=lambda item: prefetch(item[0].tensor),
         )
@@ -112,13 +111,15 @@ class QuantizeWeights(Pass):
                 tally.skipped += 1
                 ctx.missed(f"'{weight.value.name}' stays: it holds infinities or NaN", node)
                 continue
+            # In this thread, so that the order in the file is that of the graph.
+            packed = result.spill(module.store)
             tally.add(weight, spec, result)
             ctx.applied(
                 f"'{weight.value.name}' in {spec.grid.bits} bits, relative error "
                 f"{result.relative_error:.2e}",
                 node,
             )
-            self._lower(editor, weight, spec, result)
+            self._lower(editor, weight, spec, packed)
         if not chosen:
             ctx.note("no weight to quantize")
         return PassResult(changed=tally.layers > 0, statistics=tally.statistics())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
@@ -48,7 +49,7 @@ class WeightSpec:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A quantized weight, its tensors in the module's spill file.
+    """A quantized weight, its tensors in memory or, after `spill`, in a file.
 
     Attributes:
         codes: `matmulnbits`: uint8 `[outputs, blocks, block_size * bits / 8]`. `table`: the
@@ -71,11 +72,15 @@ class QuantizedWeight:
         zeros = 0 if self.zero_points is None else self.zero_points.nbytes
         return self.codes.nbytes + self.scales.nbytes + zeros
 
+    def spill(self, store: WeightStore) -> QuantizedWeight:
+        """Return the same with its tensors in `store`."""
+        zeros = None if self.zero_points is None else store.put_tensor(self.zero_points)
+        codes, scales = store.put_tensor(self.codes), store.put_tensor(self.scales)
+        return QuantizedWeight(codes, scales, zeros, self.relative_error)
 
-def quantize(
-    tensor: ir.TensorProtocol, spec: WeightSpec, store: WeightStore
-) -> QuantizedWeight | None:
-    """Quantize a matrix of floats tile by tile and put the result into `store`.
+
+def quantize(tensor: ir.TensorProtocol, spec: WeightSpec) -> QuantizedWeight | None:
+    """Quantize a matrix of floats tile by tile.
 
     The matrix is read once, in the order of its file. Returns None if it holds infinities or NaN.
     """
@@ -99,7 +104,7 @@ def quantize(
             total += rounded.squared_weight
         dtype = array.dtype
     relative_error = float(np.sqrt(error / total)) if total else 0.0
-    return sink.finish(store, dtype, inputs, relative_error)
+    return sink.finish(dtype, inputs, relative_error)
 
 
 def in_threads(
@@ -108,21 +113,24 @@ def in_threads(
     """Yield `function(item)` in order, computed by as many threads as the process has processors.
 
     numpy lets other threads run while it works. `upcoming(item)` is called, in a thread of its
-    own, somewhat before the item's turn. Leaving the loop early drops what has not begun.
+    own, somewhat before the item's turn. At most a few results wait to be taken; leaving the loop
+    early drops what has not begun.
     """
     workers = len(os.sched_getaffinity(0))
     pool = ThreadPoolExecutor(workers)
     ahead = ThreadPoolExecutor(1)
     try:
-        for item in items[:workers]:
+        waiting: deque[Future[Result]] = deque()
+        for item in items[: 2 * workers]:
             ahead.submit(upcoming, item)
-
-        def task(index: int) -> Result:
-            if index + workers < len(items):
-                ahead.submit(upcoming, items[index + workers])
-            return function(items[index])
-
-        yield from pool.map(task, range(len(items)))
+        for index, item in enumerate(items):
+            waiting.append(pool.submit(function, item))
+            if len(waiting) == 2 * workers:
+                yield waiting.popleft().result()
+            if index + 2 * workers < len(items):
+                ahead.submit(upcoming, items[index + 2 * workers])
+        while waiting:
+            yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
         ahead.shutdown(cancel_futures=True)
@@ -256,18 +264,16 @@ class _Sink:
             blocks = self._codes.reshape(-1, self._size, self._codes.shape[1])
             blocks[tile.blocks, :, tile.outputs] = codes.swapaxes(0, 1)
 
-    def finish(
-        self, store: WeightStore, dtype: Any, inputs: int, relative_error: float
-    ) -> QuantizedWeight:
-        """Spill the tensors."""
+    def finish(self, dtype: Any, inputs: int, relative_error: float) -> QuantizedWeight:
+        """Bring the tensors into their final form."""
         grid = self._spec.grid
         scales = self._scales.astype(dtype)
         if self._spec.layout != "qdq":
             codes: Array = self._codes
             if self._spec.layout == "table":
                 codes = codes.reshape(len(codes), -1)
-            zeros = None if grid.symmetric else store.put(pack_rows(self._zeros, grid.bits))
-            return QuantizedWeight(store.put(codes), store.put(scales), zeros, relative_error)
+            zeros = None if grid.symmetric else ir.Tensor(pack_rows(self._zeros, grid.bits))
+            return QuantizedWeight(ir.Tensor(codes), ir.Tensor(scales), zeros, relative_error)
         # Signed types hold symmetric codes: their zero point is then 0, the default.
         kind = _QDQ_TYPES[grid.bits, grid.symmetric]
         codes, zero_points = self._codes, self._zeros
@@ -280,9 +286,9 @@ class _Sink:
         elif not self._spec.transposed:
             scales, zero_points = np.ascontiguousarray(scales.T), zero_points.T
         return QuantizedWeight(
-            _put_integers(store, codes, kind),
-            store.put(scales),
-            None if grid.symmetric else _put_integers(store, zero_points, kind),
+            _integers(codes, kind),
+            ir.Tensor(np.ascontiguousarray(scales)),
+            None if grid.symmetric else _integers(zero_points, kind),
             relative_error,
         )
 
@@ -295,8 +301,8 @@ _QDQ_TYPES = {
 }
 
 
-def _put_integers(store: WeightStore, values: Array, kind: ir.DataType) -> ir.TensorProtocol:
+def _integers(values: Array, kind: ir.DataType) -> ir.TensorProtocol:
     if kind.bitwidth == 8:
-        return store.put(np.ascontiguousarray(values))
+        return ir.Tensor(np.ascontiguousarray(values))
     packed = pack_rows(np.ascontiguousarray(values).reshape(-1).view(np.uint8) & 0x0F, 4)
-    return store.put_tensor(ir.PackedTensor(packed, kind, shape=values.shape))
+    return ir.PackedTensor(packed, kind, shape=values.shape)

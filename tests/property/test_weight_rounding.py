@@ -11,7 +11,6 @@ import onnxruntime as ort
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lwc.core.weights import WeightStore
 from lwc.passes.quantization.packing import pack_rows, pack_tile, unpack_rows
 from lwc.passes.quantization.rounding import Codes, Grid, TileRounder
 from lwc.passes.quantization.streaming import WeightSpec, quantize
@@ -131,7 +130,7 @@ def test_runtime_computes_with_the_stored_weight(  # noqa: PLR0917
     weights = weights_of(seed, (inputs, outputs))
     spec = WeightSpec(grid, block_size, transposed, "matmulnbits")
     tensor = ir.Tensor(weights.T.copy() if transposed else weights)
-    result = quantize(tensor, spec, WeightStore())
+    result = quantize(tensor, spec)
     assert result is not None
     codes = unpack_rows(result.codes.numpy(), grid.bits, block_size).astype(np.float64)
     blocks = codes.shape[1]

@@ -15,7 +15,6 @@ from lwc.analysis.manager import AnalysisManager
 from lwc.core.errors import PassError, UsageError
 from lwc.core.module import Module
 from lwc.core.walk import constant_tensor
-from lwc.core.weights import WeightStore
 from lwc.frontend.onnx_reader import from_proto
 from lwc.frontend.onnx_writer import save
 from lwc.passes.quantization import streaming
@@ -213,7 +212,7 @@ def test_result_does_not_depend_on_tiles(
     for elements, columns in ((1 << 17, 1024), (4096, 7), (32, 1)):
         monkeypatch.setattr(streaming, "_TILE_ELEMENTS", elements)
         monkeypatch.setattr(streaming, "_TILE_COLUMNS", columns)
-        result = quantize(tensor, spec, WeightStore())
+        result = quantize(tensor, spec)
         assert result is not None
         assert result.zero_points is not None
         found.append([t.tobytes() for t in (result.codes, result.scales, result.zero_points)])
