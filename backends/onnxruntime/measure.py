@@ -60,8 +60,9 @@ def measure_target(
     threads: int = 1,
     track: Callable[[Iterable[Any], str], Iterable[Any]] | None = None,
     benchmarks: tuple[Benchmark, ...] = BENCHMARKS,
+    seconds: float = 45.0,
 ) -> Target:
-    """Run the microbenchmarks, in about a minute.
+    """Run the microbenchmarks.
 
     Kernels that this build of ONNX Runtime lacks get no table.
 
@@ -69,6 +70,8 @@ def measure_target(
         threads: Threads the runtime computes with.
         track: Given the benchmarks and a description, yields them while showing progress.
         benchmarks: What to measure.
+        seconds: How long to take about: past that, where a machine is slow or busy, each kernel
+            that is left runs only once after its warm-up.
     """
     start = time.perf_counter()
     run_seconds = _quick(_time(*_tiny(1), threads))
@@ -78,7 +81,7 @@ def measure_target(
     peak = 0.0
     for benchmark in track(benchmarks, "measuring kernels") if track else benchmarks:
         try:
-            table = _table(benchmark, threads, run_seconds, node_seconds)
+            table = _table(benchmark, threads, run_seconds, node_seconds, start + seconds)
         except _UNSUPPORTED:
             continue
         tables[benchmark.kernel] = table
@@ -106,23 +109,33 @@ _UNSUPPORTED = tuple(
 )
 
 
-def _table(benchmark: Benchmark, threads: int, run_seconds: float, node_seconds: float) -> Table:
+def _table(
+    benchmark: Benchmark, threads: int, run_seconds: float, node_seconds: float, end: float
+) -> Table:
     seconds = []
     for problem in benchmark.problems():
         graph = benchmark.make(*problem)
         work = math.prod(problem)
         model, feeds, copies = build(graph, work * graph.calls)
-        whole = _quick(_time(model, feeds, threads)) - run_seconds
+        whole = _quick(_time(model, feeds, threads, end)) - run_seconds
         kernel = whole / copies - node_seconds
         least = 1e-9  # a kernel faster than the clock tells still takes a nanosecond
         seconds.append(max(kernel, least) / graph.calls / work)
     return Table(tuple(tuple(float(x) for x in axis) for axis in benchmark.grid), tuple(seconds))
 
 
-def _time(model: ModelProto, feeds: dict[str, Any], threads: int) -> list[float]:
+def _time(
+    model: ModelProto, feeds: dict[str, Any], threads: int, end: float = math.inf
+) -> list[float]:
     """Run a model as it is written, inputs and outputs in place, and return seconds per run.
 
     One thread is timed by its processor time: other programs on the machine do not count.
+
+    Args:
+        model: The model.
+        feeds: Its inputs.
+        threads: Threads of the session.
+        end: When to stop, by `time.perf_counter`; one run is made in any case.
     """
     clock = time.thread_time if threads == 1 else time.perf_counter
     options = ort.SessionOptions()
@@ -145,7 +158,11 @@ def _time(model: ModelProto, feeds: dict[str, Any], threads: int) -> list[float]
     session.run_with_iobinding(binding)
     seconds: list[float] = []
     spent = 0.0
-    while (spent < _ENOUGH_SECONDS or len(seconds) < _ENOUGH_RUNS) and spent < _TOO_LONG_SECONDS:
+    while not seconds or (
+        (spent < _ENOUGH_SECONDS or len(seconds) < _ENOUGH_RUNS)
+        and spent < _TOO_LONG_SECONDS
+        and time.perf_counter() < end
+    ):
         begin = clock()
         session.run_with_iobinding(binding)
         seconds.append(clock() - begin)
