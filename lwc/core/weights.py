@@ -25,6 +25,7 @@ __all__ = [
     "SpilledTensor",
     "WeightStore",
     "reading",
+    "reading_once",
     "release",
     "stored_bytes",
 ]
@@ -128,6 +129,12 @@ class WeightStore:
     def fileno(self) -> int:
         """Return the descriptor of the file behind the store."""
         return self._file.fileno()
+
+
+_DIRECT = 1 << 20
+"""Bytes from which a tensor that is read once is read past the page cache."""
+
+_DIRECT_CHUNK = 1 << 24
 
 
 class _Open(Protocol):
@@ -283,11 +290,15 @@ def release(tensor: ir.TensorProtocol | None) -> None:
 
 
 def prefetch(tensor: ir.TensorProtocol) -> None:
-    """Ask the system to read a memory-mapped tensor's bytes ahead of their use.
+    """Ask the system to read a tensor's bytes into the page cache ahead of `reading_once`.
 
     Reading a mapping page by page reaches a fraction of a disk's rate. It is a hint: systems
-    without it, and other tensors, are left as they are.
+    without it, and tensors that are not read through the page cache, are left as they are.
     """
+    descriptor = _open_direct(tensor)
+    if descriptor is not None:
+        os.close(descriptor)
+        return
     if not hasattr(os, "posix_fadvise"):
         return
     kept: object = tensor  # mypy takes FileTensor and TensorProtocol for exclusive
@@ -302,6 +313,83 @@ def prefetch(tensor: ir.TensorProtocol) -> None:
             tensor.length or tensor.nbytes,
             os.POSIX_FADV_WILLNEED,
         )
+
+
+class _Buffers(threading.local):
+    """The buffer of each thread for direct reads, kept because fresh memory is slow to touch."""
+
+    def __init__(self) -> None:
+        self.spare: mmap.mmap | None = None
+
+    @contextlib.contextmanager
+    def borrow(self, size: int) -> Iterator[mmap.mmap]:
+        buffer, self.spare = self.spare, None
+        if buffer is None or len(buffer) < size:
+            buffer = mmap.mmap(-1, size)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                with contextlib.suppress(OSError):
+                    buffer.madvise(mmap.MADV_HUGEPAGE)
+        try:
+            yield buffer
+        finally:
+            self.spare = buffer
+
+
+_buffers = _Buffers()
+
+
+def _open_direct(tensor: object) -> int | None:
+    """Return a descriptor that reads a big tensor past the page cache, or None if nothing does."""
+    if (
+        not isinstance(tensor, FileTensor)
+        or not isinstance(tensor._store, DataFile)
+        or tensor.nbytes < _DIRECT
+        or tensor.dtype.bitwidth < 8
+    ):
+        return None
+    flag = getattr(os, "O_DIRECT", 0)
+    if not flag:
+        return None
+    try:
+        # The same open file, though its path may name another by now.
+        return os.open(f"/proc/self/fd/{tensor._store.fileno()}", os.O_RDONLY | flag)
+    except OSError:
+        return None
+
+
+@contextlib.contextmanager
+def reading_once(tensor: ir.TensorProtocol) -> Iterator[np.ndarray[Any, Any]]:
+    """Like `reading`, for a tensor on disk that is needed now, in full, and not again soon.
+
+    A big one is read past the page cache where the system can: that takes a tenth of the
+    processor's time, and other programs keep what they have there.
+    """
+    kept: object = tensor  # mypy takes FileTensor and TensorProtocol for exclusive
+    descriptor = _open_direct(tensor)
+    if descriptor is None or not isinstance(kept, FileTensor):
+        with reading(tensor) as array:
+            yield array
+        return
+    ahead = kept._offset % _PAGE
+    with _buffers.borrow(-(-(ahead + kept.nbytes) // _PAGE) * _PAGE) as buffer:
+        try:
+            _read_pages(descriptor, buffer, kept._offset - ahead, ahead + kept.nbytes)
+        finally:
+            os.close(descriptor)
+        dtype = np.dtype(kept.dtype.numpy())
+        yield np.frombuffer(buffer, dtype, kept.size, ahead).reshape(kept.shape.numpy())
+
+
+def _read_pages(descriptor: int, buffer: mmap.mmap, position: int, size: int) -> None:
+    """Read whole pages into `buffer` until it holds `size` bytes."""
+    done, end = 0, -(-size // _PAGE) * _PAGE
+    with memoryview(buffer) as view:
+        while done < size:
+            with view[done : min(done + _DIRECT_CHUNK, end)] as part:
+                count = os.preadv(descriptor, [part], position + done)
+            if count == 0:
+                raise OSError("the file is shorter than its tensors")
+            done += count
 
 
 @contextlib.contextmanager

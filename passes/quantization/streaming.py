@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 import numpy as np
 import onnx_ir as ir
 
-from lwc.core.weights import WeightStore, reading
+from lwc.core.weights import WeightStore, reading_once
 from lwc.passes.quantization.packing import pack_rows, pack_tile
 from lwc.passes.quantization.rounding import Codes, Grid, TileRounder, widen
 
@@ -84,7 +84,7 @@ def quantize(tensor: ir.TensorProtocol, spec: WeightSpec) -> QuantizedWeight | N
 
     The matrix is read once, in the order of its file. Returns None if it holds infinities or NaN.
     """
-    with reading(tensor) as array:
+    with reading_once(tensor) as array:
         rows, columns = array.shape
         inputs, outputs = (columns, rows) if spec.transposed else (rows, columns)
         size = spec.block_size or inputs
@@ -110,13 +110,13 @@ def quantize(tensor: ir.TensorProtocol, spec: WeightSpec) -> QuantizedWeight | N
 def in_threads(
     function: Callable[[Item], Result], items: Sequence[Item], upcoming: Callable[[Item], None]
 ) -> Iterator[Result]:
-    """Yield `function(item)` in order, computed by as many threads as the process has processors.
+    """Yield `function(item)` in order, computed by one thread more than there are processors.
 
-    numpy lets other threads run while it works. `upcoming(item)` is called, in a thread of its
-    own, somewhat before the item's turn. At most a few results wait to be taken; leaving the loop
-    early drops what has not begun.
+    One of them is expected to wait for the disk; numpy lets the others run while it works.
+    `upcoming(item)` is called, in a thread of its own, somewhat before the item's turn. At most a
+    few results wait to be taken; leaving the loop early drops what has not begun.
     """
-    workers = len(os.sched_getaffinity(0))
+    workers = len(os.sched_getaffinity(0)) + 1
     pool = ThreadPoolExecutor(workers)
     ahead = ThreadPoolExecutor(1)
     try:

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 
 import lwc
+from lwc.core import weights
 from lwc.core.errors import LwcError
-from lwc.core.weights import WeightStore
+from lwc.core.weights import DataFile, FileTensor, WeightStore, reading_once
 from lwc.frontend import onnx_writer
 from lwc.frontend.onnx_reader import from_proto
 from lwc.frontend.onnx_writer import save
@@ -135,3 +137,22 @@ def test_failure_leaves_the_old_model(
     save(module, tmp_path / "m.onnx", external_threshold=0)
     assert contents(lwc.load(tmp_path / "m.onnx")) == contents(module)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("offset", [0, 64, 4096, 5000])
+def test_direct_reads_give_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offset: int
+) -> None:
+    """At any alignment, up to the last byte of the file, in pieces, and after a bigger tensor."""
+    monkeypatch.setattr(weights, "_DIRECT_CHUNK", 8192)
+    content = np.random.default_rng(offset).integers(0, 256, (1 << 20) + 9000 + offset, np.uint8)
+    (tmp_path / "w").write_bytes(content.tobytes())
+    file = DataFile(tmp_path / "w")
+    for size in (len(content) - offset, 1 << 20, 1000):
+        tensor: Any = FileTensor(file, offset, ir.DataType.UINT8, [size], "w")
+        with reading_once(tensor) as array:
+            np.testing.assert_array_equal(array, content[offset : offset + size])
+    beyond: Any = FileTensor(file, offset, ir.DataType.UINT8, [len(content)], "w")
+    if offset:
+        with pytest.raises((OSError, ValueError)), reading_once(beyond):
+            pass
