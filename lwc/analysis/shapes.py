@@ -148,7 +148,11 @@ class Shapes(Analysis):
         return self._module.opset
 
     def infer(self, node: ir.Node) -> None:
-        """Infer the outputs of a node made or changed during a rewrite."""
+        """Infer the outputs of a node made or changed during a rewrite.
+
+        What was inferred at the calls of a function stays for nodes with an attribute that the
+        calls decide.
+        """
         inputs = [None if value is None else self.fact(value) for value in node.inputs]
         self._apply(node, inputs)
 
@@ -284,6 +288,10 @@ class Shapes(Analysis):
 
     def _apply(self, node: ir.Node, inputs: list[Fact | None]) -> None:
         name = node.op_type if is_default_domain(node) else op_name(node)
+        if self._functions and not self._calls and _refers(node):
+            for value in node.outputs:
+                self._facts.setdefault(value, UNKNOWN)
+            return
         site = Site(node, inputs, self)
         try:
             function = self._functions.get(node.op_identifier()) if self._functions else None
@@ -391,6 +399,11 @@ class Shapes(Analysis):
         if isinstance(value.type, ir.TensorType):
             return Fact(value.dtype)
         return UNKNOWN
+
+
+def _refers(node: ir.Node) -> bool:
+    """Tell whether an attribute is a parameter of the function around."""
+    return any(attribute.is_ref() for attribute in node.attributes.values())
 
 
 def _declared_names(module: Module) -> set[str]:

@@ -149,7 +149,8 @@ class Editor:
             return None
         flat = array.ravel()
         first = flat[0]
-        return first.item() if array.size == 1 or bool(np.all(flat == first)) else None
+        # By bits: 0.0 equals -0.0 and is another number.
+        return first.item() if flat.tobytes() == first.tobytes() * flat.size else None
 
     def in_function(self, node: ir.Node) -> bool:
         """Tell whether the node lies in a function body, which holds no initializers."""

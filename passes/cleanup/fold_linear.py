@@ -32,6 +32,8 @@ from lwc.rewrite import (
 __all__ = ["FoldLinear", "fold_linear"]
 
 _LINEAR_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_COARSEST = 2.0**-8
+"""No type rounds a number in its normal range by more."""
 _CARRIERS = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
 
 
@@ -237,5 +239,10 @@ def _merge_affine(node: ir.Node, edit: Editor) -> Outcome:
     assert rank is not None
     assert dtype is not None
     shape = (-1, *([1] * (rank - 1 - axis))) if axis is not None else ()
-    constant = edit.constant(both.reshape(shape).astype(dtype.numpy()), "constant")
+    with np.errstate(over="ignore"):
+        rounded = both.astype(dtype.numpy())
+    near = np.allclose(rounded.astype(np.float64), both, rtol=_COARSEST, atol=0.0)
+    if not (near and np.all(np.isfinite(both))):
+        return Miss(f"the two constants together leave the range of {dtype.name.lower()}", producer)
+    constant = edit.constant(rounded.reshape(shape), "constant")
     return edit.op(node.op_type, [inner.source, constant])

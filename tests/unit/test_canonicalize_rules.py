@@ -370,3 +370,166 @@ def test_nothing_to_do_is_said() -> None:
     module = module_of("g (float[4] x) => (float[4] y) { y = Exp(x) }")
     assert not canonicalize(module).changed
     assert any("nothing to simplify" in each.message for each in module.remarks)
+
+
+def agree(text: str, *feeds: dict[str, Array], opset: int = 18) -> Module:
+    """Canonicalize a graph and compare its outputs bit by bit with those it had."""
+    module = module_of(text, opset)
+    wanted = [run_plain(module, feed) for feed in feeds]
+    canonicalize(module)
+    for feed, outputs in zip(feeds, wanted, strict=True):
+        for found, output in zip(run_plain(module, feed), outputs, strict=True):
+            np.testing.assert_array_equal(found, output)
+            np.testing.assert_array_equal(np.signbit(found), np.signbit(output))
+    return module
+
+
+def test_an_empty_list_of_axes_squeezes_all() -> None:
+    agree(
+        """g (float[1,1,3] x) => (float[3] y, float[3] z)
+        <int64[1] first = {0}, int64[0] all = {}, float[1,3] c = {1, 2, 3}> {
+            t = Squeeze(x, first)
+            y = Squeeze(t, all)
+            s = Squeeze(c, all)
+            z = Add(s, y)
+        }""",
+        {"x": np.ones((1, 1, 3), np.float32)},
+    )
+
+
+def test_zeros_of_both_signs_are_not_one_number() -> None:
+    agree(
+        """g (float[2] x) => (float[2] y) <float[2] zeros = {-0.0, 0.0}> {
+            y = Add(x, zeros)
+        }""",
+        {"x": np.array([-0.0, -0.0], np.float32)},
+    )
+
+
+@pytest.mark.parametrize("bounds", [(2, 2**63 - 2), (2**63 - 2, 2**63 - 1)])
+def test_slices_to_the_end_of_everything_are_merged(bounds: tuple[int, int]) -> None:
+    start, end = bounds
+    module = agree(
+        f"""g (float[n] x) => (float[m] y) <
+            int64[1] two = {{2}}, int64[1] far = {{{2**63 - 1}}},
+            int64[1] start = {{{start}}}, int64[1] end = {{{end}}}> {{
+            a = Slice(x, two, far)
+            y = Slice(a, start, end)
+        }}""",
+        {"x": np.arange(9, dtype=np.float32)},
+    )
+    assert ops(module) == ["Slice"]
+
+
+def test_a_backward_slice_to_the_largest_number_is_left_to_the_runtime() -> None:
+    agree(
+        """g (int64[1] x) => (int64[m] y) <int64[2] c = {5, 6}, int64[1] far = {2147483647},
+        int64[1] axis = {0}, int64[1] back = {-1}> {
+            s = Slice(c, far, far, axis, back)
+            y = Concat<axis = 0>(s, x)
+        }""",
+        {"x": np.array([1])},
+    )
+
+
+def test_a_length_cast_to_a_byte_wraps() -> None:
+    agree(
+        """g (float[n] x) => (bool[1] y) {
+            length = Shape(x)
+            byte = Cast<to = 3>(length)
+            again = Cast<to = 7>(byte)
+            y = Equal(again, length)
+        }""",
+        {"x": np.zeros(200, np.float32)},
+        {"x": np.zeros(3, np.float32)},
+    )
+
+
+def test_a_loop_body_that_hands_on_its_parameters_is_inlined() -> None:
+    def typed(*names: str) -> list[onnx.ValueInfoProto]:
+        kinds = {"i": (TensorProto.INT64, []), "go": (TensorProto.BOOL, [])}
+        return [
+            helper.make_tensor_value_info(name, *kinds.get(name[:2], (TensorProto.FLOAT, [3])))
+            for name in names
+        ]
+
+    go_on = helper.make_node("Identity", ["go"], ["go_on"])
+    body = helper.make_graph([go_on], "body", typed("i", "go", "a", "b"), typed("go_on", "b", "a"))
+    loop = helper.make_node("Loop", ["once", "", "x", "z"], ["u", "v"], body=body)
+    once = numpy_helper.from_array(np.array(1), "once")
+    graph = helper.make_graph([loop], "g", typed("x", "z"), typed("u", "v"), [once])
+    opset = [helper.make_opsetid("", 18)]
+    module = Module(ir.from_proto(helper.make_model(graph, opset_imports=opset, ir_version=8)))
+    feed = {"x": np.zeros(3, np.float32), "z": np.ones(3, np.float32)}
+    wanted = run_plain(module, feed)
+    canonicalize(module)
+    assert ops(module) == ["Identity", "Identity"]
+    np.testing.assert_array_equal(run_plain(module, feed), wanted)
+
+
+def test_dropout_in_training_is_random() -> None:
+    module = module_of(
+        """g (float[4] x) => (float[4] y) <float[4] c = {1, 1, 1, 1}, float half = {0.5},
+        bool training = {1}> {
+            kept = Dropout(c, half, training)
+            y = Add(kept, x)
+        }"""
+    )
+    assert not canonicalize(module).changed
+    assert ops(module) == ["Dropout", "Add"]
+
+
+def test_an_absent_output_replaces_none() -> None:
+    text = """g (float[1,1,4,4] x) => (float[1,1,2,2] y, int64[1,1,2,2] z) {
+        y, unused = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(x)
+        again, places = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(x)
+        z = Neg(places)
+    }"""
+    module = module_of(text, 18)
+    first = module.graph[0]
+    first.outputs[1].name = ""
+    feed = {"x": np.arange(16, dtype=np.float32).reshape(1, 1, 4, 4)}
+    wanted = run_plain(module, feed)
+    canonicalize(module)
+    for found, output in zip(run_plain(module, feed), wanted, strict=True):
+        np.testing.assert_array_equal(found, output)
+
+
+def test_what_a_loop_changes_is_not_equal_to_what_it_started_from() -> None:
+    agree(
+        """g (float[n] x, int64 trips) => (bool[k,1] same, float[p] z) <bool go = {1}> {
+            found = NonZero(x)
+            axis = Constant<value = int64[1] {0}>()
+            places = Squeeze(found, axis)
+            start = Cast<to = 1>(places)
+            z, same = Loop(trips, go, start) <body = b (int64 i, bool go_in, float[q] v)
+                => (bool go_out, float[r] longer, bool[1] equal) <float[1] one = {1}> {
+                go_out = Identity(go_in)
+                now = Shape(v)
+                before = Shape(start)
+                equal = Equal(now, before)
+                longer = Concat<axis = 0>(v, one)
+            }>
+        }""",
+        {"x": np.array([1, 0, 2], np.float32), "trips": np.array(3)},
+    )
+
+
+def test_attributes_that_calls_decide_are_not_their_defaults() -> None:
+    text = """<ir_version: 9, opset_import: ["" : 18, "c" : 1]>
+    g (float[2,3,4] x) => (float[a,b,c] u, int64[3] y, float[d,e,f] v, int64[3] z) {
+        u, y = c.F<p = [0, 2, 1]>(x)
+        v, z = c.F<p = [1, 0, 2]>(x)
+    }
+    <opset_import: ["" : 18], domain: "c">
+    F <p> (x) => (turned, s) {
+        same = Identity(x)
+        turned = Transpose<perm: ints = @p>(same)
+        s = Shape(turned)
+    }"""
+    module = Module(ir.from_onnx_text(text))
+    feed = {"x": np.zeros((2, 3, 4), np.float32)}
+    wanted = run_plain(module, feed)
+    canonicalize(module)
+    for found, output in zip(run_plain(module, feed), wanted, strict=True):
+        np.testing.assert_array_equal(found, output)

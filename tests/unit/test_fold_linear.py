@@ -263,3 +263,18 @@ def test_two_scales_in_a_row_become_one() -> None:
     graph = Graph(["N", 4, 5])
     graph.add("Mul", graph.weight(5)).add("Mul", graph.weight()).add("Add", graph.weight(4, 1))
     assert fold(graph.add("Add", graph.weight()))[0] == ["Mul", "Add"]
+
+
+@pytest.mark.parametrize("op", ["Mul", "Add"])
+@pytest.mark.parametrize("factor", [1e30, 1e-30])
+def test_two_constants_whose_product_leaves_the_type_stay_apart(op: str, factor: float) -> None:
+    size = factor if op == "Mul" else 3e38
+    graph = Graph([5])
+    for _ in range(2):
+        graph.add(op, graph.constant(np.full(5, size, np.float32)))
+    module = graph.module()
+    x = np.full(5, 1 / factor if op == "Mul" else -3e38, np.float32)
+    wanted = run_plain(module, {"x": x})[0]
+    run_pass_to_the_end(FoldLinear(), module)
+    np.testing.assert_allclose(run_plain(module, {"x": x})[0], wanted, rtol=1e-5)
+    assert ops(module) == [op, op]

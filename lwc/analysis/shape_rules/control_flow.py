@@ -123,34 +123,42 @@ def _settle(
     Each round only forgets, an extent at a time, then a rank: it ends.
     """
     shapes = site.shapes
+    born = shapes.fresh_count
     while True:
         for variable, fact in zip(variables, state, strict=True):
             shapes.set_fact(variable, fact)
         shapes.visit(body)
         outputs = body.outputs[first_output : first_output + len(variables)]
         after = [shapes.fact(value)._replace(known=None) for value in outputs]
-        widened = [_widened(a, b, shapes) for a, b in zip(state, after, strict=True)]
+        widened = [_widened(a, b, shapes, born) for a, b in zip(state, after, strict=True)]
         if all(a is b for a, b in zip(state, widened, strict=True)):
             return after
         state = widened
 
 
-def _widened(before: Fact, after: Fact, shapes: Shapes) -> Fact:
-    """Return `before` itself if it covers `after`, else what is left of it."""
+def _widened(before: Fact, after: Fact, shapes: Shapes, born: int) -> Fact:
+    """Return `before` itself if it covers `after`, else what is left of it.
+
+    A symbol made since `born` stands for this extent alone and covers any other; an older one is
+    known outside of the loop.
+    """
+
+    def covers(x: Dim, y: Dim) -> bool:
+        return equal(x, y) or (shapes.is_fresh(x) and shapes.made_since(x, born))
+
     dtype = before.dtype if before.dtype == after.dtype else None
     element = before.element
     if element is not None:
-        element = UNKNOWN if after.element is None else _widened(element, after.element, shapes)
+        element = (
+            UNKNOWN if after.element is None else _widened(element, after.element, shapes, born)
+        )
     shape = before.shape
     if shape is not None:
         if after.shape is None or len(after.shape) != len(shape):
             shape = None
-        elif any(
-            not equal(x, y) and not shapes.is_fresh(x)
-            for x, y in zip(shape, after.shape, strict=True)
-        ):
+        elif not all(map(covers, shape, after.shape)):
             shape = tuple(
-                x if equal(x, y) or shapes.is_fresh(x) else shapes.fresh()
+                x if covers(x, y) else shapes.fresh()
                 for x, y in zip(shape, after.shape, strict=True)
             )
     if dtype is before.dtype and element is before.element and shape is before.shape:

@@ -395,7 +395,7 @@ def _cast(site: Site) -> Outcome:
 
 
 def _cast_content(known: SymbolicArray | None, dtype: ir.DataType) -> SymbolicArray | None:
-    """Convert content between types; expressions are taken to fit an integer type."""
+    """Convert content between types; expressions are taken to fit 32 bits."""
     if known is None or not trackable(dtype, known.size):
         return None
     if known.size and dtype == ir.DataType.FLOAT16:
@@ -420,6 +420,9 @@ def _cast_element(element: Any, dtype: ir.DataType) -> Any:
         return float(dtype.numpy().type(element))
     if dtype == ir.DataType.BOOL:
         return True if at_least(element, 1) else None
-    if is_integer_type(dtype) and not element.is_integer:
-        return _rounded(element, False) if at_least(element, 0) else None
+    if is_integer_type(dtype):
+        if dtype.bitwidth < 32:
+            return None
+        if not element.is_integer:
+            return _rounded(element, False) if at_least(element, 0) else None
     return element

@@ -27,7 +27,8 @@ def infer(site: Site) -> Outcome:
     """
     hints = [site.shapes.hint(value) for value in site.node.outputs]
     schema = _schema(site.node.domain, site.node.op_type, _version(site))
-    if schema is None or any(True for _ in attribute_graphs(site.node)):
+    refers = any(attribute.is_ref() for attribute in site.node.attributes.values())
+    if schema is None or refers or any(True for _ in attribute_graphs(site.node)):
         return hints
     inferred = _from_schema(site, schema)
     return [

@@ -133,7 +133,10 @@ def _slice(site: Site) -> Outcome:
             content = None
             continue
         start, end = starts[place], ends[place]
-        if isinstance(start, int) and isinstance(end, int) and isinstance(source[axis], int):
+        if step < 0 and end in _ENDS:
+            shape[axis] = site.fresh()
+            content = None
+        elif isinstance(start, int) and isinstance(end, int) and isinstance(source[axis], int):
             span = _span(start, end, step, source[axis])
             shape[axis] = len(span)
             content = None if content is None else np.take(content, list(span), axis)
@@ -166,6 +169,9 @@ def _span(start: int, end: int, step: int, size: int) -> range:
         return range(min(max(start, 0), size), min(max(end, 0), size), step)
     return range(min(max(start, 0), size - 1), min(max(end, -1), size - 1), step)
 
+
+_ENDS = ((1 << 31) - 1, (1 << 63) - 1)
+"""Ends that ONNX Runtime reads as "to the end" in either direction; ONNX clamps them."""
 
 _FAR = (1 << 31) - 1
 """No extent reaches this; exporters write such numbers for "to the end"."""

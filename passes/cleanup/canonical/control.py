@@ -59,16 +59,14 @@ def _inline(
     node: ir.Node, body: ir.Graph, arguments: Sequence[ir.Value | None], edit: Editor
 ) -> list[ir.Value]:
     """Move the nodes of a body before its node and return the values of the body's outputs."""
-    for parameter, argument in zip(list(body.inputs), arguments, strict=True):
+    given: dict[ir.Value, ir.Value] = {}
+    for parameter, argument in zip(body.inputs, arguments, strict=True):
         assert argument is not None
-        if parameter.is_graph_output():
-            for index, output in enumerate(body.outputs):
-                if output is parameter:
-                    body.outputs[index] = argument
+        given[parameter] = argument
         edit.redirect(parameter, argument)
-    results = list(body.outputs)
-    _lift_initializers(body, results, edit)
+    results = [given.get(output, output) for output in body.outputs]
     body.outputs.clear()
+    _lift_initializers(body, results, edit)
     moved = list(body)
     for inner in moved:
         body.remove(inner)

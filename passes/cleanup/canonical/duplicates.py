@@ -12,9 +12,9 @@ import onnx_ir as ir
 from lwc.core.walk import attribute_graphs
 from lwc.rewrite import Editor
 
-__all__ = ["RANDOM_OPS", "merge_duplicates"]
+__all__ = ["is_random", "merge_duplicates"]
 
-RANDOM_OPS = frozenset({
+_RANDOM_OPS = frozenset({
     "Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform",
     "RandomUniformLike",
 })  # fmt: skip
@@ -25,6 +25,13 @@ _SMALL = 1024
 _INTEGRAL = {ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL}
 
 _Scope = dict[Hashable, list[ir.Value]]
+
+
+def is_random(node: ir.Node) -> bool:
+    """Tell whether a node may give another result on every run."""
+    if node.op_type == "Dropout":
+        return len(node.inputs) > 2 and node.inputs[2] is not None
+    return node.op_type in _RANDOM_OPS
 
 
 def merge_duplicates(editor: Editor) -> Counter[str]:
@@ -85,15 +92,13 @@ def _merge(editor: Editor, node: ir.Node, earlier: list[ir.Value]) -> bool:
 
 
 def _key(node: ir.Node) -> Hashable | None:
-    if node.domain not in _KNOWN_DOMAINS or node.op_type in RANDOM_OPS:
-        return None
-    if node.op_type == "Dropout" and len(node.inputs) > 2 and node.inputs[2] is not None:
+    if node.domain not in _KNOWN_DOMAINS or is_random(node):
         return None
     return (
         node.domain,
         node.op_type,
         node.overload,
-        len(node.outputs),
+        tuple(bool(value.name) for value in node.outputs),
         tuple(map(id, node.inputs)),
         tuple(sorted((name, _attribute_key(each)) for name, each in node.attributes.items()))
         if node.attributes

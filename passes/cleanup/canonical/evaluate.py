@@ -100,7 +100,8 @@ def _axes(inputs: Sequence[Array | None]) -> tuple[int, ...] | None:
 
 def _squeeze(node: ir.Node, inputs: Sequence[Array | None]) -> Array | None:
     assert inputs[0] is not None
-    return np.squeeze(inputs[0], axis=_axes(inputs))
+    # An empty list of axes is the same as none: every extent of 1 goes.
+    return np.squeeze(inputs[0], axis=_axes(inputs) or None)
 
 
 def _unsqueeze(node: ir.Node, inputs: Sequence[Array | None]) -> Array | None:

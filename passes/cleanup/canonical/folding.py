@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from lwc.core.walk import attribute_graphs
 from lwc.core.weights import release
-from lwc.passes.cleanup.canonical.duplicates import RANDOM_OPS
+from lwc.passes.cleanup.canonical.duplicates import is_random
 from lwc.passes.cleanup.canonical.evaluate import EvaluationError, evaluate
 from lwc.rewrite import ANY, Editor, Miss, Outcome, Rule, use_count
 
@@ -24,7 +24,7 @@ Array = np.ndarray[Any, Any]
 _MANY_USES = 1000
 _SPILL_BYTES = 4 << 20
 _BOUNDED_BY_INPUT = frozenset({"NonZero", "Unique", "Compress"})
-_NEVER = frozenset({"Constant", "Identity", *RANDOM_OPS})
+_NEVER = frozenset({"Constant", "Identity"})
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Folding:
         ]
 
     def _foldable(self, node: ir.Node, edit: Editor) -> bool:
-        if node.op_type in _NEVER or node.domain:
+        if node.op_type in _NEVER or node.domain or is_random(node):
             return False
         constants = 0
         for value in node.inputs:

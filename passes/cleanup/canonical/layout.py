@@ -67,7 +67,7 @@ def _merged_axes(outer: ir.Node, inner: ir.Node, edit: Editor) -> list[int] | No
         return None
     first, second = edit.ints(inner.inputs[1]), edit.ints(outer.inputs[1])
     rank = edit.rank(inner.inputs[0])
-    if first is None or second is None or rank is None:
+    if not first or not second or rank is None:
         return None
     if outer.op_type == "Unsqueeze":
         middle = rank + len(first)

@@ -77,8 +77,8 @@ def _compose(inner: _Range, outer: _Range) -> _Range | None:
     plain = inner.step == outer.step == 1 and min(*inner, *outer) >= 0
     if not plain:
         return None
-    start = inner.start + outer.start
-    end = inner.end if outer.end >= _END else min(inner.end, inner.start + outer.end)
+    start = min(inner.start + outer.start, _END)
+    end = min(inner.end, inner.start + outer.end)
     return _Range(start, max(start, end), 1)
 
 
