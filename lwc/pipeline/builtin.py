@@ -107,9 +107,9 @@ BUILTIN: tuple[PassInfo, ...] = (
             ),
             OptionInfo(
                 name="symmetric",
-                type="bool or none",
-                default="none",
-                help="Whether the zero point is fixed in the middle. By default 8-bit codes are symmetric and 4-bit codes are not.",
+                type="bool",
+                default="false",
+                help="Whether the zero point is fixed in the middle. That saves a byte or half a byte per block.",
             ),
             OptionInfo(
                 name="search",

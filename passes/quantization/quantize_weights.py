@@ -38,8 +38,8 @@ class QuantizeWeights(Pass):
         embeddings: Bits of tables read by Gather; none leaves them, and what is tied to them.
         block_size: Weights that share a scale; a power of two from 16. With `format=qdq`, 0
             gives each output channel one scale.
-        symmetric: Whether the zero point is fixed in the middle. By default 8-bit codes are
-            symmetric and 4-bit codes are not.
+        symmetric: Whether the zero point is fixed in the middle. That saves a byte or half a
+            byte per block.
         search: How scales are chosen: `mse` tries a few grids per block and keeps the one of
             least squared error, `none` takes the block's range.
         ops: Operators whose weights are quantized.
@@ -56,7 +56,7 @@ class QuantizeWeights(Pass):
     bits: Literal[4, 8] = 4
     embeddings: Literal[4, 8] | None = 8
     block_size: int = 32
-    symmetric: bool | None = None
+    symmetric: bool = False
     search: Literal["none", "mse"] = "mse"
     ops: tuple[str, ...] = ("MatMul", "Gemm")
     exclude: tuple[str, ...] = ()
@@ -181,8 +181,8 @@ class QuantizeWeights(Pass):
         return self.embeddings if table and self.embeddings else self.bits
 
     def _is_symmetric(self, weight: WeightUses) -> bool:
-        bits = self._bits(weight)
-        return bits == 8 if self.symmetric is None else self.symmetric
+        # A shared 4-bit table would need its zero points packed in two ways.
+        return self.symmetric or (weight.tied and self._bits(weight) == 4)
 
     def _packed_bytes(self, weight: WeightUses, inputs: int, outputs: int) -> int:
         bits, size = self._bits(weight), self.block_size or inputs
@@ -201,9 +201,7 @@ class QuantizeWeights(Pass):
         from lwc.passes.quantization.streaming import WeightSpec
 
         bits = self._bits(weight)
-        # A shared 4-bit table would need its zero points packed in two ways.
-        symmetric = self._is_symmetric(weight) or (weight.tied and bits == 4)
-        grid = Grid(bits, symmetric, self.search)
+        grid = Grid(bits, self._is_symmetric(weight), self.search)
         if self.format == "qdq":
             self._check_opset(weight, bits, module.opset)
             layout: Any = "qdq"

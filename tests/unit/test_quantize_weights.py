@@ -393,7 +393,7 @@ def test_standard_format_before_opset_21() -> None:
     module = module_of(text)
     feed = feed_of(module)
     before = outputs(module, feed)[0]
-    quantized(module, format="qdq", bits=8, block_size=0)
+    quantized(module, format="qdq", bits=8, block_size=0, symmetric=True)
     assert ops(module) == ["DequantizeLinear", "MatMul"]
     assert weight(module, "w_q8").dtype == np.int8
     after = outputs(module, feed)[0]
