@@ -21,7 +21,15 @@ if TYPE_CHECKING:
     from lwc.core.module import Module
     from lwc.pipeline.passes import Runner
 
-__all__ = ["FeedSpec", "dim_names", "load_feeds", "make_feed", "working_feeds"]
+__all__ = [
+    "FeedSpec",
+    "dim_names",
+    "fixed_dims",
+    "load_feeds",
+    "make_feed",
+    "usual_extents",
+    "working_feeds",
+]
 
 Array = np.ndarray[Any, Any]
 
@@ -67,16 +75,16 @@ def make_feed(
     Raises:
         LwcError: An input is no tensor or has no known rank, and `spec.values` lacks it.
     """
-    slots = dim_names(module)
+    usual = usual_extents(module)
     known = {**spec.dims, **(bindings or {})}
-    unknown = [name for name in known if name not in slots]
+    unknown = [name for name in known if name not in usual]
     if unknown:
         raise InputError(
             f"no input has a dimension '{unknown[0]}'",
             file=module.source.path,
-            remedy=f"the dimensions are {', '.join(slots) or 'all fixed'}",
+            remedy=f"the dimensions are {', '.join(usual) or 'all fixed'}",
         )
-    extents = {**{name: _USUAL[kind] for name, kind in slots.items()}, **known}
+    extents = {**usual, **known}
     feed = {}
     for value in fed_inputs(module):
         name = value.name or ""
@@ -89,6 +97,25 @@ def make_feed(
             input_role(module, value), shape, _numpy_type(module, value), rng, spec.ranges.get(name)
         )
     return feed
+
+
+def usual_extents(module: Module) -> dict[str, int]:
+    """Return the extents that `make_feed` gives the free dimensions where nothing binds them."""
+    return {name: _USUAL[kind] for name, kind in dim_names(module).items()}
+
+
+def fixed_dims(before: Module, after: Module) -> dict[str, int]:
+    """Return the free dimensions of `before` that `after` fixed, with their extents."""
+    fixed = {}
+    shapes = {value.name: value.shape for value in after.graph.inputs}
+    for value in fed_inputs(before):
+        pairs = zip(value.shape or (), shapes.get(value.name) or (), strict=False)
+        for axis, (dim, now) in enumerate(pairs):
+            if isinstance(now, int) and now >= 0 and not isinstance(dim, int):
+                name = dim.value
+                fixed[f"{value.name}:{axis}" if is_anonymous(name) else str(name)] = now
+    known = dim_names(before)
+    return {name: extent for name, extent in fixed.items() if name in known}
 
 
 def dim_names(module: Module) -> dict[str, str]:

@@ -17,10 +17,31 @@ if TYPE_CHECKING:
 
     from lwc.core.module import Module
 
-__all__ = ["Tokenize", "id_input", "load_tokenizer", "text_feeds", "token_feed", "windows"]
+__all__ = [
+    "Tokenize",
+    "id_input",
+    "load_tokenizer",
+    "read_text",
+    "text_feeds",
+    "token_feed",
+    "windows",
+]
 
 Tokenize: TypeAlias = Callable[[str], Sequence[int]]
 """Turns a text into token ids, without adding special tokens, padding or truncating."""
+
+
+def read_text(path: str | Path) -> str:
+    """Read a text in UTF-8.
+
+    Raises:
+        InputError: There is none.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise InputError(f"cannot be read: {reason}", file=path) from error
 
 
 def load_tokenizer(path: str | Path) -> Tokenize:

@@ -34,9 +34,10 @@ class OutputAgreement:
         max_error: Largest absolute difference.
         mean_error: Mean absolute difference.
         relative_error: Euclidean norm of the difference over that of the reference.
-        cosine: Cosine of the angle between both, all elements as one vector; 1 where both are 0.
-        top1: Share of rows (along the last axis) whose largest element is at the same place;
-            None where rows have one element.
+        cosine: Cosine of the angle between both, all elements as one vector; 1 where both are 0,
+            0 where elements differ and none can be compared.
+        top1: Share of rows (along the last axis) whose largest element is at the same place, and
+            which hold NaN in both or neither; None where rows have one element.
         nonfinite: Elements that are NaN or infinite on one side and something else on the other.
     """
 
@@ -128,6 +129,7 @@ class _Sums:
             self._add_block(left[start : start + _BLOCK], right[start : start + _BLOCK])
         if expected.ndim and expected.shape[-1] > 1 and expected.size:
             same = expected.argmax(axis=-1) == result.argmax(axis=-1)
+            same &= np.isnan(expected.max(axis=-1)) == np.isnan(result.max(axis=-1))
             self.rows += same.size
             self.same_top += int(same.sum())
 
@@ -154,7 +156,7 @@ class _Sums:
         if norm and other:
             cosine = min(1.0, max(-1.0, self.product / (norm * other)))
         else:
-            cosine = 1.0 if norm == other else 0.0
+            cosine = 1.0 if norm == other and (self.finite or not self.nonfinite) else 0.0
         relative = distance / norm if norm else (math.inf if distance else 0.0)
         return OutputAgreement(
             self.elements,

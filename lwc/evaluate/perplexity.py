@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ __all__ = ["Perplexity", "PerplexityRatio", "perplexity"]
 
 Array = np.ndarray[Any, Any]
 
+_MAX_POWER = math.log(sys.float_info.max)
 _ROWS = 64
 """Rows of logits turned to float64 at once."""
 
@@ -54,7 +56,7 @@ class Perplexity:
                 "evaluate both on the same text"
             )
         difference = self.nll_per_token - reference.nll_per_token
-        ratio = math.exp(float(difference.mean()))
+        ratio = _exp(float(difference.mean()))
         error = float(difference.std(ddof=1)) / math.sqrt(self.tokens) if self.tokens > 1 else 0.0
         return PerplexityRatio(ratio, ratio * error)
 
@@ -119,7 +121,12 @@ def perplexity(
             _check_logits(logits, stop - start, ids, module, logits_name)
             losses.append(_nll(logits[0, scored - start :], ids[scored + 1 : stop + 1]))
     nll = np.concatenate(losses)
-    return Perplexity(math.exp(float(nll.mean())), len(nll), nll, window, stride)
+    return Perplexity(_exp(float(nll.mean())), len(nll), nll, window, stride)
+
+
+def _exp(power: float) -> float:
+    """Return e to `power`, infinite where no float holds it."""
+    return math.inf if power > _MAX_POWER else math.exp(power)
 
 
 def _logits_output(module: Module) -> str:

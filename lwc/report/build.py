@@ -8,12 +8,13 @@ import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import lwc
 from lwc.analysis.cost import Cost
 from lwc.analysis.manager import AnalysisManager
 from lwc.analysis.memory import Memory
+from lwc.analysis.predict import UnboundError
 from lwc.analysis.target import cpu_name
 from lwc.core.diagnostics import Remark
 from lwc.core.dims import bind
@@ -32,6 +33,8 @@ __all__ = ["Predict", "build_report", "model_entry", "onnx_file", "take_figures"
 Predict: TypeAlias = "Callable[[Module, Mapping[str, int]], float]"
 """Predicts the seconds of one run of a module under bindings."""
 
+_Number = TypeVar("_Number", int, float)
+
 
 def take_figures(
     module: Module, bindings: Mapping[str, int], predict: Predict | None = None
@@ -47,18 +50,16 @@ def take_figures(
     cost = analyses.get(Cost)
     snapshot = take_snapshot(module)
     total = cost.total
-    flops = _number(total.flops, bindings)
-    bound = flops is not None
     return Figures(
         nodes=snapshot.nodes,
         nodes_by_op=dict(snapshot.ops),
         parameters=total.parameters,
         parameter_bytes=snapshot.parameter_bytes,
-        flops=flops,
+        flops=_number(total.flops, bindings),
         flops_formula=str(total.flops),
-        peak_activation_bytes=analyses.get(Memory).peak(bindings) if bound else None,
+        peak_activation_bytes=_if_bound(lambda: analyses.get(Memory).peak(bindings)),
         traffic_bytes=_number(total.traffic, bindings),
-        predicted_seconds=predict(module, bindings) if predict is not None and bound else None,
+        predicted_seconds=_if_bound(lambda: predict(module, bindings)) if predict else None,
         uncounted=dict(cost.uncounted),
     )
 
@@ -143,6 +144,13 @@ def this_machine() -> Machine:
         onnxruntime=onnxruntime.__version__,
         lwc=lwc.__version__,
     )
+
+
+def _if_bound(figure: Callable[[], _Number]) -> _Number | None:
+    try:
+        return figure()
+    except UnboundError:
+        return None
 
 
 def _number(dim: Dim, bindings: Mapping[str, int]) -> float | None:

@@ -173,15 +173,17 @@ class Quality:
     """One measure of how well the models do, before and after.
 
     Attributes:
-        metric: `perplexity`, `cosine`, `top-1 agreement`, `max abs error`.
+        metric: `perplexity`, `cosine`, `top-1 agreement`, `max abs error`, or `differing NaN,
+            infinite or text elements`, which no error counts.
         before: Value of the input model; None where the metric compares the two.
-        after: Value of the output model, or of the comparison.
+        after: Value of the output model, or of the comparison; None in a file where it is NaN or
+            infinite.
         detail: What it was measured on.
     """
 
     metric: str
     before: float | None
-    after: float
+    after: float | None
     detail: str
 
 

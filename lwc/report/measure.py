@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lwc.backends.base import Backend
-from lwc.calibration.feeds import make_feed
-from lwc.calibration.text import text_feeds
+from lwc.calibration.feeds import fixed_dims, make_feed, usual_extents
+from lwc.calibration.text import id_input, load_tokenizer, read_text, text_feeds
+from lwc.core.errors import InputError
 from lwc.evaluate import latency as timing
 from lwc.evaluate.agreement import Agreement, agreement
 from lwc.evaluate.memory import peak_memory
@@ -23,7 +24,7 @@ from lwc.report.data import LatencyComparison, ModelEntry, Quality, Report
 if TYPE_CHECKING:
     from lwc.core.module import Module
 
-__all__ = ["MeasureSettings", "measure", "predictor"]
+__all__ = ["MeasureSettings", "check_text", "measure", "predictor", "settle_shape"]
 
 _AGREEMENT_WINDOWS = 2
 
@@ -33,7 +34,7 @@ class MeasureSettings:
     """What to measure.
 
     Attributes:
-        shapes: Numbers for the symbolic dimensions, one set per timing.
+        shapes: Numbers for the free dimensions of the model that went in, one set per timing.
         threads: Threads of the runtime.
         rounds: Interleaved rounds of each timing.
         text: A text to measure perplexity on, or None.
@@ -74,8 +75,8 @@ def measure(
         LwcError: A model does not run at one of the shapes.
     """
     latency, quality = [], list(report.quality)
-    for shape in settings.shapes:
-        feed = make_feed(before, shape)
+    feeds = [make_feed(before, shape) for shape in settings.shapes]
+    for shape, feed in zip(settings.shapes, feeds, strict=True):
         with (
             backend.compile(before, threads=settings.threads) as first,
             backend.compile(after, threads=settings.threads) as second,
@@ -86,7 +87,7 @@ def measure(
             if settings.text is None:
                 where = " ".join(f"{name}={number}" for name, number in shape.items())
                 agreed = agreement(first, second, [feed])
-                quality += _agreement(agreed, f"one random feed, {where}")
+                quality += _agreement(agreed, f"one random feed{where and ', '}{where}")
         latency.append(
             LatencyComparison(
                 bindings=dict(shape),
@@ -101,17 +102,56 @@ def measure(
         )
     if settings.text is not None:
         quality.append(_perplexity(before, after, settings, backend))
-        feeds = itertools.islice(_text_feeds(before, settings), _AGREEMENT_WINDOWS)
-        agreed = agreement(before, after, feeds, threads=settings.threads)
+        pieces = itertools.islice(_text_feeds(before, settings), _AGREEMENT_WINDOWS)
+        agreed = agreement(before, after, pieces, threads=settings.threads)
         detail = f"the first {_AGREEMENT_WINDOWS} windows of {settings.window} tokens"
         quality += _agreement(agreed, detail)
     return dataclasses.replace(
         report,
         latency=latency,
         quality=quality,
-        input=_with_memory(report.input, before, settings),
-        output=_with_memory(report.output, after, settings),
+        input=_with_memory(report.input, feeds[:1], settings.threads),
+        output=_with_memory(report.output, feeds[:1], settings.threads),
     )
+
+
+def check_text(module: Module, text: str, tokenizer: str | None) -> None:
+    """Check before any work that perplexity can be measured.
+
+    Raises:
+        LwcError: The text or the tokenizer cannot be read, or the model takes no token ids.
+    """
+    read_text(text)
+    id_input(module)
+    load_tokenizer(tokenizer or module.source.path or "")
+
+
+def settle_shape(before: Module, after: Module, shape: Mapping[str, int]) -> dict[str, int]:
+    """Give every free dimension of the model that went in a number to measure both models at.
+
+    Args:
+        before: The model that went in.
+        after: The model that came out; dimensions it fixed have the extents it needs.
+        shape: Wished extents, by dimension name; others get a usual one (see `make_feed`).
+
+    Raises:
+        InputError: A name is unknown, or `after` needs another extent.
+    """
+    usual, fixed = usual_extents(before), fixed_dims(before, after)
+    for name, extent in shape.items():
+        if name not in usual:
+            raise InputError(
+                f"no input has a dimension '{name}' to measure at",
+                file=before.source.path,
+                remedy=f"the dimensions are {', '.join(usual) or 'all fixed'}",
+            )
+        if fixed.get(name, extent) != extent:
+            raise InputError(
+                f"dimension '{name}' is {fixed[name]} after the passes: it cannot be measured "
+                f"at {extent}",
+                file=before.source.path,
+            )
+    return {**usual, **fixed, **shape}
 
 
 def predictor(threads: int = 1) -> Predict:
@@ -145,6 +185,7 @@ def _agreement(agreed: Agreement, detail: str) -> list[Quality]:
             "cosine": output.cosine,
             "top-1 agreement": output.top1,
             "max abs error": output.max_error,
+            "differing NaN, infinite or text elements": output.nonfinite or None,
         }
         found += [
             Quality(metric, None, value, f"output {name}, {detail}")
@@ -159,7 +200,7 @@ def _text_feeds(module: Module, settings: MeasureSettings) -> Iterator[Feed]:
     return text_feeds(
         module,
         _tokenizer(module, settings),
-        settings.text.read_text(encoding="utf-8"),
+        read_text(settings.text),
         window=settings.window,
     )
 
@@ -176,7 +217,7 @@ def _perplexity(
     before: Module, after: Module, settings: MeasureSettings, backend: Backend
 ) -> Quality:
     assert settings.text is not None
-    text = settings.text.read_text(encoding="utf-8")
+    text = read_text(settings.text)
     tokenizer = _tokenizer(before, settings)
     one, two = (
         perplexity(
@@ -199,10 +240,9 @@ def _perplexity(
     return Quality("perplexity", one.value, two.value, detail)
 
 
-def _with_memory(entry: ModelEntry, module: Module, settings: MeasureSettings) -> ModelEntry:
+def _with_memory(entry: ModelEntry, feeds: Sequence[Feed], threads: int) -> ModelEntry:
     file = None if entry.path is None else onnx_file(Path(entry.path))
-    if file is None or not settings.shapes:
+    if file is None or not feeds:
         return entry
-    feed = make_feed(module, settings.shapes[0])
-    peak = peak_memory(file, [feed], threads=settings.threads).peak
+    peak = peak_memory(file, feeds, threads=threads).peak
     return dataclasses.replace(entry, peak_rss_bytes=peak)

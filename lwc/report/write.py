@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -40,12 +41,23 @@ def write_report(report: Report, path: str | os.PathLike[str]) -> None:
     target = Path(path)
     content = render(report, target.suffix)
     with StagedFile(str(target.parent), target.name) as staged:
-        staged.file.write(content.encode())
+        # File names need not be UTF-8.
+        staged.file.write(content.encode(errors="backslashreplace"))
         staged.commit(str(target))
 
 
 def _json(report: Report) -> str:
-    return json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n"
+    data = _without_nonfinite(report.to_dict())
+    return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _without_nonfinite(data: Any) -> Any:
+    """Replace NaN and infinities, which JSON has not, by null."""
+    if isinstance(data, dict):
+        return {key: _without_nonfinite(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_without_nonfinite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def _template(report: Report, name: str, escape: bool) -> str:
@@ -57,7 +69,7 @@ def _template(report: Report, name: str, escape: bool) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(
-        count=text.count, size=text.size, time=text.time, cell=_markdown_cell
+        count=text.count, size=text.size, time=text.time, cell=_markdown_cell, figure=_figure
     )
     environment.globals.update(factor=text.factor)
     return environment.get_template(name).render(
@@ -74,6 +86,10 @@ def _html(report: Report) -> str:
 
 
 FORMATS: dict[str, Callable[[Report], str]] = {".json": _json, ".md": _markdown, ".html": _html}
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.6g}"
 
 
 def _markdown_cell(value: object) -> str:
@@ -123,7 +139,7 @@ def _summary(report: Report) -> list[dict[str, Any]]:
             }
         )
     for quality in report.quality:
-        if quality.before is None:
+        if quality.before is None or quality.after is None:
             continue
         summary.append(
             {

@@ -11,10 +11,9 @@ import numpy as np
 import onnx_ir as ir
 
 from lwc.backends.onnxruntime.session import OnnxRuntimeBackend, OnnxRuntimeExecutable
-from lwc.calibration.feeds import FeedSpec, dim_names, make_feed, working_feeds
+from lwc.calibration.feeds import FeedSpec, dim_names, fixed_dims, make_feed, working_feeds
 from lwc.calibration.inputs import fed_inputs
 from lwc.core.diagnostics import describe
-from lwc.core.dims import is_anonymous
 from lwc.core.errors import LwcError, VerificationError
 from lwc.core.walk import attribute_graphs, is_default_domain
 from lwc.pipeline.passes import Approximate, Contract, Exact, Lossy
@@ -127,7 +126,9 @@ def compare(
         return NumericReport(skipped=f"{describe(random)} draws random numbers")
     promised = _bounds(contract, before, after)
     bounds = (promised[0] if rtol is None else rtol, promised[1] if atol is None else atol)
-    spec = _with_fixed_dims(before, after, spec or FeedSpec())
+    spec = spec or FeedSpec()
+    dims, known = {**spec.dims, **fixed_dims(before, after)}, dim_names(before)
+    spec = replace(spec, dims={name: extent for name, extent in dims.items() if name in known})
     errors = []
     with _compiled(before, threads) as reference:
         if bindings:
@@ -284,20 +285,6 @@ def _random_node(module: Module) -> ir.Node | None:
     return next(
         (n for n in module.nodes() if n.op_type in _RANDOM_OPS and is_default_domain(n)), None
     )
-
-
-def _with_fixed_dims(before: Module, after: Module, spec: FeedSpec) -> FeedSpec:
-    """Fix in the feeds the dimensions that are free before the pass and fixed after it."""
-    fixed = dict(spec.dims)
-    shapes = {value.name: value.shape for value in after.graph.inputs}
-    for value in fed_inputs(before):
-        pairs = zip(value.shape or (), shapes.get(value.name) or (), strict=False)
-        for axis, (dim, now) in enumerate(pairs):
-            if isinstance(now, int) and now >= 0 and not isinstance(dim, int):
-                name = dim.value
-                fixed[f"{value.name}:{axis}" if is_anonymous(name) else str(name)] = now
-    known = dim_names(before)
-    return replace(spec, dims={name: extent for name, extent in fixed.items() if name in known})
 
 
 def _fitted(feed: Mapping[str, Array], module: Module) -> dict[str, Array]:

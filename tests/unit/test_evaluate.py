@@ -241,3 +241,20 @@ def test_agreement_errors() -> None:
         agreement(plus, other, feeds)
     with pytest.raises(LwcError, match=r"shape \[2\] after and \[1, 2\] before"):
         agreement(plus, flat, feeds)
+
+
+def test_perplexity_beyond_the_range_of_floats(ids: np.ndarray) -> None:
+    table = np.zeros((VOCABULARY, VOCABULARY))
+    table[:, 0] = 1e4
+    text = " ".join(str(one) for one in ids if one)
+    flat = table_model(np.zeros((VOCABULARY, VOCABULARY)), "input_ids")
+    found = perplexity(table_model(table, "input_ids"), tokens, text)
+    assert found.value == math.inf
+    assert found.over(perplexity(flat, tokens, text)).ratio == math.inf
+
+
+def test_outputs_of_nan_alone_do_not_agree() -> None:
+    found = output_agreement(np.array([[3.0, 1.0]] * 2), np.full((2, 2), np.nan))
+    assert (found.cosine, found.top1, found.nonfinite) == (0, 0, 4)
+    same = output_agreement(np.full((2, 2), np.nan), np.full((2, 2), np.nan))
+    assert (same.cosine, same.top1, same.nonfinite) == (1, 1, 0)

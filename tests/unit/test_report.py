@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import html.parser
 import json
+import math
+import os
 from pathlib import Path
 
 import jsonschema
@@ -13,10 +15,12 @@ import onnx_ir as ir
 import pytest
 
 import lwc
-from lwc.core.errors import UsageError
+from lwc.backends.onnxruntime.session import OnnxRuntimeBackend
+from lwc.core.errors import InputError, UsageError
 from lwc.evaluate.latency import Spread
 from lwc.report import Report, from_dict, json_schema, render, write_report
 from lwc.report.data import LatencyComparison, Quality
+from lwc.report.measure import MeasureSettings, measure, settle_shape
 
 ROOT = Path(__file__).parents[2]
 
@@ -179,3 +183,65 @@ def _fields(schema: dict[str, object]) -> dict[str, list[str]]:
 
     visit(schema)
     return found
+
+
+def test_a_report_of_constant_cost_and_free_dimensions() -> None:
+    module = lwc.Module(
+        ir.from_onnx_text(
+            '<ir_version: 10, opset_import: ["" : 18]>\n'
+            "g (float[batch, 8] x) => (float[batch, 8] y) { y = Identity(x) }"
+        )
+    )
+    report = lwc.optimize(module, "canonicalize").report
+    assert report.after.flops == 0
+    assert report.after.peak_activation_bytes is None
+
+
+def test_json_has_no_nan(report: Report) -> None:
+    odd = dataclasses.replace(report, quality=[Quality("perplexity", math.nan, math.inf, "text")])
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    data = json.loads(render(odd, ".json"), parse_constant=refuse)
+    jsonschema.validate(data, json_schema())
+    assert (data["quality"][0]["before"], data["quality"][0]["after"]) == (None, None)
+    for suffix in (".md", ".html"):
+        assert "nan" in render(odd, suffix)
+        render(from_dict(data), suffix)
+
+
+def test_a_name_that_is_not_utf8_is_reported(report: Report, tmp_path: Path) -> None:
+    name = os.fsdecode(b"\xff.onnx")
+    odd = dataclasses.replace(report, input=dataclasses.replace(report.input, path=name))
+    for suffix in (".json", ".md", ".html"):
+        write_report(odd, tmp_path / f"r{suffix}")
+        assert "\\udcff.onnx" in (tmp_path / f"r{suffix}").read_text()
+
+
+def test_shapes_are_settled_by_both_models() -> None:
+    before, after = lwc.Module(ir.from_onnx_text(MODEL)), lwc.Module(ir.from_onnx_text(MODEL))
+    assert settle_shape(before, after, {}) == {"batch": 1}
+    assert settle_shape(before, after, {"batch": 5}) == {"batch": 5}
+    after.graph.inputs[0].shape = ir.Shape([3, 8])
+    assert settle_shape(before, after, {}) == {"batch": 3}
+    assert settle_shape(before, after, {"batch": 3}) == {"batch": 3}
+    with pytest.raises(InputError, match="'batch' is 3 after the passes"):
+        settle_shape(before, after, {"batch": 4})
+    with pytest.raises(InputError, match=r"no input has a dimension 'seq'.*\(the dimensions are b"):
+        settle_shape(before, after, {"seq": 4})
+
+
+def test_a_model_that_gives_nan_shows_it() -> None:
+    before = lwc.Module(ir.from_onnx_text(MODEL))
+    result = lwc.optimize(before, "canonicalize", bind={"batch": 2})
+    weight = result.module.graph.initializers["w"]
+    result.module.replace_initializer(weight, ir.tensor(np.full((8, 4), np.nan, np.float32)))
+    shape = settle_shape(before, result.module, {})
+    settings = MeasureSettings(shapes=[shape], rounds=1)
+    measured = measure(result.report, before, result.module, settings, backend=OnnxRuntimeBackend())
+    values = {entry.metric: entry.after for entry in measured.quality}
+    assert values["cosine"] == 0
+    assert values["top-1 agreement"] == 0
+    assert values["differing NaN, infinite or text elements"] == 8
+    assert measured.latency[0].bindings == {"batch": 2}
