@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import os
 import sys
 from collections import Counter
@@ -13,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from lwc.analysis.manager import AnalysisManager
 from lwc.core.errors import InputError, RequirementError, UsageError
+from lwc.core.paths import is_folder_target
 from lwc.pipeline.instruments import History
 from lwc.pipeline.manager import NumericCheck, PassManager
 from lwc.pipeline.options import did_you_mean
-from lwc.pipeline.passes import Pass, PassContext, Progress, Verify
+from lwc.pipeline.passes import Pass, PassContext, Progress, Verify, check_settings
 from lwc.pipeline.record import PipelineRecord
 from lwc.pipeline.registry import default_registry
 from lwc.pipeline.spec import resolve
@@ -103,6 +105,9 @@ class RunSettings:
     instruments: Sequence[Instrument] = ()
     progress: Progress | None = None
 
+    def __post_init__(self) -> None:
+        check_settings(self.verify, self.seed, self.threads, self.max_memory)
+
 
 def optimize(
     graph: Any,
@@ -118,7 +123,7 @@ def optimize(
     seed: int = 0,
     instruments: Sequence[Instrument] = (),
     max_memory: int | None = None,
-    grant: Iterable[str] = (),
+    grant: str | Iterable[str] = (),
     require_match: int | Mapping[str, int] | None = None,
 ) -> OptimizeResult:
     """Run passes over a model.
@@ -156,7 +161,7 @@ def optimize(
         threads=threads,
         seed=seed,
         max_memory=max_memory,
-        grant=frozenset(grant),
+        grant=frozenset([grant] if isinstance(grant, str) else grant),
         instruments=instruments,
     )
     result = run_passes(module, [*bind_pass(bind or {}), *resolved], settings, bind or {})
@@ -273,12 +278,20 @@ def as_module(
 
 
 def bind_pass(bindings: Mapping[str, int]) -> tuple[Pass, ...]:
-    """Return the `bind-dims` pass for `bindings`, or nothing when there are none."""
+    """Return the `bind-dims` pass for `bindings`, or nothing when there are none.
+
+    Raises:
+        UsageError: They are no mapping of names to integers.
+    """
     if not bindings:
         return ()
     cls = default_registry().load("bind-dims")
     assert cls.free_options is not None
-    return (cls(**{cls.free_options: tuple(bindings.items())}),)
+    try:
+        pairs = tuple((name, operator.index(extent)) for name, extent in bindings.items())
+    except (AttributeError, TypeError) as error:
+        raise UsageError(f"bind maps names to integers: {error}") from error
+    return (cls(**{cls.free_options: pairs}),)
 
 
 def save_module(module: Module, path: str | os.PathLike[str]) -> SaveResult:
@@ -290,7 +303,7 @@ def save_module(module: Module, path: str | os.PathLike[str]) -> SaveResult:
     from lwc.frontend.onnx_writer import save, save_folder
 
     text = os.fspath(path)
-    if text.endswith(("/", os.sep)) or os.path.isdir(text):
+    if is_folder_target(text):
         return save_folder(module, text)
     return save(module, text)
 

@@ -12,6 +12,7 @@ from lwc.core.errors import UsageError
 from lwc.pipeline.options import did_you_mean
 
 __all__ = [
+    "MODEL_SUFFIXES",
     "PROGRAM",
     "REPORT_SUFFIXES",
     "parse_arguments",
@@ -22,9 +23,13 @@ __all__ = [
 ]
 
 PROGRAM = "lwc-opt"
+MODEL_SUFFIXES = (".onnx", ".onnxtxt")
 REPORT_SUFFIXES = (".json", ".md", ".html")
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+_MAX_DIGITS = 18
+"""Digits that always fit into 64 bits."""
+
 _SIZE = re.compile(r"([0-9.]+)\s*([KMG]I?|)B?", re.IGNORECASE)
 
 _EPILOG = f"""\
@@ -74,7 +79,7 @@ def parse_counts(texts: Sequence[str], option: str) -> dict[str, int]:
             raise UsageError(f"{option} takes NAME=N, not '{text}'")
         if name in counts:
             raise UsageError(f"{option} gives '{name}' twice")
-        counts[name] = int(number)
+        counts[name] = _count(number, option)
     return counts
 
 
@@ -87,14 +92,20 @@ def parse_matches(texts: Sequence[str]) -> int | Mapping[str, int] | None:
     if not texts:
         return None
     if len(texts) == 1 and texts[0].isdecimal():
-        return int(texts[0])
+        return _count(texts[0], "--require-match")
     counts = {}
     for text in texts:
         name, colon, number = text.rpartition(":")
         if not colon or not name or not number.isdecimal():
             raise UsageError(f"--require-match takes one N, or PASS:N, not '{text}'")
-        counts[name] = int(number)
+        counts[name] = _count(number, "--require-match")
     return counts
+
+
+def _count(digits: str, option: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise UsageError(f"{option}: a number of {len(digits)} digits is too big")
+    return int(digits)
 
 
 def parse_shapes(texts: Sequence[str]) -> list[dict[str, int]]:
@@ -103,9 +114,14 @@ def parse_shapes(texts: Sequence[str]) -> list[dict[str, int]]:
     Raises:
         UsageError: A text is something else.
     """
-    return [
+    shapes = [
         {} if text == "default" else parse_counts(text.split(","), "--measure") for text in texts
     ]
+    for shape in shapes:
+        for name, extent in shape.items():
+            if extent < 1:
+                raise UsageError(f"--measure: dimension '{name}' cannot be {extent}")
+    return shapes
 
 
 def parse_size(text: str) -> int:
@@ -118,7 +134,7 @@ def parse_size(text: str) -> int:
     try:
         assert match is not None
         return int(float(match[1]) * _UNITS[match[2].upper()])
-    except (AssertionError, ValueError):
+    except (AssertionError, ValueError, OverflowError):
         raise UsageError(f"'{text}' is no size in bytes", remedy="such as 2GB or 512MiB") from None
 
 

@@ -40,6 +40,7 @@ def guarded(program: str, run: Callable[[], int], *, debug: bool = False) -> int
         run: The program.
         debug: Print the traceback too.
     """
+    _stand_in_for_closed_streams()
     _end_cleanly_on_sigterm()
     try:
         code = run()
@@ -76,6 +77,13 @@ def _describe(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         reason = f"{reason} (the old output, if any, is untouched)"
     return f"{error.filename}: {reason}" if error.filename else reason
+
+
+def _stand_in_for_closed_streams() -> None:
+    """Give the streams that the caller closed (`>&-`) something to write to."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
 def _settle_stdout() -> None:

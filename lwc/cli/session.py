@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lwc.cli.arguments import (
+    MODEL_SUFFIXES,
     REPORT_SUFFIXES,
     parse_counts,
     parse_matches,
@@ -20,6 +21,7 @@ from lwc.cli.arguments import (
 from lwc.cli.progress import ProgressDisplay
 from lwc.cli.summary import remark_lines, summary_lines, written_line
 from lwc.core.errors import RequirementError, UsageError
+from lwc.core.paths import is_folder_target
 from lwc.pipeline.config import PipelineConfig, read_config
 from lwc.pipeline.instruments import Instrument, IrPrinter, StatisticsPrinter, TimingPrinter
 from lwc.pipeline.options import did_you_mean
@@ -48,6 +50,8 @@ class Session:
         if options.input is None:
             raise UsageError("no input is given", remedy="lwc-opt model.onnx -o smaller.onnx -p …")
         _check_outputs(options)
+        self.required = parse_matches(options.require_match) or dict(self.config.require_match)
+        self.shapes = [{**self.config.bind, **each} for each in parse_shapes(options.measure)]
         shown = not options.quiet and sys.stderr.isatty()
         self.progress = ProgressDisplay(enabled=shown)
 
@@ -104,31 +108,40 @@ class Session:
         instruments = self._instruments()
         result = self._run_passes(self.config, instruments)
         self._say(summary_lines(options.input, result.record))
-        required = parse_matches(options.require_match) or dict(self.config.require_match) or None
         try:
-            check_required(result.record, required)
+            check_required(result.record, self.required or None)
         except RequirementError:
             if options.remarks == "none":
                 self._say(remark_lines(result.module.remarks, "missed"))
             raise
+        shapes = self._settled_shapes(result.history.modules[0], result.module)
         output = options.output
         if output not in (None, "-"):
             with self.progress.phase(f"writing {output}"):
                 saved = save_module(result.module, output)
             self._say([written_line(saved, result.record.output)])
         if options.report:
-            self._report(result, output)
+            self._report(result, output, shapes)
         printed = any(isinstance(each, IrPrinter) for each in instruments)
         if output == "-" or (output is None and not options.report and not printed):
             sys.stdout.write(f"{str(result.module).rstrip()}\n")
         return 0
 
-    def _report(self, result: OptimizeResult, output: str | None) -> None:
+    def _settled_shapes(self, before: Module, after: Module) -> list[dict[str, int]]:
+        """Return the numbers to measure at, for every free dimension of `before`."""
+        if not self.shapes:
+            return []
+        from lwc.report.measure import settle_shape
+
+        return [settle_shape(before, after, shape) for shape in self.shapes]
+
+    def _report(
+        self, result: OptimizeResult, output: str | None, shapes: list[dict[str, int]]
+    ) -> None:
         """Build the report, measure what was asked for, and write it in every format."""
         from lwc.report import build_report, model_entry, write_report
 
         options, config = self.options, self.config
-        shapes = [{**config.bind, **shape} for shape in parse_shapes(options.measure)]
         before, threads = result.history.modules[0], config.threads or 1
         predict = None
         if shapes:
@@ -177,6 +190,11 @@ class Session:
                 follow_symlinks=options.follow_symlinks,
                 keep_gguf_blocks=options.keep_gguf_blocks,
             )
+        self._settled_shapes(module, module)
+        if options.text:
+            from lwc.report.measure import check_text
+
+            check_text(module, options.text, options.tokenizer)
         if options.output not in (None, "-"):
             module.spill_directory = str(_existing_folder(options.output))
         return module
@@ -278,11 +296,31 @@ def _check_outputs(options: argparse.Namespace) -> None:
     for name in ("measure", "text"):
         if getattr(options, name) and not options.report:
             raise UsageError(f"--{name} needs a report to go into", remedy="add --report FILE.md")
+    if options.tokenizer and not options.text:
+        raise UsageError("--tokenizer needs a text to read", remedy="add --text FILE")
     for path in options.report:
         if Path(path).suffix.lower() not in REPORT_SUFFIXES:
             raise UsageError(
                 f"no report format for '{path}'", remedy=f"end it in {', '.join(REPORT_SUFFIXES)}"
             )
+        _check_place(path)
+    output = options.output
+    if output not in (None, "-") and not is_folder_target(output):
+        if not output.lower().endswith(MODEL_SUFFIXES):
+            raise UsageError(
+                f"cannot write '{output}': its suffix names no format that lwc writes",
+                remedy=f"end it in {' or '.join(MODEL_SUFFIXES)}, or in / for a folder",
+            )
+        _check_place(output)
+
+
+def _check_place(path: str) -> None:
+    """Check before any work that a file can be put at `path`."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise UsageError(f"cannot write '{path}': there is no folder '{folder}'")
+    if os.path.isdir(path):
+        raise UsageError(f"cannot write '{path}': it is a folder", remedy="name a file")
 
 
 def _existing_folder(path: str) -> Path:

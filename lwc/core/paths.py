@@ -1,4 +1,4 @@
-"""Folders outside the project that lwc uses."""
+"""What paths mean: lwc's cache folder, and targets that are folders."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import os
 import sys
 from pathlib import Path
 
-__all__ = ["cache_folder"]
+__all__ = ["cache_folder", "is_folder_target"]
+
+
+def is_folder_target(path: str) -> bool:
+    """Say whether a path to write to stands for a folder: it ends in a slash or is one."""
+    return path.endswith(("/", os.sep)) or os.path.isdir(path)
 
 
 def cache_folder() -> Path:

@@ -39,7 +39,7 @@ def load(
         MissingExtraError: The format needs a package that is not installed.
     """
     place = Path(path)
-    if place.is_dir():
+    if os.path.isdir(path):
         return _load_folder(place, follow_symlinks=follow_symlinks, remarks=remarks)
     suffix = place.suffix.lower()
     if suffix == ".gguf":
@@ -52,7 +52,7 @@ def load(
         return read_onnx(place, follow_symlinks=follow_symlinks, remarks=remarks)
     if suffix == ".onnxtxt":
         return read_onnx_text(place, follow_symlinks=follow_symlinks, remarks=remarks)
-    if not place.exists():
+    if not os.path.exists(path):
         raise InputError("does not exist", file=place, remedy="check the path")
     raise InputError(
         f"has the suffix '{suffix}', which names no format lwc reads",
@@ -63,10 +63,10 @@ def load(
 
 def _load_folder(place: Path, *, follow_symlinks: bool, remarks: RemarkLog | None) -> Module:
     for name in _MODEL_FILES:
-        if (place / name).is_file():
+        if os.path.isfile(place / name):
             module = load(place / name, follow_symlinks=follow_symlinks, remarks=remarks)
             return module.with_source(companions=_companions(place))
-    if (place / "config.json").is_file():
+    if os.path.isfile(place / "config.json"):
         from lwc.frontend.huggingface import read_huggingface
 
         return read_huggingface(place, remarks=remarks)

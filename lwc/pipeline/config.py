@@ -22,7 +22,7 @@ import yaml
 from lwc.core.errors import InputError, UsageError
 from lwc.pipeline.grammar import Argument, PassSpec, Place, Scalar, is_safe
 from lwc.pipeline.options import did_you_mean, format_value, parse_value
-from lwc.pipeline.passes import Pass, Verify
+from lwc.pipeline.passes import Pass, Verify, check_settings
 from lwc.pipeline.registry import Registry
 from lwc.pipeline.spec import build_pass, parse, to_pass_spec, to_spec
 
@@ -52,6 +52,9 @@ class PipelineConfig:
     threads: int | None = None
     max_memory: int | None = None
     grant: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_settings(self.verify, self.seed, self.threads, self.max_memory)
 
 
 def read_config(path: str, registry: Registry | None = None) -> PipelineConfig:
@@ -85,6 +88,8 @@ def from_yaml(
         mark = getattr(error, "problem_mark", None)
         where = dataclasses.replace(place, position=mark.index if mark else 0)
         raise where.error(f"not YAML: {getattr(error, 'problem', None) or error}") from error
+    except RecursionError:
+        raise place.error("nests too deeply") from None
     if root is None:
         return PipelineConfig()
     values: dict[str, Any] = {}

@@ -6,11 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, get_args
 
 from lwc.analysis.manager import Analysis, AnalysisManager
 from lwc.core.diagnostics import Remark, RemarkKind, describe
-from lwc.core.errors import PassError
+from lwc.core.errors import PassError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,9 +30,27 @@ __all__ = [
     "Progress",
     "Runner",
     "Verify",
+    "check_settings",
 ]
 
 Verify: TypeAlias = Literal["none", "structural", "numeric"]
+
+
+def check_settings(verify: str, seed: int, threads: int | None, max_memory: int | None) -> None:
+    """Check the settings of a run.
+
+    Raises:
+        UsageError: One has a value that it cannot have.
+    """
+    known = get_args(Verify)
+    if verify not in known:
+        raise UsageError(f"verify is one of {', '.join(known)}, not {verify!r}")
+    numbers = (("seed", seed, 0), ("threads", threads, 1), ("max-memory", max_memory, 0))
+    for name, number, least in numbers:
+        if number is not None and (not isinstance(number, int) or number < least):
+            raise UsageError(f"{name} is an integer from {least} on, not {number!r}")
+
+
 """How a pipeline checks each pass; see `lwc.pipeline.manager.PassManager`."""
 
 Feed: TypeAlias = "Mapping[str, np.ndarray[Any, Any]]"

@@ -11,13 +11,14 @@ import onnx_ir as ir
 
 from lwc.analysis.shapes import Shapes
 from lwc.core.dims import as_ir_dim, bind, is_anonymous, parse_dim
-from lwc.core.errors import PassError
+from lwc.core.errors import PassError, UsageError
 from lwc.core.module import Module
 from lwc.pipeline.passes import Exact, Pass, PassContext, PassResult
 
 __all__ = ["BindDims", "bind_dims"]
 
 _RECORD = "lwc.bind-dims"
+_MAX_EXTENT = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class BindDims(Pass):
         """Set the dimensions.
 
         Raises:
-            PassError: No input has a dimension of that name, it is bound to another number
-                already, or the number is no extent.
+            UsageError: No input has a dimension of that name, or the number is no extent.
+            PassError: A dimension is bound to another number already.
         """
         new = _not_yet_bound(module, dict(self.bindings))
         if not new:
@@ -54,9 +55,10 @@ class BindDims(Pass):
 def _not_yet_bound(module: Module, bindings: dict[str, int]) -> dict[str, int]:
     before: dict[str, int] = json.loads(module.graph.metadata_props.get(_RECORD, "{}"))
     for name, extent in bindings.items():
-        if extent < 1:
-            raise PassError(
-                f"dimension '{name}' cannot be {extent}", remedy="give a number above 0"
+        if not 1 <= extent <= _MAX_EXTENT:
+            raise UsageError(
+                f"dimension '{name}' cannot be {extent}",
+                remedy="give a number above 0" if extent < 1 else "ONNX has extents of 64 bits",
             )
         if before.get(name, extent) != extent:
             raise PassError(f"dimension '{name}' is bound to {before[name]} already")
@@ -70,7 +72,7 @@ def bind_dims(module: Module, shapes: Shapes, bindings: dict[str, int]) -> int:
         How many extents changed.
 
     Raises:
-        PassError: No input has a dimension of that name.
+        UsageError: No input has a dimension of that name.
     """
     inputs = {value: shapes.shape(value) or () for value in module.graph.inputs}
     names = {
@@ -83,7 +85,7 @@ def bind_dims(module: Module, shapes: Shapes, bindings: dict[str, int]) -> int:
     for name in bindings:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=3) or sorted(names)
-            raise PassError(
+            raise UsageError(
                 f"no input has a dimension named '{name}'",
                 remedy=f"did you mean {', '.join(near)}?" if near else "every extent is a number",
             )

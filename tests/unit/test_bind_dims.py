@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 from support import run_pass
 
-from lwc.core.errors import PassError
+from lwc.core.errors import PassError, UsageError
 from lwc.core.module import Module
 from lwc.passes.cleanup.bind_dims import BindDims
 from lwc.pipeline.passes import PassResult
@@ -56,13 +56,14 @@ def test_binding_again_changes_nothing_and_another_number_is_refused() -> None:
 
 
 def test_unknown_names_are_refused_with_the_nearest() -> None:
-    with pytest.raises(PassError, match="did you mean sequence"):
+    with pytest.raises(UsageError, match="did you mean sequence"):
         bind(module_of(), sequense=4)
 
 
-def test_extents_below_one_are_refused() -> None:
-    with pytest.raises(PassError, match="cannot be 0"):
-        bind(module_of(), batch=0)
+@pytest.mark.parametrize("extent", [0, -1, 2**63])
+def test_numbers_that_are_no_extents_are_refused(extent: int) -> None:
+    with pytest.raises(UsageError, match=f"cannot be {extent}"):
+        bind(module_of(), batch=extent)
 
 
 def test_unnamed_dimensions_are_bound_by_their_printed_name() -> None:

@@ -18,6 +18,7 @@ import onnx.parser
 import pytest
 
 import lwc.optimizer
+import lwc.report.measure
 from lwc.cli.arguments import parse_counts, parse_matches, parse_shapes, parse_size
 from lwc.cli.opt import main
 from lwc.cli.progress import ProgressDisplay
@@ -158,7 +159,7 @@ def test_dimensions_are_bound(run: Any) -> None:
     assert run("in.onnx", "-o", "out.onnx", "--bind", "n=3").code == 0
     assert list(load("out.onnx").graph.inputs[0].shape or ()) == [3, 2]
     ran = run("in.onnx", "-o", "out2.onnx", "--bind", "m=3")
-    assert ran.code == 1
+    assert ran.code == 2
     assert "m" in ran.err
     assert not Path("out2.onnx").exists()
 
@@ -197,6 +198,15 @@ def test_a_configuration_is_read_and_the_command_line_wins(run: Any) -> None:
         (["in.onnx", "--load-pass-plugin=lwc_test_none"], "No module named 'lwc_test_none'"),
         (["none.onnx", "-p", "canonicalize"], "none.onnx"),
         (["in.onnx", "-o", "out.txt"], "out.txt"),
+        (["in.onnx", "--bind", "n=0"], "dimension 'n' cannot be 0"),
+        (["in.onnx", "--bind", f"n={'9' * 5000}"], "a number of 5000 digits is too big"),
+        (["in.onnx", "--max-memory", "9" * 400], "is no size in bytes"),
+        (["in.onnx", "--threads", "0"], "threads is an integer from 1 on, not 0"),
+        (["in.onnx", "--seed", "-1"], "seed is an integer from 0 on, not -1"),
+        (["in.onnx", "--tokenizer", "x"], "--tokenizer needs a text"),
+        (["a" * 5000 + ".onnx"], "cannot be read: File name too long"),
+        (["a" * 5000], "does not exist"),
+        ([""], "does not exist"),
     ],
 )
 def test_bad_usage_is_one_line_and_code_2(
@@ -209,6 +219,73 @@ def test_bad_usage_is_one_line_and_code_2(
     assert message in line
     assert "Traceback" not in ran.err
     assert files(folder) == set()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-o", "out.txt"], "its suffix names no format"),
+        (["-o", "none/out.onnx"], "there is no folder"),
+        (["-o", "out.onnx", "--report", "none/r.md"], "there is no folder"),
+        (["-o", "out.onnx", "--report", "in.md"], "it is a folder"),
+        (["-o", "out.onnx", "--report", "r.md", "--measure", "m=3"], "no input has a dimension"),
+        (["-o", "out.onnx", "--report", "r.md", "--measure", "n=0"], "'n' cannot be 0"),
+        (["-o", "out.onnx", "--report", "r.md", "--measure", "n"], "--measure takes NAME=N"),
+        (["-o", "out.onnx", "--report", "r.md", "--text", "none.txt"], "none.txt: cannot be read"),
+        (["-o", "out.onnx", "--report", "r.md", "--text", "in.onnx"], "it is not UTF-8 text"),
+        (["-o", "out.onnx", "--require-match=1", "--require-match=2"], "takes one N, or PASS:N"),
+    ],
+)
+def test_bad_usage_is_found_before_any_work(
+    run: Any, folder: Path, arguments: list[str], message: str
+) -> None:
+    Path("out.onnx").write_bytes(b"old")
+    Path("in.md").mkdir()
+    ran = run("in.onnx", "-p", "canonicalize", *arguments)
+    assert (ran.code, ran.out) == (2, "")
+    (line,) = ran.err.splitlines()
+    assert message in line
+    assert Path("out.onnx").read_bytes() == b"old"
+    assert files(folder) == {"out.onnx", "in.md"}
+
+
+def test_text_is_for_language_models_only(run: Any) -> None:
+    Path("a.txt").write_text("text")
+    ran = run("in.onnx", "-o", "out.onnx", "--report", "r.md", "--text", "a.txt")
+    assert ran.code == 1
+    assert "the model takes no token ids" in ran.err
+    assert not Path("out.onnx").exists()
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams_do_not_matter(folder: Path, closed: str) -> None:
+    script = f"{sys.executable} -m lwc.cli.opt in.onnx -o out.onnx {closed}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "rror" not in done.stderr
+    assert ops("out.onnx") == ops("in.onnx")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "extent"),
+    [
+        (["--measure", "default"], 1),
+        (["--measure", "n=3"], 3),
+        (["--measure", "default", "--bind", "n=2"], 2),
+        (["--measure", "n=2", "--bind", "n=2"], 2),
+        (["--measure", "default", "-p", "bind-dims{n=2}"], 2),
+    ],
+)
+def test_both_models_are_measured_at_the_same_shape(
+    run: Any, monkeypatch: pytest.MonkeyPatch, arguments: list[str], extent: int
+) -> None:
+    monkeypatch.setattr(lwc.report.measure, "predictor", lambda threads: lambda *_: 1.0)
+    ran = run("in.onnx", "-o", "out.onnx", "--report", "r.json", *arguments)
+    assert ran.code == 0, ran.err
+    report = json.loads(Path("r.json").read_text())
+    assert [entry["bindings"] for entry in report["latency"]] == [{"n": extent}]
+    assert report["output"]["peak_rss_bytes"] > 0
+    assert {q["metric"]: q["after"] for q in report["quality"]}["max abs error"] == 0
 
 
 @pytest.mark.parametrize(
