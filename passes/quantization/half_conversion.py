@@ -55,7 +55,9 @@ class HalfConversion:
         self._keep_io = keep_io
         self._casts: dict[tuple[ir.Value, bool], ir.Value] = {}
         self._made: set[ir.Node] = set()
-        self._counts = dict.fromkeys(("constants", "bytes before", "bytes after", "casts"), 0)
+        self._counts = dict.fromkeys(
+            ("constants", "bytes before", "bytes after", "casts", "clips"), 0
+        )
         self.changed = False
 
     def run(self) -> None:
@@ -66,7 +68,7 @@ class HalfConversion:
                 admits no half type.
         """
         graphs = list(graph_and_subgraphs(self._module.graph))
-        constants = list(self._constants(graphs))
+        constants = dict.fromkeys(self._constants(graphs))
         values = [v for graph in graphs for v in self._computed(graph)]
         nodes = [node for graph in graphs for node in graph]
         self._check_control_flow(nodes)
@@ -85,8 +87,8 @@ class HalfConversion:
             self._mend_uses(value, is_half)
         for graph in graphs:
             for index, output in enumerate(graph.outputs):
-                if output in becomes_half:
-                    self._mend_output(graph, index, becomes_half[output])
+                if output in becomes_half or output in constants:
+                    self._mend_output(graph, index, becomes_half.get(output, False))
 
     def statistics(self) -> dict[str, int | float | str]:
         """Return counts for the report."""
@@ -137,7 +139,6 @@ class HalfConversion:
         tensor = constant_tensor(value)
         assert tensor is not None
         if not readers:
-            self._clamp_kept(value, tensor)
             return
         converted = self._converted(value, tensor)
         self.changed = True
@@ -168,7 +169,7 @@ class HalfConversion:
 
     def _repaired(self, value: ir.Value, array: Array, result: Array) -> Array:
         """Mend what the half type cannot hold."""
-        limit = float(_largest(self._plan.half))
+        limit = self._plan.limit
         over = np.isinf(result) & np.isfinite(array)
         if over.any():
             self._ctx.warn(
@@ -181,51 +182,14 @@ class HalfConversion:
             result = np.full_like(result, tiny)
         return result
 
-    def _clamp_kept(self, value: ir.Value, tensor: ir.TensorProtocol) -> None:
-        """Bound a constant of kept arithmetic, whose result is cast to half later.
-
-        A mask's -3.4e38 would become -inf there, and a row of it NaN after Softmax.
-        """
-        by_rule = any(self._plan.kept.get(use.node, "") is None for use in value.uses())
-        if not by_rule or tensor.nbytes > _SPILLED:
-            return
-        clamped = self._clamped(str(value.name), tensor.numpy())
-        if clamped is None:
-            return
-        producer = value.producer()
-        if producer is None:
-            self._module.replace_initializer(value, clamped)
-        else:
-            producer.attributes.clear()
-            producer.attributes["value"] = ir.AttrTensor("value", clamped)
-        self.changed = True
-
-    def _clamped(self, name: str, array: Array) -> ir.TensorProtocol | None:
-        limit = np.float32(_largest(self._plan.half))
-        over = np.isfinite(array) & (np.abs(array) > limit)
-        if not over.any():
-            return None
-        self._ctx.warn(f"'{name}' was clamped to {limit:g}: its result becomes half precision")
-        return ir.Tensor(np.where(over, np.sign(array) * limit, array).astype(np.float32))
-
     # Nodes and values
 
     def _retarget(self, node: ir.Node) -> None:
-        """Mend attributes: a Cast to float32 makes half, a huge filler of a mask is bounded."""
-        if not is_default_domain(node):
-            return
-        if node.op_type == "Cast" and node not in self._plan.kept:
+        """Let a Cast to float32 make half."""
+        if node.op_type == "Cast" and is_default_domain(node) and node not in self._plan.kept:
             to = node.attributes.get("to")
             if to is not None and not to.is_ref() and to.as_int() == _FLOAT:
                 node.attributes["to"] = ir.AttrInt64("to", int(self._plan.half))
-        elif node.op_type == "ConstantOfShape" and "value" in node.attributes:
-            filler = node.attributes["value"].as_tensor()
-            clamped = None
-            if filler.dtype == _FLOAT:
-                clamped = self._clamped(str(node.outputs[0].name), filler.numpy())
-            if clamped is not None:
-                node.attributes["value"] = ir.AttrTensor("value", clamped)
-                self.changed = True
 
     def _check_control_flow(self, nodes: list[ir.Node]) -> None:
         for node in nodes:
@@ -251,11 +215,9 @@ class HalfConversion:
         wanted = not (main and self._keep_io)
         if is_half == wanted:
             return
-        cast = self._make_cast(output, wanted)
-        node = cast.producer()
-        assert node is not None
-        graph.append(node)
-        graph.outputs[index] = cast
+        nodes = self._make_cast(output, wanted)
+        graph.extend(nodes)
+        cast = graph.outputs[index] = nodes[-1].outputs[0]
         if main:
             name, output.name = output.name, self._module.fresh_name(f"{output.name}_inner")
             cast.name = name
@@ -266,41 +228,66 @@ class HalfConversion:
         found = self._casts.get(key)
         if found is not None:
             return found
-        made = self._casts[key] = self._make_cast(value, to_half)
-        node, producer, graph = made.producer(), value.producer(), value.graph
-        assert node is not None
+        nodes = self._make_cast(value, to_half)
+        producer, graph = value.producer(), value.graph
         assert graph is not None
         if producer is not None:
-            graph.insert_after(producer, node)
+            graph.insert_after(producer, nodes)
         elif len(graph):
-            graph.insert_before(graph[0], node)
+            graph.insert_before(graph[0], nodes)
         else:
-            graph.append(node)
+            graph.extend(nodes)
+        made = self._casts[key] = nodes[-1].outputs[0]
         return made
 
-    def _make_cast(self, value: ir.Value, to_half: bool) -> ir.Value:
-        dtype = self._plan.half if to_half else _FLOAT
-        name = self._module.fresh_name(f"{value.name}_{dtype.name.lower()}")
-        result = ir.Value(name=name, type=ir.TensorType(dtype), shape=value.shape)
+    def _make_cast(self, value: ir.Value, to_half: bool) -> list[ir.Node]:
+        """Make the Cast, after a Clip where the half type could not hold the numbers.
+
+        A mask's -3.4e38 would become -inf, and a row of it NaN after Softmax.
+        """
+        half = self._plan.half
+        name, dtype = half.name.lower() if to_half else "float", half if to_half else _FLOAT
+        nodes = []
+        if to_half and value.producer() in self._plan.far:
+            limit = self._plan.limit
+            self._ctx.warn(f"'{value.name}' is clamped to {limit:g} where it becomes {name}")
+            bounds = [
+                self._module.add_initializer(f"{value.name}_limit", np.array(each, np.float32))
+                for each in (-limit, limit)
+            ]
+            nodes.append(self._node("Clip", [value, *bounds], f"{value.name}_clamped", _FLOAT))
+            self._counts["clips"] += 1
+        source = nodes[-1].outputs[0] if nodes else value
+        nodes.append(
+            self._node("Cast", [source], f"{value.name}_{name}", dtype, {"to": int(dtype)})
+        )
+        self._counts["casts"] += 1
+        self.changed = True
+        return nodes
+
+    def _node(
+        self,
+        op: str,
+        inputs: list[ir.Value],
+        name: str,
+        dtype: ir.DataType,
+        attributes: dict[str, int] | None = None,
+    ) -> ir.Node:
+        name = self._module.fresh_name(name)
+        result = ir.Value(name=name, type=ir.TensorType(dtype), shape=inputs[0].shape)
         node = ir.node(
-            "Cast",
-            [value],
-            attributes={"to": int(dtype)},
+            op,
+            inputs,
+            attributes=attributes,
             outputs=[result],
-            name=self._module.fresh_name(f"Cast_{name}"),
+            name=self._module.fresh_name(f"{op}_{name}"),
         )
         node.metadata_props["lwc.pass"] = self._ctx.source
         self._made.add(node)
-        self._counts["casts"] += 1
-        self.changed = True
-        return result
+        return node
 
 
 _SMALLEST = {ir.DataType.FLOAT16: 2.0**-24, ir.DataType.BFLOAT16: 2.0**-133}
-
-
-def _largest(half: ir.DataType) -> float:
-    return 65504.0 if half == ir.DataType.FLOAT16 else float.fromhex("0x1.fep127")
 
 
 def _is_constant(node: ir.Node) -> bool:

@@ -95,11 +95,36 @@ _CARRIERS = frozenset(
 )
 """Operators that stay float32 when all their floating-point inputs are kept or constants."""
 
-_SATURATING = _CARRIERS - {"Div", "MatMul", "Pow"}
-"""Operators whose huge constants say "out of the way", where the largest number does as well."""
+_SATURATING = frozenset(
+    [
+        "Add",
+        "Sub",
+        "Where",
+        "Max",
+        "Min",
+        "Clip",
+        "Neg",
+        "Concat",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Unsqueeze",
+        "Reshape",
+        "Transpose",
+        "Expand",
+        "Tile",
+        "Trilu",
+        "Identity",
+    ]
+)
+"""Operators whose result saturates where a huge constant does: they move it, choose it or add to
+it. A factor of 1e5 is no filler: its product with 1e-5 is a number like any other."""
 
 _CARRIED_CONSTANT = 4096
 """A constant of more elements is a weight: what it meets is no longer position arithmetic."""
+
+_READ = 1 << 14
+"""Constants of more elements are not searched for huge numbers."""
 
 _HALF_CONTRIB = frozenset(
     [
@@ -131,11 +156,19 @@ class HalfPlan:
         opsets: The module's operator set versions, by domain.
         kept: Nodes all of whose floating-point operands stay float32, with the reason; the
             reason is None where it is the rule for that operator and needs no remark.
+        far: Those of them that compute from finite constants beyond `limit`, such as a mask's
+            -3.4e38; their results have to be clamped where they become half.
     """
 
     half: ir.DataType
     opsets: Mapping[str, int]
     kept: dict[ir.Node, str | None] = field(default_factory=dict)
+    far: set[ir.Node] = field(default_factory=set)
+
+    @property
+    def limit(self) -> float:
+        """The largest finite number of the half type."""
+        return 65504.0 if self.half == ir.DataType.FLOAT16 else float.fromhex("0x1.fep127")
 
     def wants(self, node: ir.Node, index: int) -> bool:
         """Tell whether the node reads its input as half precision."""
@@ -167,12 +200,17 @@ def plan_half(
             plan.kept[node] = reason
         elif excluded(node):
             plan.kept[node] = "it is excluded"
-        elif half == ir.DataType.FLOAT16 and (huge := _beyond_range(node)) is not None:
-            plan.kept[node] = f"'{huge}' holds numbers beyond float16's range"
+        elif node.op_type not in _SATURATING and (huge := _beyond(node, plan.limit)) is not None:
+            plan.kept[node] = f"'{huge}' holds numbers beyond {half.name.lower()}'s range"
         elif is_default_domain(node) and (
             node.op_type in _KEPT or _counts(node, shapes) or _carries(node, shapes, plan)
         ):
             plan.kept[node] = None
+        if node in plan.kept and (
+            _beyond(node, plan.limit) is not None
+            or any(value is not None and value.producer() in plan.far for value in node.inputs)
+        ):
+            plan.far.add(node)
     return plan
 
 
@@ -191,23 +229,23 @@ def _foreign(node: ir.Node, module: Module, half: ir.DataType) -> str | None:
     return f"whether {op_name(node)} has a {half} form is not known"
 
 
-def _beyond_range(node: ir.Node) -> str | None:
-    """Name a constant operand that float16 cannot hold and that may not simply be clamped.
-
-    A huge filler of a mask may; the variance of a batch norm may not.
-    """
-    if node.op_type in _SATURATING:
-        return None
+def _beyond(node: ir.Node, limit: float) -> str | None:
+    """Name a constant the node computes from that holds finite numbers beyond `limit`."""
     for value in node.inputs:
-        tensor = constant_tensor(value)
-        if (
-            tensor is not None
-            and tensor.dtype == ir.DataType.FLOAT
-            and tensor.size <= _CARRIED_CONSTANT
-            and bool((np.abs(tensor.numpy()) > 65504.0).any())
-        ):
-            return value.name if value is not None else None
+        if value is not None and _exceeds(constant_tensor(value), limit):
+            return str(value.name)
+    if node.op_type == "ConstantOfShape" and "value" in node.attributes:
+        filler = node.attributes["value"]
+        if not filler.is_ref() and _exceeds(filler.as_tensor(), limit):
+            return str(node.outputs[0].name)
     return None
+
+
+def _exceeds(tensor: ir.TensorProtocol | None, limit: float) -> bool:
+    if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size > _READ:
+        return False
+    array = tensor.numpy()
+    return bool((np.isfinite(array) & (np.abs(array) > limit)).any())
 
 
 def _counts(node: ir.Node, shapes: Shapes) -> bool:

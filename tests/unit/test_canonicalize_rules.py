@@ -447,7 +447,10 @@ def test_a_length_cast_to_a_byte_wraps() -> None:
 
 def test_a_loop_body_that_hands_on_its_parameters_is_inlined() -> None:
     def typed(*names: str) -> list[onnx.ValueInfoProto]:
-        kinds = {"i": (TensorProto.INT64, []), "go": (TensorProto.BOOL, [])}
+        kinds: dict[str, tuple[int, list[int]]] = {
+            "i": (TensorProto.INT64, []),
+            "go": (TensorProto.BOOL, []),
+        }
         return [
             helper.make_tensor_value_info(name, *kinds.get(name[:2], (TensorProto.FLOAT, [3])))
             for name in names

@@ -270,3 +270,48 @@ def test_nothing_to_do_says_so() -> None:
     module = module_of("g (int64[4] x) => (int64[4] y) { y = Neg(x) }")
     assert not converted(module).changed
     assert remarks(module, "note") == ["nothing to convert"]
+
+
+def test_bodies_may_return_constants() -> None:
+    text = """g (float[8] x, bool c, int64 trips) => (float[8] y, float[k,2] z) {
+        a = If(c) <then_branch = t () => (float[1] one) { one = Constant<value = float[1] {1}>() },
+            else_branch = e () => (float[1] two) { two = Constant<value = float[1] {2}>() }>
+        b, z = Loop(trips, , a) <body = l (int64 i, bool go, float[1] v)
+            => (bool go_on, float[1] w, float[2] s) {
+                go_on = Identity(go) w = Add(v, v) s = Constant<value = float[2] {3, 4}>() }>
+        y = Mul(x, b) }"""
+    module = module_of(text)
+    feed = {"x": X[0], "c": np.array(True), "trips": np.array(3)}
+    before = run(module, **feed)
+    converted(module)
+    for after, wanted in zip(run(module, **feed), before, strict=True):
+        np.testing.assert_allclose(after, wanted, rtol=5e-3)
+
+
+def test_constants_leave_the_graph_in_the_type_asked_for() -> None:
+    text = """g (float[2] x) => (float[2] y, float[2] z, float[2] w) {
+        y = Add(x, w)  z = Constant<value = float[2] {1, 2}>() }"""
+    for keep, dtype in ((True, np.float32), (False, np.float16)):
+        module = module_of(text, w=[1, 2])
+        converted(module, keep_io=keep)
+        outputs = run(module, x=np.ones(2, dtype))
+        assert [output.dtype for output in outputs] == [dtype] * 3
+        np.testing.assert_array_equal(outputs, [[2, 3], [1, 2], [1, 2]])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "f = Cast<to = 1>(t) q = Mul(f, big) r = Mul(q, small) y = Mul(x, r)",
+        """s = Shape(x) q = ConstantOfShape<value = float[1] {1e5}>(s)
+        r = Mul(q, small) y = Mul(x, r)""",
+        "q = Mul(x, big) y = Mul(q, small)",
+    ],
+)
+def test_large_factors_are_not_taken_for_fillers(body: str) -> None:
+    text = f"g (float[8] x, int64[8] t) => (float[8] y) {{ {body} }}"
+    module = module_of(text, big=1e5, small=1e-5)
+    feed = {"x": X[0], "t": np.arange(8)}
+    before = run(module, **feed)[0]
+    converted(module)
+    np.testing.assert_allclose(run(module, **feed)[0], before, rtol=5e-3, atol=1e-3)
