@@ -147,7 +147,8 @@ def _movable_weights(module: Module) -> list[ir.TensorProtocol]:
 
 def _save_binary(module: Module, target: str, weights: Sequence[ir.TensorProtocol]) -> SaveResult:
     folder, name = os.path.split(os.path.abspath(target))
-    stem = os.path.splitext(name)[0]
+    # The model names its data file, and protobuf holds text in UTF-8 only.
+    stem = os.fsencode(os.path.splitext(name)[0]).decode(errors="replace")
     present = _data_files(folder, stem)
     old_data = _referenced(folder, name, present)
     data: str | None = None
@@ -171,7 +172,7 @@ def _save_binary(module: Module, target: str, weights: Sequence[ir.TensorProtoco
                 os.unlink(os.path.join(folder, entry))
         raise
     sync_folder(folder)
-    for old in old_data - {data}:
+    for old in old_data - _in_use(folder, old_data):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(folder, old))
     if data is None:
@@ -276,12 +277,21 @@ def _data_files(folder: str, stem: str) -> set[str]:
 
 
 def _referenced(folder: str, name: str, data_files: set[str]) -> set[str]:
-    """Return those data files that the model in place refers to."""
+    """Return those data files that a model refers to; none where there is no model."""
     path = os.path.join(folder, name)
     if not data_files or not os.path.isfile(path) or os.path.getsize(path) == 0:
         return set()
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as model:
         return {entry for entry in data_files if model.find(entry.encode()) >= 0}
+
+
+def _in_use(folder: str, data_files: set[str]) -> set[str]:
+    """Return those data files that any model in the folder refers to, such as a copy of the old."""
+    models = [entry for entry in os.listdir(folder) if entry.lower().endswith(".onnx")]
+    try:
+        return set().union(*(_referenced(folder, name, data_files) for name in models))
+    except OSError:  # What cannot be read may refer to all of them.
+        return data_files
 
 
 def _serialize(

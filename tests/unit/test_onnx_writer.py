@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -241,6 +242,27 @@ def test_foreign_data_files_are_left_alone(tmp_path: Path) -> None:
     save(make_module(2), tmp_path / "m.onnx", external_threshold=0)
     assert all(file.read_bytes() == b"mine" for file in foreign)
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_data_that_a_copied_model_uses_stays(tmp_path: Path) -> None:
+    saved = save(make_module(1), tmp_path / "m.onnx", external_threshold=0)
+    assert saved.data_path is not None
+    shutil.copy(tmp_path / "m.onnx", tmp_path / "backup.onnx")
+    save(make_module(2), tmp_path / "m.onnx", external_threshold=0)
+    assert seed_of(tmp_path / "backup.onnx") == 1
+    assert seed_of(tmp_path / "m.onnx") == 2
+    (tmp_path / "backup.onnx").unlink()
+    save(make_module(3), tmp_path / "m.onnx", external_threshold=0)
+    assert {file.name for file in tmp_path.iterdir()} >= {Path(saved.data_path).name, "m.onnx"}
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"\xffm.onnx")
+    for seed in (1, 2):
+        save(make_module(seed), path, external_threshold=0)
+        assert seed_of(path) == seed
+        assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_same_content_gets_the_same_name(tmp_path: Path) -> None:
