@@ -33,6 +33,8 @@ _TYPED_FIELDS = {
 
 _AGAIN = "export the model again"
 _MAX_DEPTH = 64
+_MAX_ELEMENTS = 2**57
+"""Elements, empty extents counted as 1, up to which numpy makes an array of any type."""
 
 _Documented: TypeAlias = (
     onnx.ModelProto
@@ -159,6 +161,7 @@ class _Checker:
             self._value_type(value)
             self._define(value.name, defined, f"graph input '{value.name}'")
         initialized: set[str] = set()
+        inputs = {value.name: value.type for value in graph.input}
         for position, tensor in enumerate(graph.initializer):
             if not tensor.name:
                 raise self._error("an initializer has no name", _AGAIN)
@@ -168,6 +171,8 @@ class _Checker:
                 f"initializer '{tensor.name}'",
                 self.outlined.get(position) if top else None,
             )
+            if tensor.name in inputs:
+                self._default(tensor, inputs[tensor.name])
         defined |= initialized
         for value in (*graph.value_info, *graph.output):
             self._value_type(value)
@@ -177,6 +182,28 @@ class _Checker:
                 raise self._error(
                     f"graph output '{value.name}' is produced by no node", "remove or connect it"
                 )
+
+    def _default(self, tensor: onnx.TensorProto, declared: onnx.TypeProto) -> None:
+        """Check that an input's default value is what the input takes."""
+        kind = declared.tensor_type
+        if declared.WhichOneof("value") != "tensor_type" or kind.elem_type != tensor.data_type:
+            wanted = ir.DataType(kind.elem_type).name
+            raise self._error(
+                f"input '{tensor.name}' is {wanted}, but its initializer is "
+                f"{ir.DataType(tensor.data_type).name}",
+                _AGAIN,
+            )
+        if not kind.HasField("shape"):
+            return
+        have = list(tensor.dims)
+        extents = [d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim]
+        if len(extents) != len(have) or any(
+            extent not in (None, size) for extent, size in zip(extents, have, strict=True)
+        ):
+            raise self._error(
+                f"input '{tensor.name}' has shape {extents}, but its initializer has {have}",
+                _AGAIN,
+            )
 
     def _function(self, function: onnx.FunctionProto) -> None:
         names = (function.name, function.domain, function.overload, *function.attribute)
@@ -311,6 +338,8 @@ class _Checker:
         dims = tuple(tensor.dims)
         if any(dim < 0 for dim in dims):
             raise self._error(f"{where} has a negative extent in its shape {list(dims)}", _AGAIN)
+        if 0 in dims and math.prod(dim or 1 for dim in dims) > _MAX_ELEMENTS:
+            raise self._error(f"{where} has the absurd shape {list(dims)}", _AGAIN)
         if tensor.HasField("segment"):
             raise self._error(f"{where} is stored in segments, which lwc does not read", _AGAIN)
         if tensor.data_location == onnx.TensorProto.EXTERNAL:

@@ -7,6 +7,7 @@ import mmap
 import os
 import stat
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from typing import cast
 
 import onnx
@@ -14,11 +15,11 @@ import onnx.parser
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from lwc.core.diagnostics import Remark, RemarkLog
+from lwc.core.diagnostics import Remark, RemarkLog, describe
 from lwc.core.dims import is_anonymous
 from lwc.core.errors import InputError
 from lwc.core.module import Module, Source
-from lwc.core.walk import graph_and_subgraphs
+from lwc.core.walk import attribute_graphs, graph_and_subgraphs
 from lwc.core.weights import DataFile, FileTensor
 from lwc.frontend.external_data import DataFolder
 from lwc.frontend.onnx_checks import check_model
@@ -350,9 +351,46 @@ def _sort(model: ir.Model, file: str | None) -> None:
         for function in model.functions.values():
             function.sort()
     except ValueError:
+        roots = (model.graph, *(function.graph for function in model.functions.values()))
+        graphs = (graph for root in roots for graph in graph_and_subgraphs(root))
+        node = next(filter(None, map(_node_in_cycle, graphs)), None)
         raise InputError(
-            "the graph has a cycle", file=file, remedy="export the model again"
+            "the graph has a cycle",
+            file=file,
+            node=None if node is None else describe(node),
+            remedy="export the model again",
         ) from None
+
+
+def _node_in_cycle(graph: ir.Graph) -> ir.Node | None:
+    """Return the first node of a cycle among the nodes of `graph`, their bodies included."""
+    inner = {
+        node: [
+            deep
+            for body in attribute_graphs(node)
+            for nested in graph_and_subgraphs(body)
+            for deep in nested
+        ]
+        for node in graph
+    }
+    owner = {deep: node for node, nodes in inner.items() for deep in (node, *nodes)}
+    needs: dict[ir.Node, list[ir.Node]] = {}
+    for node, nodes in inner.items():
+        makers = [
+            (deep, value.producer()) for deep in (node, *nodes) for value in deep.inputs if value
+        ]
+        # What a body takes from itself is the body's own order.
+        needs[node] = [
+            owner[maker]
+            for deep, maker in makers
+            if maker in owner and (deep is node or owner[maker] is not node)
+        ]
+    try:
+        TopologicalSorter(needs).prepare()
+    except CycleError as error:
+        cycle = set(error.args[1])
+        return next(node for node in graph if node in cycle)
+    return None
 
 
 def _separate_scopes(model: ir.Model, remarks: RemarkLog) -> None:

@@ -136,7 +136,7 @@ def test_text_model_errors(tmp_path: Path) -> None:
 def test_cycle() -> None:
     proto = simple()
     proto.graph.node[0].input[1] = "y"
-    refused_proto(proto, "cycle")
+    refused_proto(proto, "cycle", "Mul -> 't'")
 
 
 def test_cycle_through_a_subgraph() -> None:
@@ -155,7 +155,9 @@ def test_cycle_through_a_subgraph() -> None:
         [helper.make_tensor_value_info("c", TensorProto.BOOL, [])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
     )
-    refused_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), "cycle")
+    refused_proto(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), "cycle", "If -> 'y'"
+    )
 
 
 def test_value_defined_twice() -> None:
@@ -362,7 +364,33 @@ def test_tensor_shapes() -> None:
     refused_proto(with_tensor(dims(2**62, 2**62)), "needs", "but has 16")
     refused_proto(with_tensor(dims(2**32, 2**32)), "but has 16")
     refused_proto(with_tensor(dims(0)), "needs 0 bytes")
+
+    def empty(*extents: int) -> Callable[[TensorProto], None]:
+        def change(tensor: TensorProto) -> None:
+            dims(*extents)(tensor)
+            tensor.raw_data = b""
+
+        return change
+
+    refused_proto(with_tensor(empty(0, 2**62)), "'w'", "absurd shape")
+    from_proto(with_tensor(empty(0, 2**40)))
     from_proto(with_tensor(dims(2, 2)))
+
+
+def test_inputs_that_contradict_their_initializers() -> None:
+    def with_input(kind: int, *extents: int | str) -> onnx.ModelProto:
+        proto = simple()
+        proto.graph.input.append(helper.make_tensor_value_info("w", kind, extents))
+        return proto
+
+    refused_proto(with_input(TensorProto.INT64, 4), "'w'", "INT64", "FLOAT", "(export")
+    refused_proto(with_input(TensorProto.FLOAT, 5), "'w'", "[5]", "[4]")
+    refused_proto(with_input(TensorProto.FLOAT, 1, 4), "'w'", "[1, 4]", "[4]")
+    from_proto(with_input(TensorProto.FLOAT, 4))
+    from_proto(with_input(TensorProto.FLOAT, "any"))
+    shapeless = with_input(TensorProto.FLOAT)
+    shapeless.graph.input[1].type.tensor_type.ClearField("shape")
+    from_proto(shapeless)
 
 
 def test_tensor_content() -> None:

@@ -139,6 +139,11 @@ def test_errors_point_at_the_place(
     assert pointer == f"  {' ' * caret}^"
 
 
+def test_deep_nesting_is_an_error_of_usage(registry: Registry) -> None:
+    with pytest.raises(UsageError, match="nests too deeply"):
+        from_yaml("passes: " + "[" * 100_000, registry)
+
+
 def test_a_file_is_named_in_its_errors(tmp_path: Path, registry: Registry) -> None:
     file = tmp_path / "p.yaml"
     file.write_text("passes: [tidy]\nsed: 1\n")
