@@ -40,6 +40,7 @@ __all__ = [
     "find_backend",
     "numeric_check",
     "optimize",
+    "required_rewrites",
     "run_passes",
     "save_module",
 ]
@@ -154,6 +155,7 @@ def optimize(
         RequirementError: A pass did fewer rewrites than required.
     """
     resolved = resolve(passes)
+    required = required_rewrites(require_match, resolved)
     module = as_module(graph, args=args, kwargs=kwargs, dynamic_shapes=dynamic_shapes)
     settings = RunSettings(
         verify=verify,
@@ -165,7 +167,7 @@ def optimize(
         instruments=instruments,
     )
     result = run_passes(module, [*bind_pass(bind or {}), *resolved], settings, bind or {})
-    check_required(result.record, require_match)
+    check_required(result.record, required)
     return result
 
 
@@ -202,29 +204,46 @@ def run_passes(
     return OptimizeResult(module, record, dict(bindings or {}), history)
 
 
-def check_required(record: PipelineRecord, require: int | Mapping[str, int] | None) -> None:
+def required_rewrites(
+    require: int | Mapping[str, int] | None, passes: Sequence[Pass]
+) -> dict[str, int]:
+    """Return the least number of rewrites by pass name.
+
+    Args:
+        require: The number for each of `passes`, or numbers by name.
+        passes: The pipeline, without what is bound before it.
+
+    Raises:
+        UsageError: A name is not in the pipeline.
+    """
+    names = [pass_.name for pass_ in passes]
+    if isinstance(require, int):
+        return dict.fromkeys(names, require)
+    if not isinstance(require, Mapping | None):
+        raise UsageError(f"a number of rewrites is required, or one by pass, not {require!r}")
+    for name in require or ():
+        if name not in names:
+            raise UsageError(
+                f"rewrites of pass '{name}' are required, but it is not in the pipeline",
+                remedy=did_you_mean(name, names),
+            )
+    return dict(require or {})
+
+
+def check_required(record: PipelineRecord, required: Mapping[str, int]) -> None:
     """Check that passes found what the user required.
 
     Args:
         record: What the passes did.
-        require: The least number of rewrites of every pass, or by pass name.
+        required: The least number of rewrites by pass name; see `required_rewrites`.
 
     Raises:
         RequirementError: A pass did fewer.
-        UsageError: A required name is not in the pipeline.
     """
-    if require is None:
-        return
     applied: Counter[str] = Counter()
     for each in record.passes:
         applied[each.name] += each.applied
-    least = dict.fromkeys(applied, require) if isinstance(require, int) else require
-    for name, count in least.items():
-        if name not in applied:
-            raise UsageError(
-                f"rewrites of pass '{name}' are required, but it is not in the pipeline",
-                remedy=did_you_mean(name, applied),
-            )
+    for name, count in required.items():
         if applied[name] < count:
             raise RequirementError(
                 f"pass '{name}' applied {applied[name]} rewrites, but {count} are required",

@@ -50,7 +50,8 @@ class Session:
         if options.input is None:
             raise UsageError("no input is given", remedy="lwc-opt model.onnx -o smaller.onnx -p …")
         _check_outputs(options)
-        self.required = parse_matches(options.require_match) or dict(self.config.require_match)
+        asked = parse_matches(options.require_match)
+        self.require = self.config.require_match if asked is None else asked
         self.shapes = [{**self.config.bind, **each} for each in parse_shapes(options.measure)]
         shown = not options.quiet and sys.stderr.isatty()
         self.progress = ProgressDisplay(enabled=shown)
@@ -102,14 +103,15 @@ class Session:
 
     def optimize(self) -> int:
         """Run the pipeline and write what was asked for."""
-        from lwc.optimizer import check_required, save_module
+        from lwc.optimizer import check_required, required_rewrites, save_module
 
         options = self.options
+        required = required_rewrites(self.require, self.config.passes)
         instruments = self._instruments()
         result = self._run_passes(self.config, instruments)
         self._say(summary_lines(options.input, result.record))
         try:
-            check_required(result.record, self.required or None)
+            check_required(result.record, required)
         except RequirementError:
             if options.remarks == "none":
                 self._say(remark_lines(result.module.remarks, "missed"))

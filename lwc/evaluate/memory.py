@@ -88,13 +88,9 @@ def peak_memory(
     if not path.exists():
         raise InputError("no such file", file=path)
     with tempfile.TemporaryDirectory(prefix="lwc-memory-") as folder:
-        files = []
-        for index, feed in enumerate(feeds):
-            files.append(str(Path(folder, f"{index}.npz")))
-            np.savez(files[-1], **dict(feed))  # type: ignore[arg-type]
         request = {
             "path": str(path),
-            "feeds": files,
+            "feeds": [_stored(feed, Path(folder, str(index))) for index, feed in enumerate(feeds)],
             "threads": threads or 0,
             "arena": arena,
             "memory_pattern": memory_pattern,
@@ -116,6 +112,17 @@ def peak_memory(
     answer = json.loads(child.stdout)
     runs = tuple(RunMemory(**run) for run in answer.pop("runs"))
     return PeakMemory(**answer, runs=runs)
+
+
+def _stored(feed: Feed, folder: Path) -> dict[str, str]:
+    """Write the arrays of a feed to files and return their paths by input."""
+    folder.mkdir()
+    files = {}
+    for index, (name, array) in enumerate(feed.items()):
+        files[name] = str(folder / f"{index}.npy")
+        plain = np.asarray(array)
+        np.save(files[name], plain.astype(str) if plain.dtype == object else plain)
+    return files
 
 
 def file_size(path: str | Path) -> int:

@@ -42,9 +42,8 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     answer["session_peak"] = _resident("VmHWM")
     answer["session"] = _resident("VmRSS")
     answer["runs"] = []
-    for file in request["feeds"]:
-        with np.load(file, allow_pickle=False) as arrays:
-            feed = {name: arrays[name] for name in arrays.files}
+    for files in request["feeds"]:
+        feed = {name: np.load(file, allow_pickle=False) for name, file in files.items()}
         _reset_peak()
         session.run(None, feed)
         peak = _resident("VmHWM")

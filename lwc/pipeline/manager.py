@@ -221,12 +221,15 @@ def _interface(module: Module) -> _Interface:
 
 def _call(pass_: Pass, module: Module, ctx: PassContext) -> PassResult:
     try:
-        return pass_.run(module, ctx)
+        result: object = pass_.run(module, ctx)
     except (LwcError, OSError, MemoryError):
         raise
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise PassError(f"{type(error).__name__}: {' '.join(reason.split())}") from error
+    if not isinstance(result, PassResult):
+        raise PassError(f"run returned {type(result).__name__}, not a PassResult")
+    return result
 
 
 def _check_truth(*, claimed: bool, real: bool) -> None:

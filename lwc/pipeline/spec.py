@@ -39,6 +39,8 @@ def resolve(
         return parse(passes, registry)
     if isinstance(passes, Pass):
         return (passes,)
+    if not isinstance(passes, Iterable):
+        raise UsageError(f"a pipeline is a string, a Pass or a list, not {passes!r}")
     found: list[Pass] = []
     for item in passes:
         if not isinstance(item, str | Pass):

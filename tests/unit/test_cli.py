@@ -234,6 +234,7 @@ def test_bad_usage_is_one_line_and_code_2(
         (["-o", "out.onnx", "--report", "r.md", "--text", "none.txt"], "none.txt: cannot be read"),
         (["-o", "out.onnx", "--report", "r.md", "--text", "in.onnx"], "it is not UTF-8 text"),
         (["-o", "out.onnx", "--require-match=1", "--require-match=2"], "takes one N, or PASS:N"),
+        (["-o", "out.onnx", "--require-match=fold-linear:1"], "it is not in the pipeline"),
     ],
 )
 def test_bad_usage_is_found_before_any_work(
@@ -339,6 +340,11 @@ def test_a_required_match_that_is_missed_ends_with_3(run: Any) -> None:
     assert "pass 'test-act' applied 0 rewrites, but 1 are required" in ran.err
     assert not Path("out.onnx").exists()
     assert run("in.onnx", "-q", "-p", "canonicalize", "--require-match=canonicalize:1").code == 0
+
+
+def test_required_matches_are_those_of_the_pipeline(run: Any) -> None:
+    ran = run("in.onnx", "--bind", "n=2", "-p", "canonicalize", "--require-match", "1", "-q")
+    assert ran.code == 0, ran.err
 
 
 def test_remarks_are_printed_as_asked(run: Any) -> None:

@@ -167,6 +167,19 @@ def test_peak_memory_sees_the_activations_of_each_run(tmp_path: Path) -> None:
     assert found.peak == big.peak
 
 
+def test_peak_memory_takes_any_input(tmp_path: Path) -> None:
+    file = tmp_path / "m.onnx"
+    ir.save(
+        parse(
+            "g (float[n] file, string[n] text) => (float[n] y, string[n] z)\n"
+            "{ y = Neg(file) z = Identity(text) }"
+        ).model,
+        file,
+    )
+    feed = {"file": np.ones(3, np.float32), "text": np.full(3, "light", object)}
+    assert len(peak_memory(file, [feed], threads=1).runs) == 1
+
+
 def test_peak_memory_errors(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         peak_memory(tmp_path / "absent.onnx")

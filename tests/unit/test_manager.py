@@ -296,6 +296,14 @@ def test_any_exception_becomes_a_pass_error(module: Module, rollback: bool) -> N
     assert weight_of(module) == (1.0 if rollback else 2.0)
 
 
+def test_a_pass_that_returns_no_result_is_named(module: Module) -> None:
+    def forget(module: Module, ctx: PassContext) -> PassResult:
+        return None  # type: ignore[return-value]
+
+    with pytest.raises(PassError, match="pass 'act': run returned NoneType, not a PassResult"):
+        PassManager([acting(forget)]).run(module)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, OSError])
 def test_what_is_not_the_pass_s_fault_is_not_renamed(
     module: Module, error: type[BaseException]
