@@ -289,3 +289,53 @@ def test_every_standard_fused_operator_of_transformers_has_a_rule():
                    "SkipSimplifiedLayerNormalization", "DynamicQuantizeMatMul", "BiasGelu")
     ]  # fmt: skip
     assert [op for op in ops if find_rule(op) is None] == []
+
+
+@pytest.mark.parametrize(
+    ("strides", "pads", "group"),
+    [(1, 0, 1), (2, 1, 1), (3, 1, 2)],
+    ids=["plain", "strided", "grouped"],
+)
+def test_convolutions_count_as_torchs_own_counter_does(strides, pads, group):
+    """An independent count: two FLOPs per multiply-add, padding and cropping included."""
+    torch = pytest.importorskip("torch")
+    from torch.utils.flop_counter import FlopCounterMode
+
+    source = torch.zeros(2, 8, 9, 11)
+    weights = {"Conv": torch.zeros(6, 8 // group, 3, 3), "ConvTranspose": torch.zeros(8, 6, 3, 3)}
+    functions = {
+        "Conv": torch.nn.functional.conv2d,
+        "ConvTranspose": torch.nn.functional.conv_transpose2d,
+    }
+    for op, weight in weights.items():
+        with FlopCounterMode(display=False) as counter:
+            functions[op](source, weight, stride=strides, padding=pads, groups=group)
+        node = helper.make_node(
+            op, ["x", "w"], ["y"], strides=[strides] * 2, pads=[pads] * 4, group=group
+        )
+        cost = cost_of([node], {"x": (FLOAT, [2, 8, 9, 11])}, {"w": weight.numpy()})
+        assert cost.total.flops == counter.get_total_flops(), op
+
+
+def test_group_query_attention_holds_heads_and_no_scores():
+    """Probed on ONNX Runtime 1.31: q, k and v of the new tokens, and q and k again if turned."""
+
+    def scratch(**attributes):
+        node = helper.make_node(
+            "GroupQueryAttention", ["q", "k", "v", "pk", "pv", "n", "m"], ["y", "a", "c"],
+            domain="com.microsoft", num_heads=4, kv_num_heads=2, **attributes,
+        )  # fmt: skip
+        inputs = {
+            "q": (FLOAT, ["b", "s", 64]),
+            "k": (FLOAT, ["b", "s", 32]),
+            "v": (FLOAT, ["b", "s", 32]),
+            "pk": (FLOAT, ["b", 2, "t", 16]),
+            "pv": (FLOAT, ["b", 2, "t", 16]),
+            "n": (TensorProto.INT32, ["b"]),
+            "m": (TensorProto.INT32, []),
+        }
+        (found,) = cost_of([node], inputs).nodes.values()
+        return found.work.scratch
+
+    assert equal(scratch(), 4 * B * S * 16 * (4 + 2 * 2))
+    assert equal(scratch(do_rotary=1), 4 * B * S * 16 * (4 + 2 * 2 + 4 + 2))
