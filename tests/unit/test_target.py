@@ -16,6 +16,7 @@ from lwc.analysis.cost import Cost
 from lwc.analysis.manager import AnalysisManager
 from lwc.analysis.predict import predict
 from lwc.analysis.target import Table, Target, cache_folder
+from lwc.backends.onnxruntime import measure
 from lwc.backends.onnxruntime.measure import measure_target
 from lwc.backends.onnxruntime.microbenchmarks import BENCHMARKS, Graph, Weight, build
 from lwc.core.errors import InputError, UsageError
@@ -140,3 +141,18 @@ def test_measuring_gives_positive_tables_of_the_right_size():
         assert all(seconds > 0 for seconds in table.seconds)
     assert 1e8 < found.bandwidth < 1e13
     assert json.loads(json.dumps(found.cpu))
+
+
+def test_past_its_time_a_measurement_runs_each_kernel_once(monkeypatch):
+    runs = []
+    original = measure._quick
+
+    def counting(times):
+        runs.append(len(times))
+        return original(times)
+
+    monkeypatch.setattr(measure, "_quick", counting)
+    chosen = tuple(b for b in BENCHMARKS if b.kernel == "relu")
+    found = measure_target(1, benchmarks=chosen, seconds=0.0)
+    assert all(seconds > 0 for seconds in found.tables["relu"].seconds)
+    assert runs[-4:] == [1, 1, 1, 1]
