@@ -71,8 +71,8 @@ class OptimizeResult:
         return build_report(
             self.record,
             modules,
-            model_entry(modules[0]),
-            model_entry(self.module),
+            model_entry(modules[0], modules[0].source.path),
+            model_entry(self.module, None),
             bindings=self.bindings,
         )
 

@@ -30,6 +30,7 @@ from lwc.pipeline.spec import resolve
 if TYPE_CHECKING:
     from lwc.core.module import Module
     from lwc.optimizer import OptimizeResult
+    from lwc.report.data import ModelEntry
 
 __all__ = ["Session", "settings_of"]
 
@@ -116,14 +117,17 @@ class Session:
             if options.remarks == "none":
                 self._say(remark_lines(result.module.remarks, "missed"))
             raise
-        shapes = self._settled_shapes(result.history.modules[0], result.module)
+        before = result.history.modules[0]
+        shapes = self._settled_shapes(before, result.module)
+        # The output may be written onto the input.
+        source = self._model_entry(before, before.source.path) if options.report else None
         output = options.output
         if output not in (None, "-"):
             with self.progress.phase(f"writing {output}"):
                 saved = save_module(result.module, output)
             self._say([written_line(saved, result.record.output)])
-        if options.report:
-            self._report(result, output, shapes)
+        if source is not None:
+            self._report(result, source, None if output == "-" else output, shapes)
         printed = any(isinstance(each, IrPrinter) for each in instruments)
         if output == "-" or (output is None and not options.report and not printed):
             sys.stdout.write(f"{str(result.module).rstrip()}\n")
@@ -137,11 +141,20 @@ class Session:
 
         return [settle_shape(before, after, shape) for shape in self.shapes]
 
+    def _model_entry(self, module: Module, path: str | None) -> ModelEntry:
+        from lwc.report import model_entry
+
+        return model_entry(module, path)
+
     def _report(
-        self, result: OptimizeResult, output: str | None, shapes: list[dict[str, int]]
+        self,
+        result: OptimizeResult,
+        source: ModelEntry,
+        output: str | None,
+        shapes: list[dict[str, int]],
     ) -> None:
         """Build the report, measure what was asked for, and write it in every format."""
-        from lwc.report import build_report, model_entry, write_report
+        from lwc.report import build_report, write_report
 
         options, config = self.options, self.config
         before, threads = result.history.modules[0], config.threads or 1
@@ -155,8 +168,8 @@ class Session:
             report = build_report(
                 result.record,
                 result.history.modules,
-                model_entry(before),
-                model_entry(result.module, None if output == "-" else output),
+                source,
+                self._model_entry(result.module, output),
                 bindings=shapes[0] if shapes else config.bind,
                 predict=predict,
             )

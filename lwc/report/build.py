@@ -104,25 +104,26 @@ def build_report(
     )
 
 
-def model_entry(module: Module, path: str | None = None) -> ModelEntry:
+def model_entry(module: Module, path: str | None) -> ModelEntry:
     """Describe a module as one end of a pipeline.
 
     Args:
         module: The module.
-        path: The file or folder it is in, where that is not where it came from.
+        path: The file or folder that holds it, or None where it is only in memory.
     """
-    where = path or module.source.path
-    parameters = AnalysisManager(module).get(Cost).total.parameters
+    kind = module.source.format
+    if path != module.source.path:
+        kind = "memory" if path is None else Path(path).suffix.lstrip(".") or "onnx"
     size = None
-    if where is not None and (file := onnx_file(Path(where))) is not None:
+    if path is not None and (file := onnx_file(Path(path))) is not None:
         size = file_size(file)
-    elif where is not None and Path(where).is_file():
-        size = Path(where).stat().st_size
+    elif path is not None and Path(path).is_file():
+        size = Path(path).stat().st_size
     return ModelEntry(
-        path=where,
-        format=module.source.format if path is None else "onnx",
+        path=path,
+        format=kind,
         file_bytes=size,
-        dense_bytes=4 * parameters,
+        dense_bytes=4 * AnalysisManager(module).get(Cost).total.parameters,
     )
 
 

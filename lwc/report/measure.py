@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,11 +107,14 @@ def measure(
         agreed = agreement(before, after, pieces, threads=settings.threads)
         detail = f"the first {_AGREEMENT_WINDOWS} windows of {settings.window} tokens"
         quality += _agreement(agreed, detail)
+    source = report.input
+    if source.path is None or not _is_same_file(source.path, report.output.path):
+        source = _with_memory(source, feeds[:1], settings.threads)
     return dataclasses.replace(
         report,
         latency=latency,
         quality=quality,
-        input=_with_memory(report.input, feeds[:1], settings.threads),
+        input=source,
         output=_with_memory(report.output, feeds[:1], settings.threads),
     )
 
@@ -238,6 +242,10 @@ def _perplexity(
         f"after / before {ratio.ratio:.4f} ± {ratio.standard_error:.4f}"
     )
     return Quality("perplexity", one.value, two.value, detail)
+
+
+def _is_same_file(first: str, second: str | None) -> bool:
+    return second is not None and os.path.exists(second) and os.path.samefile(first, second)
 
 
 def _with_memory(entry: ModelEntry, feeds: Sequence[Feed], threads: int) -> ModelEntry:

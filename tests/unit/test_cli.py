@@ -289,6 +289,27 @@ def test_both_models_are_measured_at_the_same_shape(
     assert {q["metric"]: q["after"] for q in report["quality"]}["max abs error"] == 0
 
 
+def test_the_report_of_an_overwritten_input_has_its_old_size(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lwc.report.measure, "predictor", lambda threads: lambda *_: 1.0)
+    before = Path("in.onnx").stat().st_size
+    arguments = ["-p", "canonicalize", "--report", "r.json", "--measure", "default"]
+    assert run("in.onnx", "-o", "in.onnx", *arguments).code == 0
+    report = json.loads(Path("r.json").read_text())
+    assert report["input"]["file_bytes"] == before
+    assert report["input"]["peak_rss_bytes"] is None
+    assert report["output"]["file_bytes"] == Path("in.onnx").stat().st_size != before
+    assert report["output"]["peak_rss_bytes"] > 0
+
+
+def test_the_report_of_a_model_that_is_not_written_has_no_size(run: Any) -> None:
+    assert run("in.onnx", "-p", "canonicalize", "--report", "r.json").code == 0
+    report = json.loads(Path("r.json").read_text())
+    assert report["input"]["file_bytes"] == Path("in.onnx").stat().st_size
+    assert (report["output"]["path"], report["output"]["file_bytes"]) == (None, None)
+
+
 @pytest.mark.parametrize(
     ("how", "code", "line"),
     [
