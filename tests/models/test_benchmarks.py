@@ -1,0 +1,39 @@
+"""Every program under tools/bench prints a table and writes its figures as JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[2] / "tools" / "bench"
+
+SMALL = {
+    "cost_model": ["--only", "flops", "--models", "magika"],
+    "quantize_weights": ["--variants", "8 bits", "--tokens", "33"],
+    "scale": "--layers 1 --hidden 64 --ffn 128 --heads 4 --kv-heads 2 --vocab 512".split(),
+    "simplify": ["--only", "magika", "--repeats", "1"],
+}
+
+
+def _programs() -> list[str]:
+    return sorted(path.stem for path in BENCH.glob("*.py") if "argparse" in path.read_text())
+
+
+@pytest.mark.models
+@pytest.mark.slow
+@pytest.mark.parametrize("name", _programs())
+def test_table_and_json(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    command = [sys.executable, str(BENCH / f"{name}.py"), *SMALL[name], "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "│" in done.stdout
+    figures = json.loads(file.read_text())
+    assert set(figures) == {"summary", "rows"}
+    assert figures["summary"]
+    assert figures["rows"]
+    assert all(isinstance(row, dict) for row in figures["rows"])
