@@ -220,7 +220,9 @@ def _counts(name: str, module: Module) -> Row:
     ours = _by_op(module, cost, Numbers(size), ran)
     verdicts = []
     if failure:
-        verdicts.append(f"onnx-tool counts nothing: {failure}")
+        right = all(_near(ours[op], macs) for op, macs in book.items())
+        agreed = "; lwc = textbook in every operator" if right else ""
+        verdicts.append(f"onnx-tool counts nothing: {failure}{agreed}")
     for op in sorted(book):
         wrong = "" if _near(ours[op], book[op]) else f", not the textbook's {_short(book[op])}"
         if wrong and op in cost.uncounted:
