@@ -365,10 +365,8 @@ def _detach(node: ir.Node) -> list[ir.Value]:
     stack = [node]
     while stack:
         current = stack.pop()
-        for index, value in enumerate(current.inputs):
-            if value is not None:
-                current.replace_input_with(index, None)
-                values.append(value)
+        values.extend(value for value in current.inputs if value is not None)
+        current.resize_inputs(0)
         for graph in attribute_graphs(current):
             inner = list(graph)
             graph.remove(inner)

@@ -536,3 +536,26 @@ def test_attributes_that_calls_decide_are_not_their_defaults() -> None:
     canonicalize(module)
     for found, output in zip(run_plain(module, feed), wanted, strict=True):
         np.testing.assert_array_equal(found, output)
+
+
+def chain(op: str, length: int, rest: str) -> Module:
+    steps = "\n".join(f"v{i + 1} = {op}(v{i}, {rest})" for i in range(length))
+    return module_of(
+        f"""g (float[n,3] v0, float[1,3] z) => (float[a,b] v{length})
+        <int64[1] one = {{1}}, int64[1] far = {{{2**63 - 1}}}> {{ {steps} }}"""
+    )
+
+
+def test_a_deep_tree_of_concatenations_is_merged_at_its_root() -> None:
+    module = chain("Concat<axis = 0>", 400, "z")
+    result = canonicalize(module)
+    assert ops(module) == ["Concat"]
+    assert result.rewrites["concat-of-concat"] == 1
+
+
+def test_a_long_chain_of_slices_has_a_short_shape() -> None:
+    module = chain("Slice", 60, "one, far")
+    canonicalize(module)
+    assert ops(module) == ["Slice"]
+    feed = {"v0": np.zeros((70, 3), np.float32), "z": np.zeros((1, 3), np.float32)}
+    assert run_plain(module, feed)[0].shape == (10, 3)

@@ -197,7 +197,13 @@ def _slice_extent(site: Site, start: Any, end: Any, step: int, size: Dim) -> Dim
     first, last = _clamped(site, start, size), _clamped(site, end, size)
     if first is None or last is None:
         return site.fresh()
-    length = maximum(0, subtract(last, first))
+    # The size is mentioned once if at all possible: slices of slices would double it each time.
+    if at_least(start, 0) and not at_least(start, _FAR):
+        length = maximum(0, subtract(last, start))
+    elif last == size and at_least(-1, start):
+        length = minimum(size, subtract(0, start))
+    else:
+        length = maximum(0, subtract(last, first))
     return ceil_div(length, step)
 
 

@@ -84,24 +84,37 @@ def _compose(inner: _Range, outer: _Range) -> _Range | None:
 
 @rule("Concat")
 def concat_of_concat(node: ir.Node, edit: Editor) -> Outcome:
-    """Concatenations along one axis: a single one."""
+    """A tree of concatenations along one axis: a single one, made at its root."""
     axis = _axis(node, edit)
+    result = node.outputs[0]
+    if axis is None or (edit.single_use(result) and _feeds(result, axis, edit)):
+        return None
     operands: list[ir.Value | None] = []
-    for value in node.inputs:
-        inner = producer_of(value, "Concat")
-        if (
-            value is not None
-            and inner is not None
-            and edit.single_use(value)
-            and axis is not None
-            and _axis(inner, edit) == axis
-        ):
-            operands.extend(inner.inputs)
-        else:
+    stack = list(reversed(node.inputs))
+    while stack:
+        value = stack.pop()
+        inner = _joined(value, axis, edit)
+        if inner is None:
             operands.append(value)
+        else:
+            stack.extend(reversed(inner.inputs))
     if len(operands) == len(node.inputs):
         return None
     return edit.op("Concat", operands, {"axis": axis})
+
+
+def _joined(value: ir.Value | None, axis: int, edit: Editor) -> ir.Node | None:
+    """Return the concatenation along `axis` that makes `value` for a single reader."""
+    node = producer_of(value, "Concat")
+    if node is None or value is None or not edit.single_use(value):
+        return None
+    return node if _axis(node, edit) == axis else None
+
+
+def _feeds(value: ir.Value, axis: int, edit: Editor) -> bool:
+    """Tell whether the single reader of a value is a concatenation along `axis`."""
+    ((user, _),) = value.uses()
+    return producer_of(user.outputs[0], "Concat") is user and _axis(user, edit) == axis
 
 
 def _axis(node: ir.Node, edit: Editor) -> int | None:
