@@ -13,6 +13,7 @@ from types import FrameType
 from typing import NoReturn
 
 from lwc.core.errors import LwcError
+from lwc.core.text import printable
 
 __all__ = ["EXIT_CODES", "guarded"]
 
@@ -52,7 +53,7 @@ def guarded(program: str, run: Callable[[], int], *, debug: bool = False) -> int
             traceback.print_exc()
         line, code = _outcome(error)
     if line:
-        print(f"{program}: {line}", file=sys.stderr)
+        print(f"{program}: {printable(line)}", file=sys.stderr)
     return code
 
 

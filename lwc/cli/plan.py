@@ -46,30 +46,35 @@ def print_plan(
         no_color=color == "never",
         width=None if sys.stdout.isatty() else _PLAIN_WIDTH,
         highlight=False,
+        markup=False,
     )
     analyses = AnalysisManager(module)
     names = _input_dimensions(module, analyses.get(Shapes))
     _check_names(names, bindings)
     plan = plan_rows(module, analyses, bindings, target)
     console.print(plan_table(plan))
+
+    def say(line: str) -> None:
+        console.print(text.printable(line), soft_wrap=True)
+
     if plan.peak is not None:
         at = "" if plan.peak.node is None else f", at '{plan.peak.node.name}'"
-        console.print(f"largest sum of live activations: {text.size(plan.peak.nbytes)}{at}")
+        say(f"largest sum of live activations: {text.size(plan.peak.nbytes)}{at}")
     else:
         for name, formula in (
             ("FLOPs", plan.total.formulas["flops"]),
             ("bytes read and written", plan.total.formulas["traffic"]),
             ("largest sum of live activations, in bytes", plan.peak_formula),
         ):
-            console.print(f"{name}: {_shortened(formula, _LONGEST_LINE)}", soft_wrap=True)
+            say(f"{name}: {_shortened(formula, _LONGEST_LINE)}")
         unbound = [name for name in names if name not in bindings]
         if unbound:
-            console.print(f"numbers: {' '.join(f'--bind {name}=N' for name in unbound)}")
+            say(f"numbers: {' '.join(f'--bind {name}=N' for name in unbound)}")
     if plan.uncounted:
         listed = ", ".join(f"{count} {op}" for op, count in sorted(plan.uncounted.items()))
-        console.print(f"in no figure, for want of a rule or of a known shape: {listed}")
+        say(f"in no figure, for want of a rule or of a known shape: {listed}")
     if target is None:
-        console.print("predicted time: this machine is not measured yet (--measure does it once)")
+        say("predicted time: this machine is not measured yet (--measure does it once)")
 
 
 def plan_table(plan: Plan) -> Table:
@@ -97,7 +102,7 @@ def _cells(row: PlanRow, timed: bool) -> list[str]:
         return text.size(value) if unit else f"{value:,}"
 
     cells = [
-        row.name,
+        text.printable(row.name),
         f"{row.count:,}",
         cell(row.flops, row.formulas["flops"], False),
         f"{row.parameters:,}",

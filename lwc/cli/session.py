@@ -22,6 +22,7 @@ from lwc.cli.progress import ProgressDisplay
 from lwc.cli.summary import remark_lines, summary_lines, written_line
 from lwc.core.errors import RequirementError, UsageError
 from lwc.core.paths import is_folder_target
+from lwc.core.text import printable
 from lwc.pipeline.config import PipelineConfig, read_config
 from lwc.pipeline.instruments import Instrument, IrPrinter, StatisticsPrinter, TimingPrinter
 from lwc.pipeline.options import did_you_mean
@@ -77,7 +78,7 @@ class Session:
             config = replace(config, passes=resolve(name))
         config = replace(config, passes=tuple(passes_until(name, config.passes)))
         result = self._run_passes(config, [])
-        print(explain(result.record.passes[-1], node or None))
+        print(printable(explain(result.record.passes[-1], node or None)))
         return 0
 
     def bisect(self) -> int:
@@ -274,7 +275,7 @@ class Session:
     def _say(self, lines: Iterable[str]) -> None:
         if not self.options.quiet:
             for line in lines:
-                print(line, file=sys.stderr)
+                print(printable(line), file=sys.stderr)
 
 
 def settings_of(options: argparse.Namespace) -> PipelineConfig:

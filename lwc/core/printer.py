@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
+from lwc.core.text import printable
 from lwc.core.walk import op_name
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ def print_module(module: Module) -> str:
         )
         title = f"function {name}<{attributes}>" if attributes else f"function {name}"
         lines += ["", *_graph(title, function.graph)]
-    return "\n".join(lines) + "\n"
+    # Names may hold line breaks too.
+    return "".join(printable(line).replace("\n", "\\n") + "\n" for line in lines)
 
 
 def print_node(node: ir.Node) -> str:

@@ -1,13 +1,23 @@
-"""Numbers as people read them: on the command line and in reports."""
+"""Numbers and names as people read them: on the command line and in reports."""
 
 from __future__ import annotations
 
-__all__ = ["count", "factor", "size", "time"]
+__all__ = ["count", "factor", "printable", "size", "time"]
 
 
 def count(value: float | None) -> str:
     """Write a count with a decimal prefix: `134 M`."""
     return "–" if value is None else _scaled(value, ("", " k", " M", " G", " T", " P"))
+
+
+_CONTROL = {
+    code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"
+}
+
+
+def printable(text: str) -> str:
+    """Escape control characters, so that names in a model cannot steer the terminal."""
+    return text.translate(_CONTROL)
 
 
 def size(value: float | None) -> str:

@@ -414,6 +414,27 @@ def test_the_plan_is_a_table_of_costs(
     assert files(folder) == set()
 
 
+def test_names_do_not_steer_the_terminal(run: Any) -> None:
+    model = onnx.load("in.onnx")
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "n[/bold]"
+    onnx.save(model, "odd.onnx")
+    assert "--bind n[/bold]=N" in run("odd.onnx", "--plan").out
+    model.graph.node[0].name = "a\x1b[31m"
+    model.graph.node[0].op_type = "Made[/up]\x07"
+    model.graph.node[0].domain = "some"
+    model.opset_import.add(domain="some", version=1)
+    onnx.save(model, "odd.onnx")
+    for arguments in (["--plan"], ["-o", "-"], ["--explain=canonicalize"], ["--remarks=all"]):
+        ran = run("odd.onnx", *arguments)
+        assert ran.code == 0, ran.err
+        assert not set(ran.out + ran.err) & set("\x1b\x07")
+    model.graph.node[0].domain = ""
+    onnx.save(model, "odd.onnx")
+    ran = run("odd.onnx")
+    assert (ran.code, "Made[/up]\\x07" in ran.err, "\x07" in ran.err) == (2, True, False)
+
+
 def test_ir_goes_to_stdout(run: Any) -> None:
     ran = run("in.onnx", "-p", "canonicalize,infer-shapes", "--print-ir-before=canonicalize")
     assert ran.out.startswith("// module before canonicalize\n")
