@@ -16,7 +16,6 @@ import math
 import os
 import platform
 import re
-import sys
 import tempfile
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -25,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from lwc.core.errors import InputError
+from lwc.core.paths import cache_folder
 
-__all__ = ["Table", "Target", "cache_folder", "cpu_name"]
+__all__ = ["Table", "Target", "cpu_name"]
 
 _FORMAT = 1
 
@@ -157,18 +157,6 @@ class Target:
         key = hashlib.sha256(f"{cpu}|{runtime}".encode()).hexdigest()[:8]
         stem = re.sub(r"[^a-z0-9.]+", "-", f"{runtime} {cpu}".lower()).strip("-")
         return cache_folder() / "targets" / f"{stem}-{key}-{threads}t.json"
-
-
-def cache_folder() -> Path:
-    """Return where lwc keeps what it can make again: `$LWC_CACHE`, or the platform's folder."""
-    chosen = os.environ.get("LWC_CACHE")
-    if chosen:
-        return Path(chosen)
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "lwc"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "lwc"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lwc"
 
 
 def cpu_name() -> str:

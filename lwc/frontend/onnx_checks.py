@@ -350,6 +350,8 @@ class _Checker:
             self.findings.external = True
             return
         if dtype == ir.DataType.STRING:
+            if stored is not None or tensor.HasField("raw_data"):
+                raise self._error(f"{where} holds strings as raw bytes", _AGAIN)
             expected, have, unit = math.prod(dims), len(tensor.string_data), "strings"
         elif stored is not None or tensor.HasField("raw_data"):
             expected, unit = tensor_nbytes(dims, dtype), "bytes"

@@ -76,6 +76,11 @@ def trace(
             f"cannot trace a {type(module).__name__}",
             remedy="give an nn.Module, a GraphModule or an ExportedProgram",
         )
+    if not isinstance(args, list | tuple):
+        raise InputError(
+            f"args is a tuple of example inputs, not a {type(args).__name__}",
+            remedy="give (x,) for one input",
+        )
     with _quiet(), torch.no_grad():
         program = (
             module

@@ -407,6 +407,19 @@ def test_tensor_content() -> None:
     refused_proto(with_tensor(wrong_field), "needs 4 numbers but has 0")
 
 
+def test_strings_with_raw_bytes(tmp_path: Path) -> None:
+    def raw(size: int) -> Callable[[TensorProto], None]:
+        def change(tensor: TensorProto) -> None:
+            tensor.data_type = TensorProto.STRING
+            tensor.raw_data = bytes(size)
+            tensor.string_data.extend([b"a"] * 4)
+
+        return change
+
+    refused_proto(with_tensor(raw(16)), "'w'", "raw bytes")
+    refused(write(tmp_path / "m.onnx", with_tensor(raw(2 << 20))), "'w'", "raw bytes")
+
+
 def test_constant_node_content() -> None:
     proto = simple()
     tensor = numpy_helper.from_array(np.arange(4, dtype=np.float32), "c")

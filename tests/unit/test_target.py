@@ -15,11 +15,12 @@ from onnx import TensorProto, helper
 from lwc.analysis.cost import Cost
 from lwc.analysis.manager import AnalysisManager
 from lwc.analysis.predict import predict
-from lwc.analysis.target import Table, Target, cache_folder
+from lwc.analysis.target import Table, Target
 from lwc.backends.onnxruntime import measure
 from lwc.backends.onnxruntime.measure import measure_target
 from lwc.backends.onnxruntime.microbenchmarks import BENCHMARKS, Graph, Weight, build
 from lwc.core.errors import InputError, UsageError
+from lwc.core.paths import cache_folder
 from lwc.frontend.onnx_reader import from_proto
 
 LINE = Table(((10.0, 1000.0),), (1e-9, 1e-11))

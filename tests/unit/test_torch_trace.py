@@ -176,6 +176,12 @@ def test_missing_arguments_and_other_objects_are_refused() -> None:
         trace(3)
 
 
+@pytest.mark.parametrize("args", [torch.ones(1, 4), 5])
+def test_a_bare_input_is_no_tuple_of_inputs(args: Any) -> None:
+    with pytest.raises(InputError, match=r"args is a tuple .*, not a (Tensor|int) \(give \(x,\)"):
+        trace(Branching(), args)
+
+
 def test_an_opset_out_of_reach_is_refused() -> None:
     with pytest.raises(InputError, match="opset"):
         trace(Fixed(), (torch.ones(3, 3),), opset=99)
