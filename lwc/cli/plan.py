@@ -39,7 +39,7 @@ def print_plan(
         color: `auto`, `always` or `never`.
 
     Raises:
-        UsageError: No input has a dimension of a bound name.
+        UsageError: No input has a dimension of a bound name, or its number is no extent.
     """
     console = Console(
         force_terminal=True if color == "always" else None,
@@ -129,7 +129,9 @@ def _input_dimensions(module: Module, shapes: Shapes) -> list[str]:
 
 
 def _check_names(names: list[str], bindings: Mapping[str, int]) -> None:
-    for name in bindings:
+    for name, extent in bindings.items():
+        if extent < 1:
+            raise UsageError(f"dimension '{name}' cannot be {extent}")
         if name not in names:
             raise UsageError(
                 f"no input has a dimension '{name}'",
