@@ -150,12 +150,26 @@ def _fold_before(node: ir.Node, edit: Editor, folder: LinearFolder) -> Outcome:
         return None
     if not edit.single_use(value):
         return Miss("the value before the linear operator has other uses", producer)
+    if _closes_gelu(affine.source):
+        return Miss("the factor is part of a GELU, which runtimes compute at once", producer)
     objection = folder.objection(linear)
     if objection is not None:
         return objection
     weight = folder.scale_inputs(linear, affine.scale)
     bias = folder.bias(linear) + folder.response(linear, affine.shift) if shifted else None
     return folder.rebuild(linear, affine.source, weight, bias)
+
+
+def _closes_gelu(value: ir.Value) -> bool:
+    """Tell whether a value is x * (1 + erf(...)) or x * (1 + tanh(...))."""
+    gate = producer_of(value, "Mul")
+    sums = [producer_of(factor, "Add") for factor in gate.inputs] if gate is not None else []
+    return any(
+        producer_of(term, "Erf", "Tanh") is not None
+        for node in sums
+        if node is not None
+        for term in node.inputs
+    )
 
 
 def _pads(node: ir.Node) -> bool:

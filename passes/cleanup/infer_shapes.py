@@ -32,17 +32,17 @@ class InferShapes(Pass):
         shapes = ctx.analyses.get(Shapes)
         for node, reason in shapes.misfits:
             ctx.warn(f"its inputs do not fit the operator: {reason}", node)
-        annotated, unknown = 0, 0
+        unknown = 0
         for node in module.nodes():
             for value in node.outputs:
                 fact = shapes.fact(value)
                 unknown += fact.shape is None and fact.element is None
-                if value.is_graph_output() and value.graph is module.graph:
-                    continue
-                contradiction = _contradiction(value, fact)
+                contradiction = (
+                    None if _is_interface(value, module) else _contradiction(value, fact)
+                )
                 if contradiction:
                     ctx.note(f"the file declares {contradiction}", node)
-                annotated += annotate(value, fact, shapes)
+        annotated = annotate(module, shapes)
         return PassResult(
             changed=annotated > 0,
             preserved=frozenset({Shapes}),
@@ -50,8 +50,21 @@ class InferShapes(Pass):
         )
 
 
-def annotate(value: ir.Value, fact: Fact, shapes: Shapes) -> bool:
-    """Give a value its inferred type and shape; return whether that changed anything."""
+def annotate(module: Module, shapes: Shapes) -> int:
+    """Give every value its inferred type and shape; return how many of them that changed."""
+    return sum(
+        _annotate(value, shapes.fact(value), shapes)
+        for node in module.nodes()
+        for value in node.outputs
+        if not _is_interface(value, module)
+    )
+
+
+def _is_interface(value: ir.Value, module: Module) -> bool:
+    return value.is_graph_output() and value.graph is module.graph
+
+
+def _annotate(value: ir.Value, fact: Fact, shapes: Shapes) -> bool:
     before = (value.type, value.shape)
     if fact.dtype is not None and value.dtype != fact.dtype:
         value.type = ir.TensorType(fact.dtype)

@@ -16,8 +16,8 @@ from lwc.passes.cleanup.canonicalize import Canonicalize
 from lwc.passes.cleanup.fold_linear import FoldLinear
 
 MODELS: dict[str, tuple[int, list[dict[str, int]]]] = {
-    "vit_s_focus": (622, [{"batch_size": 1}, {"batch_size": 2}]),
-    "paraphrase-MiniLM-L3-v2": (121, [{}, {"batch_size": 3, "sequence_length": 9}]),
+    "vit_s_focus": (634, [{"batch_size": 1}, {"batch_size": 2}]),
+    "paraphrase-MiniLM-L3-v2": (124, [{}, {"batch_size": 3, "sequence_length": 9}]),
     "silero_vad_half": (70, [{"batch": 2, "sequence": 576}, {"batch": 1, "sequence": 640}]),
     "silero_vad_openvino_16k": (27, [{}]),
     "magika": (81, [{}]),
