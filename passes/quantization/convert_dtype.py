@@ -21,9 +21,10 @@ class ConvertDtype(Pass):
     """Compute in half precision where operators admit it and the numbers allow it.
 
     Weights are converted one at a time. What must stay float32 (see
-    `lwc.passes.quantization.half_plan`) gets a Cast before and after it. Finite constants beyond
-    the half type's range become its largest number, and a single number that would round to
-    zero, such as a norm's epsilon, becomes its smallest; both with a warning.
+    `lwc.passes.quantization.half_plan`) gets a Cast before and after it. Finite numbers beyond
+    the half type's range become its largest: in the constants of operators that only move,
+    choose or add them, elsewhere where the float32 result becomes half. A single number that
+    would round to zero, such as a norm's epsilon, becomes the smallest. All with a warning.
 
     The contract's tolerance is for outputs of the order of one; a deep network in bfloat16 may
     need more.

@@ -48,6 +48,9 @@ def content_of(text: str, name: str = "y", opset: int = 18) -> list[object]:
         # Broadcasting: a number above 1 wins over a symbol, that over 1; two symbols stay open.
         ("float[a,1] x, float[4] z", "y = Add(x, z)", (A, 4)),
         ("float[a] x, float[4] z", "y = Add(x, z)", (4,)),
+        # An empty operand of Concat says nothing of the other extents.
+        ("float[0,3] x, float[2,a] z", "y = Concat<axis=0>(x, z)", (2, A)),
+        ("float[2,a] x, float[b,0] z", "y = Concat<axis=1>(x, z)", (2, A)),
         ("float[a] x, float[1] z", "y = Mul(x, z)", (A,)),
         ("float[a] x, float[a] z", "y = Sub(x, z)", (A,)),
         ("float[b,a] x, float[a] z", "y = Equal(x, z)", (B, A)),
@@ -423,3 +426,10 @@ def test_a_sequence_of_even_pieces_has_their_shape() -> None:
     assert shape_of(text) == (B, S, 32)
     shapes, values = infer(text.replace("=32>", "=40>"))
     assert shapes.shape(values["y"]) is None, "the last piece is shorter"
+
+
+def test_the_rows_of_a_scalar_that_is_not_zero_are_left_open() -> None:
+    shapes, values = infer("g (float x) => (int64[r,k] y) { y = NonZero(x) }")
+    shape = shapes.shape(values["y"])
+    assert shape is not None
+    assert all(map(shapes.is_fresh, shape))

@@ -135,7 +135,8 @@ def _is_whole(element: Any) -> bool:
 @rule("NonZero")
 def _nonzero(site: Site) -> Outcome:
     source = site.shape(0)
-    rank = site.fresh() if source is None else len(source)
+    # Of a scalar ONNX makes no rows and ONNX Runtime one.
+    rank = len(source) if source else site.fresh()
     return Fact(ir.DataType.INT64, (rank, site.fresh()))
 
 

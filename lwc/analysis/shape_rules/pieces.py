@@ -38,13 +38,14 @@ def _concat(site: Site) -> Outcome:
     axis = axis_of(site.attribute("axis", 0), rank)
     if any(len(shape) != rank for shape in shapes):
         raise Misfit("the inputs differ in rank")
-    result = list(shapes[0])
-    for shape in shapes[1:]:
+    # Runtimes skip empty operands whatever their other extents.
+    filled = [shape for shape in shapes if 0 not in shape] or shapes
+    result = list(filled[0])
+    for shape in filled[1:]:
         for place in range(rank):
             if place != axis:
                 result[place] = site.same(result[place], shape[place])
-            else:
-                result[axis] = add(result[axis], shape[axis])
+    result[axis] = functools.reduce(add, (shape[axis] for shape in shapes))
     if len(shapes) < len(facts):
         result[axis] = site.fresh()
         return Fact(dtype, tuple(result))
