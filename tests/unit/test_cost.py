@@ -139,7 +139,7 @@ def test_batched_product_of_activations():
             {"x": (FLOAT, ["b", "s", 64])},
             {"w": zeros(32, 2, 16, dtype=np.uint8), "z": zeros(64)},
             B * S * 64 * 32,
-            2 * 64 * 32,
+            0,
         ),
         (
             helper.make_node(

@@ -82,7 +82,7 @@ def _conv_integer(node: Operands) -> Work:
 
 @cost_rule(f"{MS}MatMulNBits", f"{MS}MatMulBnb4", f"{MS}MatMulFpQ4")
 def _matmul_nbits(node: Operands) -> Work:
-    """Multiply-adds of the product, plus two FLOPs to dequantize each weight.
+    """Multiply-adds of the product; unpacking codes into weights is not counted.
 
     The attributes K and N give the size of the weight; its tensor is packed in blocks. At
     accuracy level 4 the activations are quantized first: a byte each, and a float32 scale and sum
@@ -99,7 +99,7 @@ def _matmul_nbits(node: Operands) -> Work:
         scratch = product((rows, depth + 8 * blocks))
     return Work(
         macs=product((rows, depth, columns)),
-        other_flops=2 * depth * columns + bias,
+        other_flops=bias,
         scratch=scratch,
         kernel=f"matmul_nbits{8 if bits > 4 else 4}",
         problem=(rows, depth, columns),
