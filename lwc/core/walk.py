@@ -13,6 +13,7 @@ __all__ = [
     "constant_tensor",
     "graph_and_subgraphs",
     "is_default_domain",
+    "is_random",
     "op_name",
 ]
 
@@ -20,6 +21,21 @@ __all__ = [
 def is_default_domain(node: ir.Node) -> bool:
     """Tell whether `node` is an operator of the standard ONNX domain."""
     return node.domain in ("", "ai.onnx")
+
+
+_RANDOM_OPS = frozenset({
+    "Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform",
+    "RandomUniformLike",
+})  # fmt: skip
+
+
+def is_random(node: ir.Node) -> bool:
+    """Tell whether a standard operator may give another result on every run."""
+    if not is_default_domain(node):
+        return False
+    if node.op_type == "Dropout":
+        return len(node.inputs) > 2 and node.inputs[2] is not None
+    return node.op_type in _RANDOM_OPS
 
 
 def op_name(node: ir.Node) -> str:

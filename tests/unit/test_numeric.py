@@ -161,6 +161,30 @@ def test_nan_and_infinity_must_stay_where_they_are(before: str, after: str, same
             compare(special(before), special(after))
 
 
+@pytest.mark.parametrize("off", [0, 1])
+def test_large_integers_must_be_equal_too(off: int) -> None:
+    modules = [
+        parse(
+            f"""g (int64[3] x) => (int64[3] y) <int64 big = {{{2**60 + each}}}, int64 none = {{0}}>
+            {{ zeros = Mul(x, none) y = Add(zeros, big) }}"""
+        )
+        for each in (0, off)
+    ]
+    if not off:
+        assert compare(*modules).worst is not None
+        return
+    with pytest.raises(VerificationError, match="times its bound"):
+        compare(*modules)
+
+
+def test_dropout_in_training_is_skipped() -> None:
+    module = parse(
+        """g (float[9] x) => (float[9] y) <float half = {0.5}, bool training = {1}>
+        { y = Dropout(x, half, training) }"""
+    )
+    assert compare(module, module).skipped is not None
+
+
 def test_strings() -> None:
     def module(text: str) -> Module:
         return parse(f"g (string[n] x) => (string[n] y) {{ {text} }}")

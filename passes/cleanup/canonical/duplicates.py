@@ -9,29 +9,16 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from lwc.core.walk import attribute_graphs
+from lwc.core.walk import attribute_graphs, is_random
 from lwc.rewrite import Editor
 
-__all__ = ["is_random", "merge_duplicates"]
-
-_RANDOM_OPS = frozenset({
-    "Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform",
-    "RandomUniformLike",
-})  # fmt: skip
-"""Standard operators that give another result on every run."""
+__all__ = ["merge_duplicates"]
 
 _KNOWN_DOMAINS = {"", "ai.onnx.ml", "com.microsoft"}
 _SMALL = 1024
 _INTEGRAL = {ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL}
 
 _Scope = dict[Hashable, list[ir.Value]]
-
-
-def is_random(node: ir.Node) -> bool:
-    """Tell whether a node may give another result on every run."""
-    if node.op_type == "Dropout":
-        return len(node.inputs) > 2 and node.inputs[2] is not None
-    return node.op_type in _RANDOM_OPS
 
 
 def merge_duplicates(editor: Editor) -> Counter[str]:

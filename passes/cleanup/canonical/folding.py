@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from lwc.core.walk import attribute_graphs
+from lwc.core.walk import attribute_graphs, is_random
 from lwc.core.weights import release
-from lwc.passes.cleanup.canonical.duplicates import is_random
 from lwc.passes.cleanup.canonical.evaluate import EvaluationError, evaluate
 from lwc.rewrite import ANY, Editor, Miss, Outcome, Rule, use_count
 
