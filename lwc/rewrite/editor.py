@@ -361,7 +361,7 @@ class Editor:
 
 def _detach(node: ir.Node) -> list[ir.Value]:
     """Take a removed node's bodies apart; let go of everything they read and return that."""
-    values = []
+    values: list[ir.Value] = []
     stack = [node]
     while stack:
         current = stack.pop()
