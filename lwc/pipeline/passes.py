@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 Verify: TypeAlias = Literal["none", "structural", "numeric"]
+"""How a pipeline checks each pass; see `lwc.pipeline.manager.PassManager`."""
 
 
 def check_settings(verify: str, seed: int, threads: int | None, max_memory: int | None) -> None:
@@ -50,8 +51,6 @@ def check_settings(verify: str, seed: int, threads: int | None, max_memory: int 
         if number is not None and (not isinstance(number, int) or number < least):
             raise UsageError(f"{name} is an integer from {least} on, not {number!r}")
 
-
-"""How a pipeline checks each pass; see `lwc.pipeline.manager.PassManager`."""
 
 Feed: TypeAlias = "Mapping[str, np.ndarray[Any, Any]]"
 """One batch: an array for each graph input, by name."""

@@ -88,7 +88,11 @@ class QuantizeWeights(Pass):
         editor = Editor(module, ctx.analyses.get(Shapes), ctx.source or self.name)
         chosen: list[tuple[WeightUses, WeightSpec]] = []
         skipped = 0
-        for weight in find_weights(module):
+        weights = list(find_weights(module))
+        for pattern in self.exclude:
+            if not any(_matches(weight, pattern) for weight in weights):
+                ctx.warn(f"exclude={pattern} matches no weight and none of their nodes")
+        for weight in weights:
             reason = self._obstacle(weight, editor)
             if reason is None:
                 chosen.append((weight, self._spec(weight, module)))
@@ -118,6 +122,7 @@ class QuantizeWeights(Pass):
                 f"'{weight.value.name}' in {spec.grid.bits} bits, relative error "
                 f"{result.relative_error:.2e}",
                 node,
+                weight.uses[0].role,
             )
             self._lower(editor, weight, spec, packed)
         if not chosen:
@@ -170,11 +175,7 @@ class QuantizeWeights(Pass):
         return None
 
     def _excluded(self, weight: WeightUses) -> str | None:
-        names = [weight.value.name, *(use.node.name for use in weight.uses)]
-        for pattern in self.exclude:
-            if any(name is not None and fnmatchcase(name, pattern) for name in names):
-                return pattern
-        return None
+        return next((each for each in self.exclude if _matches(weight, each)), None)
 
     def _bits(self, weight: WeightUses) -> Literal[4, 8]:
         table = any(use.role == "Gather" for use in weight.uses)
@@ -251,6 +252,11 @@ class QuantizeWeights(Pass):
             for node in transposes:
                 _erase_dead(editor, node)
         _remove_constant(editor, weight.value)
+
+
+def _matches(weight: WeightUses, pattern: str) -> bool:
+    names = [weight.value.name, *(use.node.name for use in weight.uses)]
+    return any(name is not None and fnmatchcase(name, pattern) for name in names)
 
 
 @dataclass

@@ -14,7 +14,20 @@ BENCH = Path(__file__).parents[2] / "tools" / "bench"
 SMALL = {
     "cost_model": ["--only", "flops", "--models", "magika"],
     "quantize_weights": ["--variants", "8 bits", "--tokens", "33"],
-    "scale": "--layers 1 --hidden 64 --ffn 128 --heads 4 --kv-heads 2 --vocab 512".split(),
+    "scale": [
+        "--layers",
+        "1",
+        "--hidden",
+        "64",
+        "--ffn",
+        "128",
+        "--heads",
+        "4",
+        "--kv-heads",
+        "2",
+        "--vocab",
+        "512",
+    ],
     "simplify": ["--only", "magika", "--repeats", "1"],
 }
 

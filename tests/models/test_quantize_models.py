@@ -95,14 +95,18 @@ def test_half_precision_on_real_files(name: str, model_file: ModelFile) -> None:
 
 
 def test_tied_head_of_a_language_model(tmp_path: Path, model_file: ModelFile) -> None:
-    """SmolLM2 at the issue's 4-bit setting: size at most 0.22 of float32, the table stored once."""
-    module = load(model_file("smollm2"))
+    """SmolLM2, the table stored once: at most 0.22 of float32's size at 4 bits, 0.30 at 8.
+
+    At 8 bits it still completes a sentence as in float32; 4-bit rounding may change one word.
+    """
+    source = load(model_file("smollm2"))
     before = 4 * 134_515_008
-    result = run_pass(QuantizeWeights(bits=4, embeddings=8, block_size=32), module)
-    assert result.statistics["weights quantized"] == 211
-    assert result.statistics["nodes lowered"] == 212
-    saved = save(module, tmp_path / "model.onnx")
-    assert saved.nbytes < 0.22 * before
+    for chosen, share in ((QuantizeWeights(bits=4), 0.22), (QuantizeWeights(bits=8), 0.30)):
+        module = source.clone()
+        result = run_pass(chosen, module)
+        assert result.statistics["weights quantized"] == 211
+        assert result.statistics["nodes lowered"] == 212
+        assert save(module, tmp_path / f"{chosen.bits}.onnx").nbytes < share * before
     ids = np.array([[504, 3575, 282, 4649, 314]])  # The capital of France is
     positions = np.arange(5)[None]
     feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": positions}

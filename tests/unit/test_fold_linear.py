@@ -283,8 +283,8 @@ def test_two_constants_whose_product_leaves_the_type_stay_apart(op: str, factor:
 @pytest.mark.parametrize(("inner", "folds"), [("Erf", False), ("Tanh", False), ("Sigmoid", True)])
 def test_the_half_of_a_gelu_stays_where_the_runtime_fuses_it(inner: str, folds: bool) -> None:
     graph = Graph(["n", 4])
-    graph.add(inner).add("Add", graph.constant(np.float32(1.0)[None]))
-    graph.add("Mul", "x").add("Mul", graph.constant(np.float32(0.5)[None]))
+    graph.add(inner).add("Add", graph.constant(np.ones(1, np.float32)))
+    graph.add("Mul", "x").add("Mul", graph.constant(np.full(1, 0.5, np.float32)))
     graph.add("MatMul", graph.weight(4, 5))
     module = graph.module()
     run_pass(FoldLinear(), module)

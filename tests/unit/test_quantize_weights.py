@@ -483,6 +483,16 @@ def test_left_alone_with_a_reason(text: str, options: dict[str, Any], reason: st
     assert any(reason in message for message in missed(module)), missed(module)
 
 
+def test_a_pattern_that_matches_nothing_is_a_warning() -> None:
+    module = module_of(LINEAR)
+    quantized(module, exclude=("lm_haed", "nothing-of-the-kind"))
+    warnings = [remark.message for remark in module.remarks if remark.kind == "warning"]
+    assert [message.split(" matches")[0] for message in warnings] == [
+        "exclude=lm_haed",
+        "exclude=nothing-of-the-kind",
+    ]
+
+
 def test_infinite_weight_is_left_alone() -> None:
     for dtype, name in ((np.float32, "float"), (np.float16, "float16")):
         for bad in (np.inf, -np.inf, np.nan):
