@@ -250,7 +250,7 @@ def _difference(
 def _absolute_error(wanted: Array, found: Array) -> Array:
     """Return |wanted - found|; infinite where just one is finite or they are not the same."""
     with np.errstate(invalid="ignore"):
-        error: Array = np.abs(wanted - found)
+        error: Array = np.asarray(np.abs(wanted - found))  # of scalars NumPy returns no array
     error[(wanted == found) | (np.isnan(wanted) & np.isnan(found))] = 0.0
     error[np.isnan(error)] = math.inf
     return error

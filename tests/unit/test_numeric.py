@@ -229,6 +229,27 @@ def test_empty_outputs_agree() -> None:
     assert compare(module, module, contract=Exact()).feeds == 2
 
 
+def test_scalar_outputs() -> None:
+    def sum_of(text: str) -> Module:
+        return parse(f"g (float[n] x) => (float y) <float one = {{1}}> {{ {text} }}")
+
+    before = sum_of("y = ReduceSum<keepdims = 0>(x)")
+    report = compare(before, before)
+    assert [error.index for error in report.errors] == [(), ()]
+    with pytest.raises(VerificationError, match="times its bound"):
+        compare(before, sum_of("a = ReduceSum<keepdims = 0>(x) y = Add(a, one)"))
+
+
+def test_scalar_integer_outputs() -> None:
+    def length(text: str) -> Module:
+        return parse(f"g (float[n] x) => (int64 y) <int64 one = {{1}}> {{ {text} }}")
+
+    before = length("y = Size(x)")
+    assert compare(before, before).feeds == 2
+    with pytest.raises(VerificationError, match="times its bound"):
+        compare(before, length("a = Size(x) y = Add(a, one)"))
+
+
 def test_depth_and_rounding_bound() -> None:
     chain = parse(
         "g (float[2] x) => (float[2] y) { a = Abs(x) b = Abs(a) c = Abs(x) y = Add(b, c) }"
