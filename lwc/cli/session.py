@@ -87,6 +87,8 @@ class Session:
         from lwc.pipeline.bisect import bisect
 
         config = self.config
+        if not config.passes and not config.bind:
+            raise UsageError("--bisect needs passes to look at", remedy="add -p PIPELINE")
         if config.verify == "numeric":
             config = replace(config, verify="structural")
         result = self._run_passes(config, [])

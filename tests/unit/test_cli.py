@@ -190,6 +190,7 @@ def test_a_configuration_is_read_and_the_command_line_wins(run: Any) -> None:
         (["in.onnx", "--measure", "n=1"], "--measure needs a report"),
         (["in.onnx", "--plan", "-o", "out.onnx"], "--plan writes nothing"),
         (["in.onnx", "--plan", "--bisect"], "do not go together"),
+        (["in.onnx", "--bisect"], "--bisect needs passes"),
         (["in.onnx", "--plan", "--bind", "n=0"], "dimension 'n' cannot be 0"),
         (["in.onnx", "--plan", "--bind", "m=1"], "no input has a dimension 'm'"),
         (["in.onnx", "--config", "none.yaml"], "none.yaml: cannot read the configuration"),
