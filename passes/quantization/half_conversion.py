@@ -98,14 +98,15 @@ class HalfConversion:
     # What there is
 
     def _is_float(self, value: ir.Value) -> bool:
-        if isinstance(value.type, ir.SequenceType | ir.OptionalType):
-            if value.type.dtype == _FLOAT:
-                raise PassError(
-                    f"'{value.name}' is a sequence or optional of float32, which stays as it is",
-                    remedy="leave convert-dtype out for this model",
-                )
-            return False
-        return self._shapes.dtype(value) == _FLOAT
+        fact = inner = self._shapes.fact(value)
+        while inner.element is not None:
+            inner = inner.element
+        if inner is not fact and inner.dtype == _FLOAT:
+            raise PassError(
+                f"'{value.name}' is a sequence or optional of float32, which stays as it is",
+                remedy="leave convert-dtype out for this model",
+            )
+        return fact.dtype == _FLOAT
 
     def _constants(self, graphs: list[ir.Graph]) -> Iterator[ir.Value]:
         for graph in graphs:

@@ -12,6 +12,7 @@ import onnxruntime as ort
 import pytest
 
 from lwc.analysis.manager import AnalysisManager
+from lwc.core.errors import PassError
 from lwc.core.module import Module
 from lwc.frontend.onnx_reader import from_proto
 from lwc.passes.quantization.convert_dtype import ConvertDtype
@@ -270,6 +271,31 @@ def test_nothing_to_do_says_so() -> None:
     module = module_of("g (int64[4] x) => (int64[4] y) { y = Neg(x) }")
     assert not converted(module).changed
     assert remarks(module, "note") == ["nothing to convert"]
+
+
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        ("s = SequenceConstruct(x, x) y = SequenceAt(s, one)", "s"),
+        ("s = SplitToSequence(x, one) y = SequenceAt(s, one)", "s"),
+        ("e = SequenceEmpty() s = SequenceInsert(e, x) y = ConcatFromSequence<axis = 0>(s)", "e"),
+        ("s = Optional(x) y = OptionalGetElement(s)", "s"),
+        ("q = SequenceConstruct(x) o = Optional(q) y = SequenceAt(q, one)", "q"),
+    ],
+)
+def test_sequences_of_float32_are_refused_without_a_stated_type(body: str, name: str) -> None:
+    module = module_of(f"g (float[n,8] x) => (float[k,m] y) <int64 one = {{1}}> {{ {body} }}")
+    with pytest.raises(PassError, match=f"'{name}' is a sequence or optional of float32"):
+        ConvertDtype().run(module, PassContext(AnalysisManager(module), "convert-dtype"))
+
+
+def test_sequences_of_integers_stay() -> None:
+    text = """g (float[n,8] x) => (float[n,4] y, int64 size) <int64 one = {1}> {
+        h = MatMul(x, w) y = Tanh(h)
+        d = Shape(x) s = SplitToSequence<keepdims = 0>(d) size = SequenceAt(s, one) }"""
+    module = module_of(text, w=WEIGHT)
+    assert converted(module).changed
+    assert run(module, x=X)[1] == 8
 
 
 def test_bodies_may_return_constants() -> None:
