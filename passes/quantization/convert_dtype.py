@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lwc.pipeline.passes import Approximate, Contract, Pass, PassContext, PassResult
 
@@ -58,6 +58,9 @@ class ConvertDtype(Pass):
 
         half = ir.DataType.FLOAT16 if self.dtype == "float16" else ir.DataType.BFLOAT16
         shapes = ctx.analyses.get(Shapes)
+        for pattern in self.exclude:
+            if not any(_matches(node, pattern) for node in module.nodes()):
+                ctx.warn(f"exclude={pattern} matches no node")
         plan = plan_half(module, shapes, half, self._excluded)
         conversion = HalfConversion(module, shapes, plan, ctx, keep_io=self.keep_io)
         conversion.run()
@@ -74,9 +77,9 @@ class ConvertDtype(Pass):
         return PassResult(changed=True, statistics=conversion.statistics())
 
     def _excluded(self, node: ir.Node) -> bool:
-        names: tuple[Any, ...] = (node.name, node.op_type)
-        return any(
-            name is not None and fnmatchcase(name, pattern)
-            for pattern in self.exclude
-            for name in names
-        )
+        return any(_matches(node, pattern) for pattern in self.exclude)
+
+
+def _matches(node: ir.Node, pattern: str) -> bool:
+    names = (node.name, node.op_type)
+    return any(name is not None and fnmatchcase(name, pattern) for name in names)

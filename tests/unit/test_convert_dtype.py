@@ -267,6 +267,12 @@ def test_exclude() -> None:
     assert module.graph.initializers["w"].dtype == ir.DataType.FLOAT
 
 
+def test_exclude_that_matches_nothing_warns() -> None:
+    module = module_of(LINEAR, w=WEIGHT)
+    converted(module, exclude=("MatMul", "lm_haed"))
+    assert remarks(module, "warning") == ["exclude=lm_haed matches no node"]
+
+
 def test_nothing_to_do_says_so() -> None:
     module = module_of("g (int64[4] x) => (int64[4] y) { y = Neg(x) }")
     assert not converted(module).changed
