@@ -101,9 +101,9 @@ BUILTIN: tuple[PassInfo, ...] = (
             ),
             OptionInfo(
                 name="block-size",
-                type="int",
-                default="32",
-                help="Weights that share a scale; a power of two from 16. With `format=qdq`, 0 gives each output channel one scale.",
+                type="int or none",
+                default="none",
+                help="Weights that share a scale; a power of two from 16. With `format=qdq`, 0 gives each output channel one scale. By default 32, but 16 for 8-bit weights with more inputs than outputs: such layers read products of activations, whose spread within a block decides the error at accuracy level 4.",
             ),
             OptionInfo(
                 name="symmetric",

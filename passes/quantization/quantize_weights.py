@@ -37,7 +37,9 @@ class QuantizeWeights(Pass):
         bits: Bits of the weights of MatMul and Gemm.
         embeddings: Bits of tables read by Gather; none leaves them, and what is tied to them.
         block_size: Weights that share a scale; a power of two from 16. With `format=qdq`, 0
-            gives each output channel one scale.
+            gives each output channel one scale. By default 32, but 16 for 8-bit weights with
+            more inputs than outputs: such layers read products of activations, whose spread
+            within a block decides the error at accuracy level 4.
         symmetric: Whether the zero point is fixed in the middle. That saves a byte or half a
             byte per block.
         search: How scales are chosen: `mse` tries a few grids per block and keeps the one of
@@ -55,7 +57,7 @@ class QuantizeWeights(Pass):
 
     bits: Literal[4, 8] = 4
     embeddings: Literal[4, 8] | None = 8
-    block_size: int = 32
+    block_size: int | None = None
     symmetric: bool = False
     search: Literal["none", "mse"] = "mse"
     ops: tuple[str, ...] = ("MatMul", "Gemm")
@@ -66,7 +68,7 @@ class QuantizeWeights(Pass):
     def __post_init__(self) -> None:
         size = self.block_size
         whole = size == 0 and self.format == "qdq"
-        if not whole and (size < 16 or size & (size - 1)):
+        if size is not None and not whole and (size < 16 or size & (size - 1)):
             raise UsageError(
                 f"block-size={size} is no power of two from 16",
                 remedy="use 32; 0, one block per channel, needs format=qdq",
@@ -157,13 +159,10 @@ class QuantizeWeights(Pass):
         ):  # fmt: skip
             return f"its type is {weight.tensor.dtype}"
         inputs, outputs = _matrix(weight)
-        if "Gather" in roles and self.block_size and inputs % self.block_size:
-            return f"rows of {inputs} do not divide into blocks of {self.block_size}"
-        if (
-            "Gather" in roles
-            and self.format == "qdq"
-            and (self.block_size == 0 or self.embeddings == 4)
-        ):
+        size = self._block(weight)
+        if "Gather" in roles and size and inputs % size:
+            return f"rows of {inputs} do not divide into blocks of {size}"
+        if "Gather" in roles and self.format == "qdq" and (size == 0 or self.embeddings == 4):
             return "a standard embedding needs 8 bits in blocks"
         if any(
             use.role == "MatMul" and editor.rank(use.node.inputs[0]) == 1 for use in weight.uses
@@ -181,12 +180,22 @@ class QuantizeWeights(Pass):
         table = any(use.role == "Gather" for use in weight.uses)
         return self.embeddings if table and self.embeddings else self.bits
 
+    def _block(self, weight: WeightUses) -> int:
+        """Return the block size of a weight; 0 is one block for all inputs."""
+        if self.block_size is not None:
+            return self.block_size
+        rounds = self.format == "matmulnbits" and self.accuracy_level == 4
+        table = any(use.role == "Gather" for use in weight.uses)
+        inputs, outputs = _matrix(weight)
+        narrows = inputs > outputs and not table
+        return 16 if self._bits(weight) == 8 and rounds and narrows else 32
+
     def _is_symmetric(self, weight: WeightUses) -> bool:
         # A shared 4-bit table would need its zero points packed in two ways.
         return self.symmetric or (weight.tied and self._bits(weight) == 4)
 
     def _packed_bytes(self, weight: WeightUses, inputs: int, outputs: int) -> int:
-        bits, size = self._bits(weight), self.block_size or inputs
+        bits, size = self._bits(weight), self._block(weight) or inputs
         blocks = -(-inputs // size)
         zeros = 0 if self._is_symmetric(weight) else -(-blocks * bits // 8)
         codes = blocks * size * bits // 8
@@ -209,12 +218,12 @@ class QuantizeWeights(Pass):
         else:
             table = all(use.role == "Gather" for use in weight.uses)
             layout = "table" if table else "matmulnbits"
-        return WeightSpec(grid, self.block_size, weight.uses[0].transposed, layout)
+        return WeightSpec(grid, self._block(weight), weight.uses[0].transposed, layout)
 
     def _check_opset(self, weight: WeightUses, bits: int, opset: int) -> None:
         import onnx_ir as ir
 
-        if bits == 4 or self.block_size:
+        if bits == 4 or self._block(weight):
             needed, what = 21, "DequantizeLinear in blocks or with 4 bits"
         else:
             half = weight.tensor.dtype != ir.DataType.FLOAT

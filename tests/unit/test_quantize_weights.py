@@ -493,6 +493,18 @@ def test_a_pattern_that_matches_nothing_is_a_warning() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("options", "block"),
+    [({"bits": 8}, 16), ({"bits": 4}, 32), ({"bits": 8, "accuracy_level": 1}, 32),
+     ({"bits": 8, "block_size": 64}, 64)],
+)  # fmt: skip
+def test_eight_bit_layers_that_narrow_get_finer_blocks(options: dict[str, Any], block: int) -> None:
+    module = module_of(LINEAR.replace("160", "64"))
+    quantized(module, **options)
+    (node,) = [node for node in module.nodes() if node.op_type == "MatMulNBits"]
+    assert node.attributes["block_size"].as_int() == block
+
+
 def test_infinite_weight_is_left_alone() -> None:
     for dtype, name in ((np.float32, "float"), (np.float16, "float16")):
         for bad in (np.inf, -np.inf, np.nan):
