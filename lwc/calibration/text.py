@@ -66,7 +66,9 @@ def load_tokenizer(path: str | Path) -> Tokenize:
         return _through_tokenizers(file)
     if path.is_dir():
         return _through_transformers(path)
-    raise InputError("there is no tokenizer.json beside it", file=path, remedy="name the tokenizer")
+    raise InputError(
+        "there is no tokenizer.json beside it", file=path, remedy="--tokenizer PATH names one"
+    )
 
 
 def _through_tokenizers(file: Path) -> Tokenize:

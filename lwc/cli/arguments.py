@@ -67,13 +67,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def parse_counts(texts: Sequence[str], option: str) -> dict[str, int]:
-    """Read `NAME=N` as often as given.
+    """Read `NAME=N`, several joined by commas, as often as given.
 
     Raises:
         UsageError: A text is something else, a number is negative or a name comes twice.
     """
     counts: dict[str, int] = {}
-    for text in texts:
+    for text in (part for given in texts for part in given.split(",")):
         name, equals, number = text.rpartition("=")
         if not equals or not name or not number.isdecimal():
             raise UsageError(f"{option} takes NAME=N, not '{text}'")

@@ -57,17 +57,13 @@ class Canonicalize(Pass):
         memory = self.fold_memory << 20
         if ctx.max_memory is not None:
             memory = min(memory, ctx.max_memory)
-        before = sum(1 for _ in module.nodes())
         with without_collections():
             changed, outcome = canonicalize(module, ctx, Folding(self.decompress, memory))
         for miss in outcome.missed:
             ctx.missed(miss.reason, miss.node, miss.rule)
-        after = sum(1 for _ in module.nodes())
         if not changed:
             ctx.note("nothing to simplify")
-        statistics = {"nodes-before": before, "nodes-after": after}
-        rewrites = dict(sorted(outcome.hits.items()))
-        return PassResult(changed, statistics=statistics, rewrites=rewrites)
+        return PassResult(changed, rewrites=dict(sorted(outcome.hits.items())))
 
 
 def canonicalize(module: Module, ctx: PassContext, folding: Folding) -> tuple[bool, Rewriting]:

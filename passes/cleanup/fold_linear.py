@@ -52,7 +52,6 @@ class FoldLinear(Pass):
 
 def fold_linear(module: Module, ctx: PassContext) -> PassResult:
     """Fold what surrounds linear operators into their constants, computed in float64."""
-    before = sum(1 for _ in module.nodes())
     edit = Editor(module, ctx.analyses.get(Shapes), ctx.source)
     total = sum(
         tensor.nbytes
@@ -64,14 +63,9 @@ def fold_linear(module: Module, ctx: PassContext) -> PassResult:
         ctx.missed(miss.reason, miss.node, miss.rule)
     if not edit.changed:
         ctx.note("nothing to fold")
-        return PassResult(False, statistics={"nodes-before": before, "nodes-after": before})
+        return PassResult(False)
     remove_unused(module)
-    after = sum(1 for _ in module.nodes())
-    return PassResult(
-        True,
-        statistics={"nodes-before": before, "nodes-after": after},
-        rewrites=dict(sorted(done.hits.items())),
-    )
+    return PassResult(True, rewrites=dict(sorted(done.hits.items())))
 
 
 def _rules(folder: LinearFolder) -> list[Rule]:

@@ -174,7 +174,8 @@ class HalfConversion:
         over = np.isinf(result) & np.isfinite(array)
         if over.any():
             self._ctx.warn(
-                f"{int(over.sum())} elements of '{value.name}' were clamped to {limit:g}"
+                f"'{value.name}' holds numbers beyond {limit:g}, as masks do: "
+                f"{int(over.sum())} of {array.size} were clamped to that size"
             )
             result = np.where(over, np.sign(array) * np.float32(limit), array).astype(result.dtype)
         if array.size == 1 and array.item() != 0 and result.item() == 0:
