@@ -103,7 +103,7 @@ BUILTIN: tuple[PassInfo, ...] = (
                 name="block-size",
                 type="int or none",
                 default="none",
-                help="Weights that share a scale; a power of two from 16. With `format=qdq`, 0 gives each output channel one scale. By default 32, but 16 for 8-bit weights with more inputs than outputs: such layers read products of activations, whose spread within a block decides the error at accuracy level 4.",
+                help="Weights that share a scale; a power of two from 16. With `format=qdq`, 0 gives each output channel one scale. By default 32, but 16 for 8-bit weights whose layer reads a product of activations, as after a gate: its spread within a block decides the error at accuracy level 4.",
             ),
             OptionInfo(
                 name="symmetric",

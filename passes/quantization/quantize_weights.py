@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from lwc.core.module import Module
     from lwc.passes.quantization.streaming import QuantizedWeight, WeightSpec
-    from lwc.passes.quantization.weight_uses import WeightUses
+    from lwc.passes.quantization.weight_uses import WeightUse, WeightUses
     from lwc.rewrite.editor import Editor
 
 __all__ = ["QuantizeWeights"]
@@ -37,9 +37,9 @@ class QuantizeWeights(Pass):
         bits: Bits of the weights of MatMul and Gemm.
         embeddings: Bits of tables read by Gather; none leaves them, and what is tied to them.
         block_size: Weights that share a scale; a power of two from 16. With `format=qdq`, 0
-            gives each output channel one scale. By default 32, but 16 for 8-bit weights with
-            more inputs than outputs: such layers read products of activations, whose spread
-            within a block decides the error at accuracy level 4.
+            gives each output channel one scale. By default 32, but 16 for 8-bit weights whose
+            layer reads a product of activations, as after a gate: its spread within a block
+            decides the error at accuracy level 4.
         symmetric: Whether the zero point is fixed in the middle. That saves a byte or half a
             byte per block.
         search: How scales are chosen: `mse` tries a few grids per block and keeps the one of
@@ -97,7 +97,7 @@ class QuantizeWeights(Pass):
         for weight in weights:
             reason = self._obstacle(weight, editor)
             if reason is None:
-                chosen.append((weight, self._spec(weight, module)))
+                chosen.append((weight, self._spec(weight, module, editor)))
             else:
                 skipped += 1
                 ctx.missed(f"'{weight.value.name}' stays: {reason}", weight.uses[0].node)
@@ -158,8 +158,8 @@ class QuantizeWeights(Pass):
             ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
         ):  # fmt: skip
             return f"its type is {weight.tensor.dtype}"
-        inputs, outputs = _matrix(weight)
-        size = self._block(weight)
+        inputs, _ = _matrix(weight)
+        size = self._block(weight, editor)
         if "Gather" in roles and size and inputs % size:
             return f"rows of {inputs} do not divide into blocks of {size}"
         if "Gather" in roles and self.format == "qdq" and (size == 0 or self.embeddings == 4):
@@ -168,7 +168,7 @@ class QuantizeWeights(Pass):
             use.role == "MatMul" and editor.rank(use.node.inputs[0]) == 1 for use in weight.uses
         ):
             return "the left operand is a vector"
-        small = self._packed_bytes(weight, inputs, outputs)
+        small = self._packed_bytes(weight, size)
         if small > _WORTHWHILE * weight.tensor.nbytes:
             return f"it is too small: {weight.tensor.nbytes} bytes would become {small}"
         return None
@@ -180,28 +180,28 @@ class QuantizeWeights(Pass):
         table = any(use.role == "Gather" for use in weight.uses)
         return self.embeddings if table and self.embeddings else self.bits
 
-    def _block(self, weight: WeightUses) -> int:
+    def _block(self, weight: WeightUses, editor: Editor) -> int:
         """Return the block size of a weight; 0 is one block for all inputs."""
         if self.block_size is not None:
             return self.block_size
         rounds = self.format == "matmulnbits" and self.accuracy_level == 4
-        table = any(use.role == "Gather" for use in weight.uses)
-        inputs, outputs = _matrix(weight)
-        narrows = inputs > outputs and not table
-        return 16 if self._bits(weight) == 8 and rounds and narrows else 32
+        fine = rounds and self._bits(weight) == 8
+        return 16 if fine and all(_reads_product(use, editor) for use in weight.uses) else 32
 
     def _is_symmetric(self, weight: WeightUses) -> bool:
         # A shared 4-bit table would need its zero points packed in two ways.
         return self.symmetric or (weight.tied and self._bits(weight) == 4)
 
-    def _packed_bytes(self, weight: WeightUses, inputs: int, outputs: int) -> int:
-        bits, size = self._bits(weight), self._block(weight) or inputs
+    def _packed_bytes(self, weight: WeightUses, size: int) -> int:
+        bits = self._bits(weight)
+        inputs, outputs = _matrix(weight)
+        size = size or inputs
         blocks = -(-inputs // size)
         zeros = 0 if self._is_symmetric(weight) else -(-blocks * bits // 8)
         codes = blocks * size * bits // 8
         return outputs * (codes + zeros + blocks * weight.tensor.dtype.bitwidth // 8)
 
-    def _spec(self, weight: WeightUses, module: Module) -> WeightSpec:
+    def _spec(self, weight: WeightUses, module: Module, editor: Editor) -> WeightSpec:
         """Say how to quantize a weight.
 
         Raises:
@@ -210,20 +210,20 @@ class QuantizeWeights(Pass):
         from lwc.passes.quantization.rounding import Grid
         from lwc.passes.quantization.streaming import WeightSpec
 
-        bits = self._bits(weight)
+        bits, size = self._bits(weight), self._block(weight, editor)
         grid = Grid(bits, self._is_symmetric(weight), self.search)
         if self.format == "qdq":
-            self._check_opset(weight, bits, module.opset)
+            self._check_opset(weight, bits, size, module.opset)
             layout: Any = "qdq"
         else:
             table = all(use.role == "Gather" for use in weight.uses)
             layout = "table" if table else "matmulnbits"
-        return WeightSpec(grid, self._block(weight), weight.uses[0].transposed, layout)
+        return WeightSpec(grid, size, weight.uses[0].transposed, layout)
 
-    def _check_opset(self, weight: WeightUses, bits: int, opset: int) -> None:
+    def _check_opset(self, weight: WeightUses, bits: int, size: int, opset: int) -> None:
         import onnx_ir as ir
 
-        if bits == 4 or self._block(weight):
+        if bits == 4 or size:
             needed, what = 21, "DequantizeLinear in blocks or with 4 bits"
         else:
             half = weight.tensor.dtype != ir.DataType.FLOAT
@@ -261,6 +261,19 @@ class QuantizeWeights(Pass):
             for node in transposes:
                 _erase_dead(editor, node)
         _remove_constant(editor, weight.value)
+
+
+def _reads_product(use: WeightUse, editor: Editor) -> bool:
+    """Tell whether a layer's input is a product of two activations of one shape.
+
+    The gate of a norm has an extent of one, and a weight is no activation: norms are none.
+    """
+    from lwc.rewrite import producer_of
+
+    product = producer_of(use.node.inputs[0], "Mul") if use.role != "Gather" else None
+    if product is None or any(editor.tensor(factor) is not None for factor in product.inputs):
+        return False
+    return editor.same_shape(*product.inputs)
 
 
 def _matches(weight: WeightUses, pattern: str) -> bool:

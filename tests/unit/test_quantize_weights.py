@@ -498,11 +498,15 @@ def test_a_pattern_that_matches_nothing_is_a_warning() -> None:
     [({"bits": 8}, 16), ({"bits": 4}, 32), ({"bits": 8, "accuracy_level": 1}, 32),
      ({"bits": 8, "block_size": 64}, 64)],
 )  # fmt: skip
-def test_eight_bit_layers_that_narrow_get_finer_blocks(options: dict[str, Any], block: int) -> None:
-    module = module_of(LINEAR.replace("160", "64"))
-    quantized(module, **options)
-    (node,) = [node for node in module.nodes() if node.op_type == "MatMulNBits"]
-    assert node.attributes["block_size"].as_int() == block
+def test_eight_bit_layers_after_a_gate_get_finer_blocks(
+    options: dict[str, Any], block: int
+) -> None:
+    gated = "s = Sigmoid(x) g = Mul(x, s) y = MatMul(g, w)"
+    for body, expected in ((gated, block), ("y = MatMul(x, w)", options.get("block_size", 32))):
+        module = module_of(LINEAR.replace("y = MatMul(x, w)", body))
+        quantized(module, **options)
+        (node,) = [node for node in module.nodes() if node.op_type == "MatMulNBits"]
+        assert node.attributes["block_size"].as_int() == expected
 
 
 def test_infinite_weight_is_left_alone() -> None:
