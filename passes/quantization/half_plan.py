@@ -59,6 +59,21 @@ _KEPT = frozenset(
 )
 """Operators that stay float32: counting, random numbers, windows, squares."""
 
+_MOVES = (
+    "Concat",
+    "Slice",
+    "Split",
+    "Squeeze",
+    "Unsqueeze",
+    "Reshape",
+    "Transpose",
+    "Expand",
+    "Tile",
+    "Trilu",
+    "Identity",
+)
+"""Operators that only place elements."""
+
 _CARRIERS = frozenset(
     [
         "Add",
@@ -73,17 +88,7 @@ _CARRIERS = frozenset(
         "Cos",
         "MatMul",
         "Where",
-        "Concat",
-        "Slice",
-        "Split",
-        "Squeeze",
-        "Unsqueeze",
-        "Reshape",
-        "Transpose",
-        "Expand",
-        "Tile",
-        "Trilu",
-        "Identity",
+        *_MOVES,
         "Cast",
         "Floor",
         "Max",
@@ -104,17 +109,7 @@ _SATURATING = frozenset(
         "Min",
         "Clip",
         "Neg",
-        "Concat",
-        "Slice",
-        "Split",
-        "Squeeze",
-        "Unsqueeze",
-        "Reshape",
-        "Transpose",
-        "Expand",
-        "Tile",
-        "Trilu",
-        "Identity",
+        *_MOVES,
     ]
 )
 """Operators whose result saturates where a huge constant does: they move it, choose it or add to
