@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from lwc.core.module import Module
+    from lwc.rewrite import Editor, RewriteLimit, Rewriting
 
 __all__ = [
     "Approximate",
@@ -84,9 +85,17 @@ class Approximate:
 
 @dataclass(frozen=True)
 class Lossy:
-    """The pass loses accuracy that only an evaluation can judge."""
+    """The pass loses accuracy that only an evaluation can judge.
+
+    Attributes:
+        assumptions: See `Exact`.
+        noise: Relative root-mean-square change of every weight (and of every activation that
+            enters a linear operator) to which the pass is equivalent at worst, as far as a check
+            on random inputs can tell; None promises nothing.
+    """
 
     assumptions: tuple[str, ...] = ()
+    noise: float | None = None
 
 
 Contract: TypeAlias = Exact | Approximate | Lossy
@@ -135,6 +144,13 @@ class _Silent:
         yield from items
 
 
+def _unlimited() -> RewriteLimit:
+    # A context is made where a module exists; importing passes must not import onnx_ir.
+    from lwc.rewrite.limit import RewriteLimit
+
+    return RewriteLimit()
+
+
 @dataclass
 class PassContext:
     """What a pass may use besides the module.
@@ -148,6 +164,10 @@ class PassContext:
         max_memory: Bound in bytes on what a single step may hold, or None.
         seed: Seed of everything random.
         granted: Assumptions the user vouches for, by their first words, or `all`; see `assume`.
+        limit: Counts the rewrites and stops the pass after a number of them; the editor and the
+            driver consult it.
+        explain: Report everything that rules saw at nodes whose description contains this text,
+            also where nothing was like what they look for; None reports near misses only.
     """
 
     analyses: AnalysisManager
@@ -157,6 +177,26 @@ class PassContext:
     max_memory: int | None = None
     seed: int = 0
     granted: frozenset[str] = frozenset()
+    limit: RewriteLimit = field(default_factory=_unlimited)
+    explain: str | None = None
+
+    def editor(self) -> Editor:
+        """Return an editor of the module that obeys the limit and records this pass."""
+        from lwc.analysis.shapes import Shapes
+        from lwc.rewrite import Editor
+
+        return Editor(
+            self.analyses.module,
+            self.analyses.get(Shapes),
+            self.source,
+            limit=self.limit,
+            explain=self.explain,
+        )
+
+    def report(self, done: Rewriting) -> None:
+        """Report what a run of the rewrite driver missed."""
+        for miss in done.missed:
+            self.missed(miss.reason, miss.node, miss.rule)
 
     def applied(self, message: str, node: ir.Node | None = None, rule: str | None = None) -> None:
         """Report a rewrite that happened."""
@@ -220,12 +260,18 @@ class Pass(ABC):
         positional: The field that a pipeline may give first and without its name.
         free_options: The field of type `tuple[tuple[str, T], ...]` that takes the options whose
             names are no field, such as the dimensions of `bind-dims{batch=1}`.
+        changes_again: Why a second run on the pass's own result may change it again; None
+            promises that it does not.
+        never_more: Measures that the pass never increases, out of `nodes`, `flops` and
+            `parameter-bytes`; the property verifier checks them.
     """
 
     name: ClassVar[str]
     contract: ClassVar[Contract] = Exact()
     positional: ClassVar[str | None] = None
     free_options: ClassVar[str | None] = None
+    changes_again: ClassVar[str | None] = None
+    never_more: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def keeps_interface(self) -> bool:

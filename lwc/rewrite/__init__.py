@@ -2,6 +2,7 @@
 
 from lwc.rewrite.driver import Missed, Rewriting, rewrite, without_collections
 from lwc.rewrite.editor import MIN_OPSET, Editor, attribute, producer_of, use_count
+from lwc.rewrite.limit import RewriteLimit, Step
 from lwc.rewrite.rules import ANY, EDITED, Edited, Miss, Outcome, Rule, RuleSet, rule
 
 __all__ = [
@@ -13,9 +14,11 @@ __all__ = [
     "Miss",
     "Missed",
     "Outcome",
+    "RewriteLimit",
     "Rewriting",
     "Rule",
     "RuleSet",
+    "Step",
     "attribute",
     "producer_of",
     "rewrite",

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from lwc.core.dims import Dim, DimShape
 from lwc.core.module import Module
 from lwc.core.walk import attribute_graphs, constant_tensor, graph_and_subgraphs
+from lwc.rewrite.limit import RewriteLimit
 
 if TYPE_CHECKING:
     from lwc.analysis.shapes import Shapes
@@ -62,12 +63,24 @@ class Editor:
         module: The module under rewriting.
         shapes: Its shape analysis; new nodes are added to it.
         source: The pass, recorded on the nodes it makes as `lwc.pass`.
+        limit: Counts rewrites; the driver applies no rule once it is exhausted.
+        explain: See `lwc.pipeline.passes.PassContext`.
     """
 
-    def __init__(self, module: Module, shapes: Shapes, source: str) -> None:
+    def __init__(
+        self,
+        module: Module,
+        shapes: Shapes,
+        source: str,
+        *,
+        limit: RewriteLimit | None = None,
+        explain: str | None = None,
+    ) -> None:
         self.module = module
         self.shapes = shapes
         self.source = source
+        self.limit = RewriteLimit() if limit is None else limit
+        self.explain = explain
         self.root: ir.Node | None = None
         self.changed = False
         self.touched: dict[ir.Node, bool] = {}
