@@ -1,0 +1,1 @@
+"""Strategies that draw typed graphs: random ones, motifs of real models, near misses."""
