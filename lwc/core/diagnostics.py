@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["Remark", "RemarkKind", "RemarkLog", "describe", "neighbourhood"]
+__all__ = ["Remark", "RemarkKind", "RemarkLog", "answers_to", "describe", "neighbourhood"]
 
 RemarkKind = Literal["applied", "missed", "note", "warning"]
 
@@ -67,6 +67,11 @@ def describe(node: ir.Node) -> str:
         return f"{op} '{node.name}'"
     outputs = [value.name for value in node.outputs if value.name]
     return f"{op} -> '{outputs[0]}'" if outputs else op
+
+
+def answers_to(node: ir.Node, text: str) -> bool:
+    """Tell whether a node is meant by `text`: a part of its description or of an output's name."""
+    return text in describe(node) or any(text in (value.name or "") for value in node.outputs)
 
 
 def neighbourhood(node: ir.Node) -> str:

@@ -194,9 +194,17 @@ class PassContext:
         )
 
     def report(self, done: Rewriting) -> None:
-        """Report what a run of the rewrite driver missed."""
+        """Report what a run of the rewrite driver missed, and what `explain` asks for besides.
+
+        A miss is reported at the furthest node the rule reached.
+        """
+        for step in done.applied:
+            self._say("applied", "applied here", step.node, step.rule)
         for miss in done.missed:
-            self.missed(miss.reason, miss.node, miss.rule)
+            place = describe(miss.node)
+            if miss.root is not miss.node:
+                place = f"{place}, reached from {describe(miss.root)}"
+            self._say("missed" if miss.near else "note", miss.reason, place, miss.rule)
 
     def applied(self, message: str, node: ir.Node | None = None, rule: str | None = None) -> None:
         """Report a rewrite that happened."""
@@ -244,7 +252,9 @@ class PassContext:
         return self.make_runner(module, expose)
 
     def _emit(self, kind: RemarkKind, message: str, node: ir.Node | None, rule: str | None) -> None:
-        place = None if node is None else describe(node)
+        self._say(kind, message, None if node is None else describe(node), rule)
+
+    def _say(self, kind: RemarkKind, message: str, place: str | None, rule: str | None) -> None:
         self.analyses.module.remarks.emit(Remark(kind, self.source, message, place, rule))
 
 

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from lwc.core.diagnostics import describe
-from lwc.core.errors import PassError
+from lwc.core.errors import LwcError, PassError
 from lwc.core.walk import attribute_graphs, op_name
 from lwc.rewrite.editor import Editor
+from lwc.rewrite.limit import Step
 from lwc.rewrite.rules import Edited, Miss, Rule, RuleSet
 
 if TYPE_CHECKING:
@@ -32,11 +33,21 @@ _EDITS_PER_NODE = 64
 
 @dataclass(frozen=True)
 class Missed:
-    """A rule that came near, at the node where it stopped."""
+    """A rule that did not apply.
+
+    Attributes:
+        rule: Its name.
+        root: The node it started at.
+        node: The furthest node it reached.
+        reason: The condition that failed.
+        near: Whether the structure was there; otherwise the rule only looked.
+    """
 
     rule: str
+    root: ir.Node
     node: ir.Node
     reason: str
+    near: bool = True
 
 
 @dataclass
@@ -46,12 +57,15 @@ class Rewriting:
     Attributes:
         hits: How often each rule applied.
         erased: Nodes removed because nothing read them.
-        missed: Rules that came near and did not apply in the end.
+        missed: Rules that came near and did not apply in the end; with `Editor.explain`, also
+            those that looked at the nodes in question and found nothing.
+        applied: With `Editor.explain`, the rewrites at the nodes in question.
     """
 
     hits: Counter[str] = field(default_factory=Counter)
     erased: int = 0
     missed: list[Missed] = field(default_factory=list)
+    applied: list[Step] = field(default_factory=list)
 
 
 def rewrite(
@@ -63,10 +77,13 @@ def rewrite(
         editor: Gives access to the module.
         rules: What to apply.
         sweep: A step over whole graphs (such as common subexpressions) that runs whenever the
-            worklist is empty; the nodes it touches are visited again.
+            worklist is empty; the nodes it touches are visited again. It counts its rewrites by
+            `Editor.limit` and stops where that is exhausted.
+
+    Once the editor's limit is exhausted only dead nodes go.
 
     Raises:
-        PassError: Rules keep changing the same node.
+        PassError: Rules keep changing the same node, or one raises or returns nonsense.
     """
     worklist = _Worklist(_in_order(editor))
     run = _Run(editor, rules)
@@ -79,7 +96,7 @@ def rewrite(
             if editor.touched:
                 worklist.push(editor.touched)
                 editor.touched = {}
-        if sweep is None:
+        if sweep is None or editor.limit.exhausted:
             break
         run.result.hits += sweep(editor)
         if not editor.touched:
@@ -127,24 +144,42 @@ class _Run:
             return
         if any(each.is_ref() for each in node.attributes.values()):
             return
+        if editor.limit.exhausted:
+            return
         editor.root = node
         for rule in self._rules.at(op_name(node)):
-            outcome = rule.apply(node, editor)
+            try:
+                outcome = rule.apply(node, editor)
+            except (LwcError, OSError, MemoryError):
+                raise
+            except Exception as error:
+                raise _blame(rule, node, error) from error
             if isinstance(outcome, Miss):
                 reached = outcome.node or node
-                self.missed[rule.name, node] = Missed(rule.name, reached, outcome.reason)
+                self.missed[rule.name, node] = Missed(rule.name, node, reached, outcome.reason)
                 continue
             if self.missed:
                 self.missed.pop((rule.name, node), None)
             if outcome is not None:
                 self._carry_out(node, rule, outcome)
                 return
+            if editor.explain is not None and editor.asks_about(node):
+                self._note_look(node, rule)
+
+    def _note_look(self, node: ir.Node, rule: Rule) -> None:
+        """Note that a rule found nothing; for whole modules that would be every rule everywhere."""
+        if self._editor.explain:
+            reason = f"looked here and found nothing like it: {rule.summary}".removesuffix(": ")
+            self.missed[rule.name, node] = Missed(rule.name, node, node, reason, near=False)
 
     def _carry_out(
         self, node: ir.Node, rule: Rule, outcome: ir.Value | Sequence[ir.Value | None] | Edited
     ) -> None:
         editor = self._editor
         self.result.hits[rule.name] += 1
+        editor.limit.spend(rule.name, node)
+        if editor.explain is not None and editor.asks_about(node):
+            self.result.applied.append(Step(rule.name, describe(node)))
         if isinstance(outcome, Edited):
             self._edits[node] += 1
             if self._edits[node] > _EDITS_PER_NODE:
@@ -152,7 +187,12 @@ class _Run:
             editor.changed = True
             editor.touch(node, inputs_changed=True)
             return
-        values = [outcome] if isinstance(outcome, ir.Value) else list(outcome)
+        values = [outcome] if isinstance(outcome, ir.Value) else outcome
+        if not _are_values(values):
+            raise PassError(
+                f"rule '{rule.name}' returned {_shown(outcome)}, which is no outcome of a rule",
+                node=describe(node),
+            )
         if len(values) > len(node.outputs):
             raise PassError(
                 f"rule '{rule.name}' returned {len(values)} values, not {len(node.outputs)}",
@@ -163,6 +203,24 @@ class _Run:
                 editor.replace(old, new)
         if node.graph is not None and editor.is_dead(node):
             editor.erase(node)
+
+
+def _blame(rule: Rule, node: ir.Node, error: Exception) -> PassError:
+    reason = " ".join(str(error).split())
+    text = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+    return PassError(f"rule '{rule.name}' raised {text}", node=describe(node))
+
+
+def _are_values(values: object) -> bool:
+    return isinstance(values, list | tuple) and all(
+        value is None or isinstance(value, ir.Value) for value in values
+    )
+
+
+def _shown(outcome: object) -> str:
+    if isinstance(outcome, list | tuple):
+        return f"a {type(outcome).__name__} of {', '.join(type(each).__name__ for each in outcome)}"
+    return f"a {type(outcome).__name__}"
 
 
 def _facts_improved(node: ir.Node, editor: Editor) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
+from lwc.core.diagnostics import answers_to
 from lwc.core.dims import Dim, DimShape
 from lwc.core.module import Module
 from lwc.core.walk import attribute_graphs, constant_tensor, graph_and_subgraphs
@@ -97,6 +98,10 @@ class Editor:
         functions = self.module.model.functions.values()
         current = [f.graph for f in functions if f.opset_imports.get("", MIN_OPSET) >= MIN_OPSET]
         return [self.module.graph, *current]
+
+    def asks_about(self, node: ir.Node) -> bool:
+        """Tell whether the user asks what rules see at a node; see `explain`."""
+        return self.explain is not None and answers_to(node, self.explain)
 
     # Facts
 
@@ -268,6 +273,9 @@ class Editor:
             first = self._constants.setdefault(key, value)
             if first is value or value.is_graph_output():
                 continue
+            if self.limit.exhausted:
+                break
+            self.limit.spend("shared-constants")
             self.redirect(value, first)
             gone += 1
         return gone

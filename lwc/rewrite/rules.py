@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from lwc.rewrite.editor import Editor
 
-__all__ = ["ANY", "EDITED", "Edited", "Miss", "Outcome", "Rule", "RuleSet", "rule"]
+__all__ = ["ANY", "EDITED", "Edited", "Miss", "Outcome", "Rule", "RuleSet", "first_line", "rule"]
 
 ANY = "*"
 """The operator name under which a rule sees every node."""
@@ -49,11 +49,23 @@ class Rule:
         name: Names it in statistics and remarks.
         ops: The operators of its root node, as `op_name` of `lwc.core.walk` spells them.
         apply: Looks at a root node and rewrites through the editor.
+        summary: What it looks for and makes of it, in a line; `--explain` shows it.
     """
 
     name: str
     ops: tuple[str, ...]
     apply: Callable[[ir.Node, Editor], Outcome]
+    summary: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.summary:
+            object.__setattr__(self, "summary", first_line(self.apply))
+
+
+def first_line(documented: object) -> str:
+    """Return the first line of a docstring, without its full stop; empty where there is none."""
+    lines = (getattr(documented, "__doc__", None) or "").strip().splitlines()
+    return lines[0].strip().removesuffix(".") if lines else ""
 
 
 def rule(*ops: str) -> Callable[[Callable[[ir.Node, Editor], Outcome]], Rule]:

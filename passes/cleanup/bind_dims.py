@@ -36,6 +36,7 @@ class BindDims(Pass):
     name: ClassVar[str] = "bind-dims"
     contract: ClassVar[Exact] = Exact(("The inputs have the bound extents.",))
     free_options: ClassVar[str] = "bindings"
+    never_more: ClassVar[frozenset[str]] = frozenset({"nodes", "parameter-bytes"})
 
     def run(self, module: Module, ctx: PassContext) -> PassResult:
         """Set the dimensions.

@@ -21,7 +21,7 @@ from lwc.passes.cleanup.canonical.duplicates import merge_duplicates
 from lwc.passes.cleanup.canonical.folding import Folding
 from lwc.passes.cleanup.infer_shapes import annotate
 from lwc.pipeline.passes import Exact, Pass, PassContext, PassResult
-from lwc.rewrite import MIN_OPSET, Editor, Rewriting, RuleSet, rewrite, without_collections
+from lwc.rewrite import MIN_OPSET, Rewriting, RuleSet, rewrite, without_collections
 
 __all__ = ["Canonicalize", "canonicalize"]
 
@@ -42,6 +42,7 @@ class Canonicalize(Pass):
 
     name: ClassVar[str] = "canonicalize"
     contract: ClassVar[Exact] = Exact()
+    never_more: ClassVar[frozenset[str]] = frozenset({"nodes"})
 
     def run(self, module: Module, ctx: PassContext) -> PassResult:
         """Rewrite until nothing changes.
@@ -59,8 +60,7 @@ class Canonicalize(Pass):
             memory = min(memory, ctx.max_memory)
         with without_collections():
             changed, outcome = canonicalize(module, ctx, Folding(self.decompress, memory))
-        for miss in outcome.missed:
-            ctx.missed(miss.reason, miss.node, miss.rule)
+        ctx.report(outcome)
         if not changed:
             ctx.note("nothing to simplify")
         return PassResult(changed, rewrites=dict(sorted(outcome.hits.items())))
@@ -91,7 +91,7 @@ def canonicalize(module: Module, ctx: PassContext, folding: Folding) -> tuple[bo
     total = Rewriting()
     changed = False
     for _ in range(_ROUNDS):
-        editor = Editor(module, ctx.analyses.get(Shapes), ctx.source)
+        editor = ctx.editor()
         done = rewrite(editor, rules, sweep=merge_duplicates)
         unused = tidy.remove_unused(module)
         total.hits += done.hits + unused

@@ -8,7 +8,6 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from lwc.analysis.shapes import Shapes
 from lwc.core.module import Module
 from lwc.core.walk import constant_tensor
 from lwc.core.weights import reading
@@ -43,6 +42,7 @@ class FoldLinear(Pass):
 
     name: ClassVar[str] = "fold-linear"
     contract: ClassVar[Exact] = Exact()
+    never_more: ClassVar[frozenset[str]] = frozenset({"nodes"})
 
     def run(self, module: Module, ctx: PassContext) -> PassResult:
         """Rewrite until nothing changes."""
@@ -52,15 +52,14 @@ class FoldLinear(Pass):
 
 def fold_linear(module: Module, ctx: PassContext) -> PassResult:
     """Fold what surrounds linear operators into their constants, computed in float64."""
-    edit = Editor(module, ctx.analyses.get(Shapes), ctx.source)
+    edit = ctx.editor()
     total = sum(
         tensor.nbytes
         for _, value in module.initializers()
         if (tensor := constant_tensor(value)) is not None
     )
     done = rewrite(edit, RuleSet(_rules(LinearFolder(edit, total))))
-    for miss in done.missed:
-        ctx.missed(miss.reason, miss.node, miss.rule)
+    ctx.report(done)
     if not edit.changed:
         ctx.note("nothing to fold")
         return PassResult(False)

@@ -26,6 +26,7 @@ class InferShapes(Pass):
 
     name: ClassVar[str] = "infer-shapes"
     contract: ClassVar[Contract] = Exact()
+    never_more: ClassVar[frozenset[str]] = frozenset({"nodes", "parameter-bytes"})
 
     def run(self, module: Module, ctx: PassContext) -> PassResult:
         """Annotate the module; see the class."""

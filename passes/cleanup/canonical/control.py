@@ -37,6 +37,8 @@ def short_loop(node: ir.Node, edit: Editor) -> Outcome:
         return carried
     if trips is None or trips[0] != 1 or go_on is None:
         return None
+    if len(scanned) > 1:
+        return Miss("it runs once, but each of its scan outputs would need a node of its own")
     first = edit.constant(np.array(0, dtype=np.int64), "iteration")
     condition = edit.constant(np.array(True), "condition")
     results = _inline(node, attribute(node, "body"), [first, condition, *carried], edit)[1:]

@@ -30,8 +30,9 @@ def merge_duplicates(editor: Editor) -> Counter[str]:
         How many nodes became superfluous, by reason.
     """
     hits: Counter[str] = Counter()
-    if editor.share_constants():
-        hits["shared-constants"] += 1
+    shared = editor.share_constants()
+    if shared:
+        hits["shared-constants"] = shared
     for graph in editor.roots():
         _walk(editor, graph, [], hits)
     return hits
@@ -45,25 +46,27 @@ def _walk(editor: Editor, graph: ir.Graph, outer: list[_Scope], hits: Counter[st
             for body in attribute_graphs(node):
                 _walk(editor, body, scopes, hits)
             continue
+        if editor.limit.exhausted:
+            return
         key = _key(node)
-        if key is not None and _reuse(editor, node, key, scopes):
+        if key is not None and _reuse(editor, node, "common-subexpression", key, scopes):
             hits["common-subexpression"] += 1
             continue
         content = _content(editor, node)
-        if content is not None and _reuse(editor, node, content, scopes):
+        if content is not None and _reuse(editor, node, "equal-content", content, scopes):
             hits["equal-content"] += 1
 
 
-def _reuse(editor: Editor, node: ir.Node, key: Hashable, scopes: list[_Scope]) -> bool:
+def _reuse(editor: Editor, node: ir.Node, rule: str, key: Hashable, scopes: list[_Scope]) -> bool:
     for scope in scopes:
         earlier = scope.get(key)
         if earlier is not None:
-            return _merge(editor, node, earlier)
+            return _merge(editor, node, rule, earlier)
     scopes[0][key] = list(node.outputs)
     return False
 
 
-def _merge(editor: Editor, node: ir.Node, earlier: list[ir.Value]) -> bool:
+def _merge(editor: Editor, node: ir.Node, rule: str, earlier: list[ir.Value]) -> bool:
     """Redirect the users of a duplicate; a second graph output of one value needs its node."""
     graph = node.graph
     assert graph is not None
@@ -72,6 +75,7 @@ def _merge(editor: Editor, node: ir.Node, earlier: list[ir.Value]) -> bool:
     for old, new in zip(node.outputs, earlier, strict=False):
         if old.is_graph_output() and not editor.may_become_output(new, graph):
             return False
+    editor.limit.spend(rule, node)
     for old, new in zip(node.outputs, earlier, strict=False):
         editor.replace(old, new)
     editor.touch(node)

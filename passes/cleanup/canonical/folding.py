@@ -54,6 +54,8 @@ class Folding:
             return None
         if node in self._failed:
             return Miss(self._failed[node])
+        if sum(output.is_graph_output() for output in node.outputs) > 1:
+            return Miss("several of its outputs leave the graph, where each would need a node")
         cone = self._cone(node, edit)
         reason = self._objection(node, cone, edit)
         if reason is not None:
