@@ -61,7 +61,7 @@ class ConvertDtype(Pass):
         for pattern in self.exclude:
             if not any(_matches(node, pattern) for node in module.nodes()):
                 ctx.warn(f"exclude={pattern} matches no node")
-        plan = plan_half(module, shapes, half, self._excluded)
+        plan = plan_half(module, shapes, half, self._excluded, ctx.limit)
         conversion = HalfConversion(module, shapes, plan, ctx, keep_io=self.keep_io)
         conversion.run()
         for node, reason in plan.kept.items():

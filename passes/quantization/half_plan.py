@@ -30,6 +30,7 @@ from lwc.core.walk import (
     is_default_domain,
     op_name,
 )
+from lwc.rewrite import RewriteLimit
 
 __all__ = ["HalfPlan", "plan_half"]
 
@@ -183,9 +184,16 @@ class HalfPlan:
 
 
 def plan_half(
-    module: Module, shapes: Shapes, half: ir.DataType, excluded: Callable[[ir.Node], bool]
+    module: Module,
+    shapes: Shapes,
+    half: ir.DataType,
+    excluded: Callable[[ir.Node], bool],
+    limit: RewriteLimit,
 ) -> HalfPlan:
-    """Decide for every node of the main graph and its subgraphs; function bodies stay."""
+    """Decide for every node of the main graph and its subgraphs; function bodies stay.
+
+    A node that computes in half precision counts as one rewrite; those after `limit` are kept.
+    """
     plan = HalfPlan(half, module.graph.opset_imports)
     for node in _in_order(module.graph):
         if any(True for _ in attribute_graphs(node)):
@@ -197,10 +205,13 @@ def plan_half(
             plan.kept[node] = "it is excluded"
         elif node.op_type not in _SATURATING and (huge := _beyond(node, plan.limit)) is not None:
             plan.kept[node] = f"'{huge}' holds numbers beyond {half.name.lower()}'s range"
-        elif is_default_domain(node) and (
-            node.op_type in _KEPT or _counts(node, shapes) or _carries(node, shapes, plan)
+        elif limit.exhausted or (
+            is_default_domain(node)
+            and (node.op_type in _KEPT or _counts(node, shapes) or _carries(node, shapes, plan))
         ):
             plan.kept[node] = None
+        elif node.op_type != "Constant" and _touches_float(node, shapes):
+            limit.spend("to-half", node)
         if node in plan.kept and (
             _beyond(node, plan.limit) is not None
             or any(value is not None and value.producer() in plan.far for value in node.inputs)
@@ -212,6 +223,11 @@ def plan_half(
 def _in_order(graph: ir.Graph) -> Iterator[ir.Node]:
     for current in graph_and_subgraphs(graph):
         yield from current
+
+
+def _touches_float(node: ir.Node, shapes: Shapes) -> bool:
+    operands = (*node.inputs, *node.outputs)
+    return any(v is not None and shapes.dtype(v) == ir.DataType.FLOAT for v in operands)
 
 
 def _foreign(node: ir.Node, module: Module, half: ir.DataType) -> str | None:

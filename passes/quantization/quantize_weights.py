@@ -81,13 +81,11 @@ class QuantizeWeights(Pass):
 
     def run(self, module: Module, ctx: PassContext) -> PassResult:
         """See the class."""
-        from lwc.analysis.shapes import Shapes
         from lwc.core.weights import prefetch
         from lwc.passes.quantization.streaming import in_threads, quantize
         from lwc.passes.quantization.weight_uses import find_weights
-        from lwc.rewrite.editor import Editor
 
-        editor = Editor(module, ctx.analyses.get(Shapes), ctx.source or self.name)
+        editor = ctx.editor()
         chosen: list[tuple[WeightUses, WeightSpec]] = []
         skipped = 0
         weights = list(find_weights(module))
@@ -111,6 +109,8 @@ class QuantizeWeights(Pass):
         for item, result in zip(
             chosen, ctx.progress.track(results, described, len(chosen)), strict=True
         ):
+            if ctx.limit.exhausted:
+                break
             weight, spec = item
             node = weight.uses[0].node
             if result is None:
@@ -120,6 +120,7 @@ class QuantizeWeights(Pass):
             # In this thread, so that the order in the file is that of the graph.
             packed = result.spill(module.store)
             tally.add(weight, spec, result)
+            ctx.limit.spend(f"quantize-{weight.uses[0].role.lower()}", node)
             ctx.applied(
                 f"'{weight.value.name}' in {spec.grid.bits} bits, relative error "
                 f"{result.relative_error:.2e}",
