@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["count", "factor", "printable", "size", "time"]
+import re
+
+__all__ = ["count", "factor", "kebab_case", "printable", "size", "time"]
 
 
 def count(value: float | None) -> str:
@@ -23,6 +25,13 @@ def printable(text: str) -> str:
 def size(value: float | None) -> str:
     """Write bytes with a decimal prefix: `98.4 MB`."""
     return "–" if value is None else _scaled(value, (" B", " kB", " MB", " GB", " TB"))
+
+
+def kebab_case(name: str) -> str:
+    """Write a Python name the way passes, rules and options are named: `FuseGelu2D` as
+    `fuse-gelu2d`."""
+    parted = re.sub(r"(?<=[a-z0-9A-Z])(?=[A-Z][a-z])|(?<=[a-z])(?=[A-Z])", "-", name)
+    return parted.strip("_").replace("_", "-").lower()
 
 
 def time(value: float | None) -> str:

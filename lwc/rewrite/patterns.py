@@ -7,14 +7,20 @@ matches; the driver names, records, counts and reports.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import onnx_ir as ir
 
+from lwc.core.errors import PassError
+from lwc.core.text import kebab_case
 from lwc.rewrite.editor import Editor
-from lwc.rewrite.rules import Miss, Outcome, Rule
+from lwc.rewrite.rules import Miss, Outcome, Rule, first_line
+
+if TYPE_CHECKING:
+    from lwc.rewrite.matching import Stop
 
 __all__ = ["PatternRule", "pattern_rule"]
 
@@ -23,63 +29,173 @@ class PatternRule(ABC):
     """A rewrite in three methods. Instances hold no state: a match carries what `check` found.
 
     Class attributes:
-        name: The rule's name in statistics and remarks.
-        roots: The operators of the node that produces the pattern's output.
+        name: The rule's name in statistics and remarks; by default the class's in kebab case.
+        roots: The operators of the node that produces the pattern's outputs, as `op_name` of
+            `lwc.core.walk` spells them; by default read from the pattern.
     """
 
     name: ClassVar[str]
-    roots: ClassVar[tuple[str, ...]]
+    roots: ClassVar[tuple[str, ...]] = ()
 
     pattern: ClassVar[Callable[..., Any]]
-    """Method: describes the graph in onnxscript's pattern language, given `op` and its inputs."""
+    """Method: describes the graph in onnxscript's pattern language, given `op` and its inputs.
 
-    def check(self, edit: Editor, **bindings: Any) -> dict[str, Any] | Miss:
-        """Return what the rewrite needs besides the bindings, or the reason it is not legal."""
-        return {}
+    A parameter that appears twice must be the same value both times; a number is a constant.
+    """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "name" not in vars(cls):
+            cls.name = kebab_case(cls.__name__)
+
+    def check(self, edit: Editor, **bindings: Any) -> dict[str, Any] | Miss | None:
+        """Return a `Miss` where the rewrite is not legal, else what it needs besides the bindings.
+
+        The bindings are the values (or attributes) that the pattern's parameters stand for.
+        """
+        return None
 
     @abstractmethod
     def rewrite(self, edit: Editor, **bindings: Any) -> ir.Value | Sequence[ir.Value] | Miss:
         """Build the replacement of the pattern's outputs through the editor."""
 
 
-def pattern_rule(definition: PatternRule) -> Rule:
-    """Make a driver rule; the pattern is compiled when the first root is met.
+def pattern_rule(definition: PatternRule | type[PatternRule]) -> Rule:
+    """Make a driver rule.
 
-    Nodes inside the match may have no other consumers and leave no graph: else it is a miss.
+    Nodes inside the match may have no other consumers and leave no graph: else it is a miss. So
+    is a graph in which at least half of the pattern's nodes, and two, are found; the miss names
+    the furthest node and the condition that failed. With `Editor.explain` less will do.
+
+    Raises:
+        PassError: The class is abstract, or its pattern is none that a rule can have.
     """
-    compiled: list[Any] = []
+    made = _instance(definition)
+    compiled = _Compiled(made)
+    roots = made.roots or compiled.roots()
+    return Rule(made.name, roots, compiled.apply, first_line(type(made)))
 
-    def apply(node: ir.Node, edit: Editor) -> Outcome:
-        if not compiled:
-            compiled.extend(_compile(definition))
-        furthest: Miss | None = None
-        for pattern in compiled:
-            assert node.graph is not None
-            match = pattern.match(
+
+def _instance(definition: PatternRule | type[PatternRule]) -> PatternRule:
+    if not isinstance(definition, type):
+        return definition
+    lacking = sorted(getattr(definition, "__abstractmethods__", ()))
+    if not hasattr(definition, "pattern"):
+        lacking.insert(0, "pattern")
+    if lacking or inspect.isabstract(definition):
+        raise PassError(f"rule '{definition.__name__}' has no {' and no '.join(lacking)}")
+    return definition()
+
+
+class _Compiled:
+    """A rule with its pattern in every order of commutative operands.
+
+    The pattern is compiled when it is first needed: onnxscript takes a while to import.
+    """
+
+    def __init__(self, definition: PatternRule) -> None:
+        self._definition = definition
+        self._variants: list[Any] = []
+
+    def variants(self) -> list[Any]:
+        """Return the compiled pattern, once for each order of its commutative operands.
+
+        Raises:
+            PassError: The pattern has several ends, or gives away values from its middle.
+        """
+        if self._variants:
+            return self._variants
+        from onnxscript.rewriter import pattern as language
+
+        from lwc.rewrite.matching import Matcher
+
+        made = self._definition
+        try:
+            rule = language.RewriteRule(
+                made.pattern, lambda op, **_: None, matcher=Matcher, name=made.name
+            )
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise PassError(f"rule '{made.name}' has no usable pattern: {error}") from error
+        graph = rule._target_pattern
+        if not graph.has_single_output_node or any(
+            output.producer() is not graph.output_node for output in graph.outputs
+        ):
+            raise PassError(
+                f"rule '{made.name}' rewrites more than one end of a pattern",
+                remedy="return outputs of one node only",
+            )
+        self._variants = list(rule.commute())
+        if made.roots and not set(made.roots) & set(self.roots()):
+            raise PassError(
+                f"rule '{made.name}' starts at {', '.join(made.roots)}, but its pattern ends in "
+                f"{', '.join(self.roots())}"
+            )
+        return self._variants
+
+    def roots(self) -> tuple[str, ...]:
+        """Return the operator at the end of the pattern; any where it has no fixed name."""
+        identifier = self.variants()[0]._target_pattern.output_node.op_identifier()
+        if identifier is None:
+            return ("*",)
+        domain, op_type, _ = identifier
+        return (f"{domain}::{op_type}" if domain else op_type,)
+
+    def apply(self, node: ir.Node, edit: Editor) -> Outcome:
+        """Look at one node as the end of the pattern."""
+        made = self._definition
+        objection: Miss | None = None
+        nearest: Stop | None = None
+        for variant in self.variants():
+            matcher = variant._matcher
+            match = variant.match(
                 edit.module.model, node.graph, node, check_nodes_are_removable=False
             )
             if not match:
+                stop = matcher.stop or _refusal(matcher, node)
+                if nearest is None or stop.matched > nearest.matched:
+                    nearest = stop
                 continue
             shared = _shared_inside(match)
             if shared is not None:
-                furthest = Miss("a value inside the pattern has other consumers", shared)
+                objection = Miss("a value inside the pattern has other consumers", shared)
                 continue
-            found = definition.check(edit, **match.bindings)
+            found = made.check(edit, **match.bindings)
             if isinstance(found, Miss):
-                furthest = found
+                objection = found
                 continue
-            return definition.rewrite(edit, **{**match.bindings, **found})
-        return furthest
+            if not isinstance(found, Mapping | None):
+                raise TypeError(f"check returned a {type(found).__name__}, not a dict or a Miss")
+            made_values = made.rewrite(edit, **{**match.bindings, **(found or {})})
+            return _in_place(made_values, variant._target_pattern, node)
+        if objection is not None or nearest is None:
+            return objection
+        needed = max(2, (len(variant._target_pattern) + 1) // 2)
+        if nearest.matched >= needed or edit.asks_about(node):
+            return Miss(nearest.reason, nearest.node)
+        return None
 
-    return Rule(definition.name, definition.roots, apply)
+
+def _refusal(matcher: Any, node: ir.Node) -> Stop:
+    """Describe a match that a `_check` inside the pattern refused."""
+    from lwc.rewrite.matching import Stop
+
+    match = matcher._match
+    places = [each for each in match.failure_nodes_and_values if isinstance(each, ir.Node)]
+    return Stop(match.num_matched_nodes(), places[-1] if places else node, match.reason)
 
 
-def _compile(definition: PatternRule) -> list[Any]:
-    """Return the pattern in every order of its commutative operands."""
-    from onnxscript.rewriter import pattern as language
-
-    rule = language.RewriteRule(definition.pattern, lambda op, **_: None, name=definition.name)
-    return list(rule.commute())
+def _in_place(made: Any, pattern: Any, node: ir.Node) -> Outcome:
+    """Put the values a rewrite made where the node's outputs are that they stand for."""
+    if isinstance(made, Miss):
+        return made
+    values = [made] if isinstance(made, ir.Value) else made
+    if not isinstance(values, list | tuple) or len(values) != len(pattern.outputs):
+        got = f"{len(values)}" if isinstance(values, list | tuple) else f"a {type(made).__name__}"
+        raise TypeError(f"rewrite returned {got}, not {len(pattern.outputs)} values or a Miss")
+    placed: list[ir.Value | None] = [None] * len(node.outputs)
+    for output, value in zip(pattern.outputs, values, strict=True):
+        placed[output.output_index] = value
+    return placed
 
 
 def _shared_inside(match: Any) -> ir.Node | None:
