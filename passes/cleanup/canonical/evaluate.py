@@ -42,14 +42,19 @@ def evaluate(node: ir.Node, inputs: Sequence[Array | None], imports: dict[str, i
     return _run(node, inputs, imports)
 
 
+def _plain(dtype: np.dtype[Any]) -> bool:
+    """Return whether numpy itself has a type: those of ml_dtypes round and saturate otherwise."""
+    return dtype.kind in "biuf" and dtype.type.__module__ == "numpy"
+
+
 def _cast(node: ir.Node, inputs: Sequence[Array | None]) -> Array | None:
     (x,) = inputs
     assert x is not None
     to = ir.DataType(attribute(node, "to"))
-    if to == ir.DataType.STRING or x.dtype.kind not in "biuf" or to.bitwidth < 8:
+    if to == ir.DataType.STRING or not _plain(x.dtype) or to.bitwidth < 8:
         return None
     target = to.numpy()
-    if target.kind not in "biuf":
+    if not _plain(target):
         return None
     if x.dtype.kind == "f" and target.kind in "iu":
         info = np.iinfo(target)
@@ -77,7 +82,7 @@ def _divide(node: ir.Node, inputs: Sequence[Array | None]) -> Array | None:
 
 def _numeric(function: Callable[..., Any]) -> Callable[..., Array | None]:
     def apply(node: ir.Node, inputs: Sequence[Array | None]) -> Array | None:
-        if any(x is None or x.dtype.kind not in "biuf" for x in inputs):
+        if any(x is None or not _plain(x.dtype) for x in inputs):
             return None
         return np.asarray(function(*inputs))
 
@@ -207,7 +212,7 @@ def _run(node: ir.Node, inputs: Sequence[Array | None], imports: dict[str, int])
             values.append(None)
             continue
         dtype = ir.DataType.from_numpy(x.dtype)
-        if dtype == ir.DataType.STRING or x.dtype.kind not in "biuf":
+        if not _plain(x.dtype):
             raise EvaluationError(f"constants of type {dtype.name.lower()} are not evaluated")
         values.append(
             ir.Value(name=f"i{index}", type=ir.TensorType(dtype), shape=ir.Shape(x.shape))
@@ -245,4 +250,18 @@ def _run(node: ir.Node, inputs: Sequence[Array | None], imports: dict[str, int])
         raise EvaluationError(str(error).splitlines()[0]) from error
     if not all(isinstance(result, np.ndarray) for result in results):
         raise EvaluationError("its result is no tensor")
-    return list(results)
+    types = [output.type for output in session.get_outputs()]
+    return [_typed(result, kind) for result, kind in zip(results, types, strict=True)]
+
+
+def _typed(result: Array, kind: str) -> Array:
+    """Give a result the type that ONNX Runtime names: it hands out float8 as uint8."""
+    dtype = ir.DataType[kind.removeprefix("tensor(").removesuffix(")").upper()]
+    if dtype == ir.DataType.STRING:
+        return result
+    wanted = dtype.numpy()
+    if result.dtype == wanted:
+        return result
+    if result.dtype.itemsize * 8 != dtype.bitwidth:
+        raise EvaluationError(f"results of type {dtype.name.lower()} are not evaluated")
+    return result.view(wanted)
