@@ -1,0 +1,47 @@
+"""ONNX's own backend tests: what ONNX Runtime runs correctly, it runs correctly after the passes."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from bench.backend_check import Outcome
+from bench.backend_nodes import outcomes, summarize
+
+
+def failures(rows: list[Outcome]) -> list[str]:
+    return [f"{r.case}, {r.variant}: {r.reason}" for r in rows if r.status == "failed"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_node_case_holds() -> None:
+    rows = list(outcomes(["node"], "canonicalize"))
+    assert not failures(rows)
+    assert max(Counter((row.case, row.variant) for row in rows).values()) == 1
+    counts = summarize(rows)
+    written, constant, half = (
+        counts[f"node, {name}"] for name in ("as it is", "all constant", "half constant")
+    )
+    for each in counts.values():
+        assert each["cases"] >= 1800
+        assert each["correct"] >= 0.85 * each["cases"]
+        assert each["refused"] <= 0.01 * each["cases"]
+    assert written["changed"] >= 0.15 * written["correct"]
+    assert constant["changed"] >= 0.75 * constant["correct"]
+    assert written["changed"] < half["changed"] < constant["changed"]
+
+
+@pytest.mark.slow
+def test_light_models_hold() -> None:
+    rows = list(outcomes(["light"], "canonicalize"))
+    assert not failures(rows)
+    assert len(rows) == 27
+    assert all(row.before == "correct" and row.changed for row in rows)
+
+
+@pytest.mark.slow
+def test_models_older_than_the_passes_hold() -> None:
+    rows = list(outcomes(["simple", "pytorch-operator", "pytorch-converted"], "canonicalize"))
+    assert not failures(rows)
+    assert sum(row.before == "correct" for row in rows) >= 250
