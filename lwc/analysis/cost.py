@@ -19,6 +19,7 @@ import sympy
 from lwc.analysis.cost_rules.base import MS, Operands, UnknownCost, Work, find_rule
 from lwc.analysis.manager import Analysis, AnalysisManager
 from lwc.analysis.shapes import Shapes
+from lwc.core.diagnostics import describe
 from lwc.core.dims import Dim, simplify_dim, symbol
 from lwc.core.module import Module
 from lwc.core.walk import attribute_graphs, constant_tensor, op_name
@@ -129,6 +130,17 @@ class Cost(Analysis):
         cost = cls(module)
         _Counting(cost, analyses.get(Shapes)).graph(module.graph)
         return cost
+
+    def differs_from(self, other: Cost) -> str | None:
+        """Name a node on which two analyses, built on the same shapes, differ."""
+        for node in {**self.nodes, **other.nodes}:
+            if self.nodes.get(node) != other.nodes.get(node):
+                return f"the cost of {describe(node)} is not what it is when counted anew"
+            if self.regions.get(node) != other.regions.get(node):
+                return f"the subgraphs of {describe(node)} are not those it has"
+        if self.uncounted != other.uncounted or self.reasons != other.reasons:
+            return "the operators that are not counted are not those found anew"
+        return None
 
     @cached_property
     def total(self) -> Totals:

@@ -25,6 +25,16 @@ class Analysis(ABC):
         """Name the analyses this one is built from: dropping one of them drops this one too."""
         return ()
 
+    def differs_from(self, other: Self) -> str | None:
+        """Name one fact in which two analyses of the same module differ; None if there is none.
+
+        The check of what a pass claims to preserve rests on it. An analysis that defines neither
+        this nor `__eq__` cannot be preserved.
+        """
+        if type(self).__eq__ is object.__eq__:
+            return "it cannot be compared with one built anew (it defines no differs_from)"
+        return None if self == other else "it is not equal to one built anew"
+
 
 AnalysisT = TypeVar("AnalysisT", bound=Analysis)
 
@@ -45,11 +55,23 @@ class AnalysisManager:
         assert isinstance(found, kind)
         return found
 
-    def invalidate(self, preserved: Iterable[type[Analysis]] = ()) -> None:
-        """Drop every analysis that is not in `preserved` or rests on one that is not."""
+    def cached(self) -> dict[type[Analysis], Analysis]:
+        """Return the analyses that are built, in the order in which they were."""
+        return dict(self._cache)
+
+    def keep(self, analysis: Analysis) -> None:
+        """Take an analysis of this module that was built elsewhere."""
+        self._cache[type(analysis)] = analysis
+
+    def surviving(self, preserved: Iterable[type[Analysis]]) -> dict[type[Analysis], Analysis]:
+        """Return the cached analyses that are in `preserved` and rest on none that is not."""
         kept = set(preserved)
-        self._cache = {
+        return {
             kind: analysis
             for kind, analysis in self._cache.items()
             if kind in kept and all(base in kept for base in kind.requires())
         }
+
+    def invalidate(self, preserved: Iterable[type[Analysis]] = ()) -> None:
+        """Drop every analysis that is not in `preserved` or rests on one that is not."""
+        self._cache = self.surviving(preserved)

@@ -122,6 +122,16 @@ class Memory(Analysis):
         planner = _Planner(analyses.get(Shapes), analyses.get(Cost))
         return cls(planner.plan(module.graph), dict(planner.unsized))
 
+    def differs_from(self, other: Memory) -> str | None:
+        """Name a buffer in which two analyses, built on the same shapes and costs, differ."""
+        mine, theirs = self._plan, other._plan
+        for a, b in zip(mine.buffers, theirs.buffers, strict=False):
+            if a != b:
+                return f"the buffer of '{a.value.name}' is not what it is when planned anew"
+        if mine != theirs or self.unsized != other.unsized:
+            return "the plan of its buffers is not the one made anew"
+        return None
+
     def peak(self, bindings: Mapping[str, int]) -> int:
         """Return the peak in bytes for the given extents.
 

@@ -137,6 +137,17 @@ class Shapes(Analysis):
             s in self._fresh_symbols or s in self._unknown_integers for s in dim.free_symbols
         )
 
+    def own_symbols(self, dim: Any) -> list[Any]:
+        """Return the symbols of `dim` that this analysis made, in the order it made them."""
+        found = [s for s in getattr(dim, "free_symbols", ()) if s in self._numbers]
+        return sorted(found, key=self._numbers.__getitem__)
+
+    def differs_from(self, other: Shapes) -> str | None:
+        """Name a value of the module on which two analyses differ, fresh symbols' names aside."""
+        from lwc.analysis.shape_comparison import first_difference
+
+        return first_difference(self, other, self._module)
+
     # Upkeep during rewrites
 
     def __contains__(self, value: ir.Value) -> bool:

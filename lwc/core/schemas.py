@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["STANDARD_DOMAINS", "find_schema", "newest_opset", "signature_problem"]
+__all__ = [
+    "STANDARD_DOMAINS",
+    "FormalType",
+    "OperatorTypes",
+    "find_schema",
+    "newest_opset",
+    "operator_types",
+    "signature_problem",
+]
 
 STANDARD_DOMAINS = frozenset({"", "ai.onnx.ml", "ai.onnx.preview", "ai.onnx.preview.training"})
 """Domains whose operators the onnx package knows all of; `ai.onnx` is written as ``."""
@@ -38,6 +46,46 @@ def newest_opset(domain: str) -> int:
         (s.since_version for s in onnx.defs.get_all_schemas_with_history() if s.domain == domain),
         default=0,
     )
+
+
+class FormalType(NamedTuple):
+    """What types an operator takes at one formal input or output.
+
+    Attributes:
+        name: The name of the operand.
+        variable: The type variable that ties operands of one type together, or None.
+        allowed: The types, as the standard writes them: `tensor(float)`, `seq(tensor(int64))`.
+    """
+
+    name: str
+    variable: str | None
+    allowed: frozenset[str]
+
+
+class OperatorTypes(NamedTuple):
+    """The formal inputs and outputs of an operator; a variadic last one stands for all the rest."""
+
+    inputs: tuple[FormalType, ...]
+    outputs: tuple[FormalType, ...]
+
+
+@functools.cache
+def operator_types(domain: str, op_type: str, version: int) -> OperatorTypes | None:
+    """Return the types of an operator at an opset version, or None where there is no schema."""
+    schema = find_schema(domain, op_type, version)
+    if schema is None:
+        return None
+    return OperatorTypes(
+        tuple(map(_formal, schema.inputs)),
+        tuple(map(_formal, schema.outputs)),
+    )
+
+
+def _formal(operand: onnx.defs.OpSchema.FormalParameter) -> FormalType:
+    """Read one operand: a variadic one whose members may differ in type ties nothing."""
+    # The type is written out ("tensor(bool)") where it is no variable.
+    tied = operand.is_homogeneous and "(" not in operand.type_str
+    return FormalType(operand.name, operand.type_str if tied else None, frozenset(operand.types))
 
 
 @functools.cache

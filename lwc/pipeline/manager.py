@@ -7,9 +7,10 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol
 
 from lwc.analysis.manager import AnalysisManager
+from lwc.analysis.shapes import Shapes
 from lwc.core.errors import LwcError, PassError, UsageError, VerificationError
 from lwc.pipeline.instruments import Instrument
 from lwc.pipeline.passes import Contract, Pass, PassContext, PassResult, Verify
@@ -21,7 +22,10 @@ from lwc.pipeline.record import (
     take_snapshot,
 )
 from lwc.pipeline.spec import to_spec, to_text
+from lwc.verify.interface import Interface
+from lwc.verify.preserved import verify_preserved
 from lwc.verify.structural import verify_structure
+from lwc.verify.types import TypeState, check_types, verify_types
 
 if TYPE_CHECKING:
     from lwc.core.module import Fingerprint, Module
@@ -47,8 +51,10 @@ class PassManager:
     Attributes:
         passes: The passes in order.
         verify: `none` trusts the passes. `structural` verifies the module's structure before the
-            first and after each pass, and that each pass told the truth about what it changed.
-            `numeric` also executes the module before and after each pass that changed it.
+            first and after each pass, that each pass told the truth about what it changed and
+            which analyses it preserved, and that it brought in no type or shape that contradicts
+            inference. `numeric` also executes the module before and after each pass that changed
+            it.
         numeric: The check that `numeric` uses.
         instruments: What watches the run.
         rollback: Restore the module where a pass fails. Without it the module is lost then; that
@@ -83,7 +89,7 @@ class PassManager:
             verify_structure(module)
         for instrument in self.instruments:
             instrument.before_pipeline(module, self.passes)
-        state = first = self._measure(module)
+        state = first = self._measure(module, ctx)
         records = []
         for index, pass_ in enumerate(self.passes):
             record, state = self._run_pass(index, module, ctx, state)
@@ -120,15 +126,13 @@ class PassManager:
                 _name_pass(error, pass_)
             for instrument in self.instruments:
                 instrument.on_error(pass_, before, self.passes[index:], error)
+            ctx.analyses.invalidate()
             if self.rollback:
                 assert before is not None
                 module.adopt(before)
-                ctx.analyses.invalidate()
             raise
         result = outcome.result
-        if result.changed:
-            ctx.analyses.invalidate(result.preserved)
-        elif len(module.remarks) == heard:
+        if not result.changed and len(module.remarks) == heard:
             ctx.note("found nothing to do")
         said = tuple(module.remarks.since(heard))
         applied = Counter(remark.rule or "" for remark in said if remark.kind == "applied")
@@ -153,28 +157,30 @@ class PassManager:
         self, pass_: Pass, module: Module, ctx: PassContext, state: _State, before: Module | None
     ) -> _Outcome:
         """Run one pass and check what it left."""
-        interface = _interface(module)
+        interface = Interface.of(module)
         start = time.perf_counter()
         result = _call(pass_, module, ctx)
         middle = time.perf_counter()
         module.forget_names()
-        verification = None
-        if self.verify == "none":
-            after = self._measure(module) if result.changed else state
-        else:
+        verification, types, fingerprint = None, state.types, None
+        if self.verify != "none":
             verify_structure(module)
-            if pass_.keeps_interface and interface != _interface(module):
-                raise VerificationError(
-                    "the names, order or element types of the graph's inputs or outputs changed"
-                )
-            after = self._measure(module)
-            _check_truth(claimed=result.changed, real=after.fingerprint != state.fingerprint)
+            if pass_.keeps_interface and (change := interface.change_to(Interface.of(module))):
+                raise VerificationError(change)
+            fingerprint = module.fingerprint()
+            _check_truth(claimed=result.changed, real=fingerprint != state.fingerprint)
+        if result.changed:
+            if self.verify != "none":
+                verify_preserved(ctx.analyses, result.preserved)
+            ctx.analyses.invalidate(result.preserved)
+            types = self._types(module, ctx, types)
+            state = _State(take_snapshot(module), fingerprint, types)
         if self.verify == "numeric" and result.changed:
             assert self.numeric is not None
             assert before is not None
             verification = self.numeric(before, module, pass_.contract)
         end = time.perf_counter()
-        return _Outcome(result, after, verification, middle - start, end - middle)
+        return _Outcome(result, state, verification, middle - start, end - middle)
 
     @property
     def _needs_copy(self) -> bool:
@@ -184,9 +190,26 @@ class PassManager:
             or any(instrument.needs_copy for instrument in self.instruments)
         )
 
-    def _measure(self, module: Module) -> _State:
-        fingerprint = None if self.verify == "none" else module.fingerprint()
-        return _State(take_snapshot(module), fingerprint)
+    def _types(
+        self, module: Module, ctx: PassContext, before: TypeState | None
+    ) -> TypeState | None:
+        """Check types and shapes; what the input had is no pass's fault, so nothing is then.
+
+        The shapes inferred for it stay cached, so that the next pass finds them.
+        """
+        if self.verify == "none":
+            return None
+        shapes = ctx.analyses.get(Shapes)
+        if before is None:
+            return check_types(module, shapes)
+        return verify_types(module, shapes, before)
+
+    def _measure(self, module: Module, ctx: PassContext) -> _State:
+        """Describe the input, as far as the checks of the passes need it."""
+        checked = self.verify != "none" and self.passes
+        fingerprint = module.fingerprint() if checked else None
+        types = self._types(module, ctx, None) if checked else None
+        return _State(take_snapshot(module), fingerprint, types)
 
 
 @dataclass(frozen=True)
@@ -195,6 +218,7 @@ class _State:
 
     snapshot: Snapshot
     fingerprint: Fingerprint | None
+    types: TypeState | None
 
 
 @dataclass(frozen=True)
@@ -206,17 +230,6 @@ class _Outcome:
     verification: str | None
     seconds: float
     verify_seconds: float
-
-
-_Interface: TypeAlias = tuple[tuple[tuple[str | None, str | None], ...], ...]
-
-
-def _interface(module: Module) -> _Interface:
-    """Return names and element types of the graph's inputs and outputs, in order."""
-    return tuple(
-        tuple((value.name, None if value.dtype is None else value.dtype.name) for value in values)
-        for values in (module.graph.inputs, module.graph.outputs)
-    )
 
 
 def _call(pass_: Pass, module: Module, ctx: PassContext) -> PassResult:

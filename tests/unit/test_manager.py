@@ -266,7 +266,7 @@ def rename_output(module: Module, ctx: PassContext) -> PassResult:
 
 
 def test_the_interface_must_stay(module: Module) -> None:
-    with pytest.raises(VerificationError, match="inputs or outputs changed"):
+    with pytest.raises(VerificationError, match=r"the order .* outputs changed: \['y'\] to"):
         PassManager([acting(rename_output)]).run(module)
 
 
@@ -347,7 +347,7 @@ def test_analyses_are_dropped_unless_preserved(module: Module) -> None:
     seen.clear()
     fresh = from_proto(onnx.parser.parse_model(MODEL))
     keep = drop(preserved=frozenset([NodeCount]))
-    PassManager([acting(look), keep, acting(look)]).run(fresh)
+    PassManager([acting(look), keep, acting(look)], verify="none").run(fresh)
     assert seen == [4, 4]
 
 
