@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lwc.pipeline.instruments import Instrument
     from lwc.pipeline.passes import Contract, Runner
     from lwc.report.data import Report
+    from lwc.verify.numeric import Comparer
 
 __all__ = [
     "OptimizeResult",
@@ -351,12 +352,18 @@ def find_backend(backend: str | Backend | None) -> Callable[[], Backend] | None:
 
 
 def numeric_check(*, seed: int = 0, threads: int | None = None) -> NumericCheck:
-    """Return the check that executes both modules on ONNX Runtime and compares their outputs."""
+    """Return the check that executes both modules on ONNX Runtime and compares their outputs.
+
+    It remembers what the last module gave: in a pipeline each module is run once.
+    """
+    comparer: Comparer | None = None
 
     def check(before: Module, after: Module, contract: Contract) -> str:
-        from lwc.verify.numeric import compare
+        from lwc.verify.numeric import Comparer
 
-        found = compare(before, after, contract=contract, seed=seed, threads=threads)
+        nonlocal comparer
+        comparer = comparer or Comparer(seed=seed, threads=threads)
+        found = comparer(before, after, contract)
         if found.skipped is not None:
             return f"outputs not compared: {found.skipped}"
         worst = found.worst

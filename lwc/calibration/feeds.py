@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -22,16 +22,29 @@ if TYPE_CHECKING:
     from lwc.pipeline.passes import Runner
 
 __all__ = [
+    "Edge",
     "FeedSpec",
+    "MaskKind",
     "dim_names",
     "fixed_dims",
     "load_feeds",
     "make_feed",
     "usual_extents",
+    "working_extents",
     "working_feeds",
 ]
 
 Array = np.ndarray[Any, Any]
+
+MaskKind: TypeAlias = Literal["ones", "right-padded", "left-padded", "random"]
+"""What a mask keeps: everything; the first elements of each row, fewer in each further row; the
+last ones; any, drawn at random, at least one in a row."""
+
+Edge: TypeAlias = Literal["plain", "zeros", "huge", "tiny", "masked"]
+"""How a feed is filled: as usual; numbers that are 0, a thousand times or a thousandth as large;
+masks that differ from row to row, the first row masked as a whole."""
+
+_SIZES: dict[Edge, float] = {"zeros": 0.0, "huge": 1e3, "tiny": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -41,12 +54,22 @@ class FeedSpec:
     Attributes:
         dims: Extents by dimension name; an anonymous dimension is named `INPUT:AXIS`.
         ranges: Inclusive bounds of an input's elements, by input.
+        vocabularies: Number of ids, by input: its elements lie in `[0, n)`.
+        masks: What a mask keeps, by input; see `MaskKind`.
         values: Whole inputs, by name.
     """
 
     dims: Mapping[str, int] = field(default_factory=dict)
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    vocabularies: Mapping[str, int] = field(default_factory=dict)
+    masks: Mapping[str, MaskKind] = field(default_factory=dict)
     values: Mapping[str, Array] = field(default_factory=dict)
+
+    def bounds(self, name: str) -> tuple[float, float] | None:
+        """Return the inclusive bounds of an input's elements, where they are given."""
+        if name in self.vocabularies:
+            return (0, self.vocabularies[name] - 1)
+        return self.ranges.get(name)
 
 
 _NO_SPEC = FeedSpec()
@@ -58,6 +81,7 @@ def make_feed(
     seed: int = 0,
     *,
     spec: FeedSpec = _NO_SPEC,
+    edge: Edge = "plain",
 ) -> dict[str, Array]:
     """Make one valid random feed; the same seed gives the same feed.
 
@@ -70,7 +94,8 @@ def make_feed(
         module: The model.
         bindings: Extents by dimension name, over `spec.dims`; `INPUT:AXIS` for anonymous ones.
         seed: Seed of the random numbers.
-        spec: What the user knows about the inputs.
+        spec: What the user knows about the inputs; it has the last word.
+        edge: How numbers and masks are filled that `spec` does not describe.
 
     Raises:
         LwcError: An input is no tensor or has no known rank, and `spec.values` lacks it.
@@ -93,9 +118,14 @@ def make_feed(
             continue
         shape = tuple(_extent(value, axis, extents) for axis in range(_rank(module, value)))
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-        feed[name] = _fill(
-            input_role(module, value), shape, _numpy_type(module, value), rng, spec.ranges.get(name)
-        )
+        dtype = _numpy_type(module, value)
+        if name in spec.masks:
+            feed[name] = _mask(shape, spec.masks[name], rng).astype(dtype)
+            continue
+        role, bounds = input_role(module, value), spec.bounds(name)
+        feed[name] = _fill(role, shape, dtype, rng, bounds)
+        if bounds is None and edge != "plain":
+            feed[name] = _at_edge(feed[name], role, edge, rng)
     return feed
 
 
@@ -220,10 +250,42 @@ def _fill(
             return np.asarray(rng.standard_normal(shape, np.float32)).astype(dtype)
 
 
+def _at_edge(array: Array, role: InputRole, edge: Edge, rng: np.random.Generator) -> Array:
+    """Turn a usual feed of one input into that of an edge, where the edge concerns it."""
+    if edge == "masked":
+        if role.kind == RoleKind.FLAG:
+            return np.ones_like(array)
+        if role.kind != RoleKind.MASK or not array.ndim:
+            return array
+        mask = _mask(array.shape, "right-padded" if rng.random() < 0.5 else "random", rng)
+        mask[(0,) * (mask.ndim - 1)] = False
+        return mask.astype(array.dtype)
+    if role.kind != RoleKind.NUMBERS:
+        return array
+    return np.asarray(array * _SIZES[edge]).astype(array.dtype)
+
+
+def _mask(shape: tuple[int, ...], kind: MaskKind, rng: np.random.Generator) -> Array:
+    """Return booleans that are true where the mask keeps something."""
+    mask = np.ones(shape, np.bool_)
+    if kind == "ones" or not mask.size or not shape:
+        return mask
+    if kind == "random":
+        mask = np.asarray(rng.random(shape) < 0.5)
+        kept = rng.integers(0, shape[-1], shape[:-1])
+        np.put_along_axis(mask, kept[..., None], True, axis=-1)
+        return mask
+    rows, columns = mask.size // shape[-1], np.arange(shape[-1])
+    lengths = np.maximum(1, shape[-1] - np.arange(rows) * shape[-1] // max(rows, 2))
+    flat = mask.reshape(rows, shape[-1])
+    flat[:] = columns < lengths[:, None]
+    return mask if kind == "right-padded" else np.asarray(mask[..., ::-1])
+
+
 # Extents a model runs at
 
 _BATCHES = (2, 1, 3)
-_LENGTHS = (16, 7, 576, 640, 64, 128, 2048)
+_LENGTHS = (16, 7, 1, 576, 640, 64, 128, 2048)
 _PASTS = (8, 5, 0)
 _SPATIAL = ((224, 224), (96, 160), (48, 320), (48, 192), (32, 320), (32, 128), (384, 384))
 _TRIALS = 200
@@ -239,10 +301,6 @@ def working_feeds(
 ) -> list[dict[str, Array]]:
     """Find feeds the model runs on, each at other extents of its free dimensions, by trial.
 
-    A file's dimension names seldom tell everything: a network may want a height of 48, a state
-    the batch of another input. Extents are tried from the usual to the rare; feeds that differ
-    in every free dimension are preferred to those that differ in some.
-
     Args:
         module: The model.
         runner: Runs the model; what it refuses with an `LwcError` is no valid feed.
@@ -253,6 +311,34 @@ def working_feeds(
     Returns:
         `count` feeds, or fewer where the model runs at fewer extents; one where all dimensions
         are fixed.
+
+    Raises:
+        LwcError: The model runs at none of the extents tried; the message is the first failure.
+    """
+    chosen = working_extents(module, runner, count, seed, spec=spec)
+    return [make_feed(module, at, seed + index, spec=spec) for index, at in enumerate(chosen)]
+
+
+def working_extents(
+    module: Module,
+    runner: Runner,
+    count: int = 2,
+    seed: int = 0,
+    *,
+    spec: FeedSpec = _NO_SPEC,
+) -> list[dict[str, int]]:
+    """Find extents of the free dimensions that the model runs at, by trial.
+
+    A file's dimension names seldom tell everything: a network may want a height of 48, a state
+    the batch of another input. Extents are tried from the usual to the rare; those that differ
+    in every free dimension are preferred to those that differ in some.
+
+    Args:
+        module: See `working_feeds`, also for the others.
+        runner: Runs the model.
+        count: How many are wanted.
+        seed: Seed of the feeds they are tried with.
+        spec: What the user knows about the inputs; its dimensions are not free.
 
     Raises:
         LwcError: The model runs at none of the extents tried; the message is the first failure.
@@ -279,8 +365,7 @@ def working_feeds(
             file=module.source.path,
             remedy="give extents of its dimensions, or feeds in an .npz file",
         )
-    chosen = [*chosen, *spare][:count]
-    return [make_feed(module, at, seed + index, spec=spec) for index, at in enumerate(chosen)]
+    return [*chosen, *spare][:count]
 
 
 def _candidates(free: Mapping[str, str]) -> Iterator[dict[str, int]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,42 +11,63 @@ import numpy as np
 import onnx_ir as ir
 
 from lwc.backends.onnxruntime.session import OnnxRuntimeBackend, OnnxRuntimeExecutable
-from lwc.calibration.feeds import FeedSpec, dim_names, fixed_dims, make_feed, working_feeds
-from lwc.calibration.inputs import fed_inputs
+from lwc.calibration.feeds import (
+    Edge,
+    FeedSpec,
+    dim_names,
+    fixed_dims,
+    make_feed,
+    working_extents,
+)
+from lwc.calibration.inputs import RoleKind, fed_inputs, input_role
 from lwc.core.diagnostics import describe
 from lwc.core.errors import LwcError, VerificationError
-from lwc.core.walk import attribute_graphs, is_default_domain, is_random
-from lwc.pipeline.passes import Approximate, Contract, Exact, Lossy
+from lwc.core.walk import is_random
+from lwc.pipeline.passes import Contract, Exact, Lossy
+from lwc.verify.bounds import OutputError, contract_bounds, depth, difference, exact_rtol, shown
+from lwc.verify.reference import Float64Reference, runs_in_float64
+from lwc.verify.sensitivity import ROUNDING, Sensitivity
 
 if TYPE_CHECKING:
-    from lwc.core.module import Module
+    from lwc.core.module import Fingerprint, Module
+    from lwc.pipeline.passes import Runner
 
-__all__ = ["NumericReport", "OutputError", "compare", "depth", "exact_rtol"]
+__all__ = [
+    "Comparer",
+    "NumericReport",
+    "OutputError",
+    "TestFeed",
+    "choose_feeds",
+    "compare",
+    "depth",
+    "exact_rtol",
+]
 
 Array = np.ndarray[Any, Any]
 
+_SMALL = 256
+"""Nodes up to which a graph is run in float64 too, and at every edge."""
+
+_REFERENCE_RTOL = 4 * 2.0**-24
+"""In float64 what is left is the rounding of constants to float32, 2**-24 each."""
+
 
 @dataclass(frozen=True)
-class OutputError:
-    """How far one output is off on one feed.
+class TestFeed:
+    """A feed to compare on.
 
     Attributes:
-        output: Name of the output.
-        shapes: Shapes of the feed, by input.
-        max_error: Largest absolute difference.
-        excess: Largest ratio of a difference to its bound; up to 1 is within bounds.
-        index: Where `excess` is reached.
-        expected: The element there before.
-        result: The element there after.
+        arrays: The array of each input, by name.
+        edge: How it is filled.
     """
 
-    output: str
-    shapes: dict[str, tuple[int, ...]]
-    max_error: float
-    excess: float
-    index: tuple[int, ...]
-    expected: float
-    result: float
+    arrays: dict[str, Array]
+    edge: Edge = "plain"
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each input."""
+        return {name: np.shape(array) for name, array in self.arrays.items()}
 
 
 @dataclass(frozen=True)
@@ -57,7 +78,8 @@ class NumericReport:
         errors: For each feed and output.
         rtol: Bound relative to an element and to its output's root mean square together.
         atol: Absolute bound added to it.
-        feeds: Feeds compared, each at other extents of the free dimensions.
+        feeds: Feeds compared.
+        float64: Whether they were compared in float64 too.
         skipped: Why nothing was compared, or None.
     """
 
@@ -65,12 +87,149 @@ class NumericReport:
     rtol: float = 0.0
     atol: float = 0.0
     feeds: int = 0
+    float64: bool = False
     skipped: str | None = None
 
     @property
     def worst(self) -> OutputError | None:
         """The output that comes nearest its bound or passes it, or None."""
         return max(self.errors, key=lambda one: (one.excess, one.max_error), default=None)
+
+
+class Comparer:
+    """Compares modules on feeds, and remembers the last one it ran.
+
+    In a pipeline the result of one pass is the reference of the next, so each module is compiled
+    and run once.
+
+    Args:
+        bindings: Extents of the free dimensions, one mapping per feed; found by trial by default.
+        rtol: Replaces the relative bound.
+        atol: Replaces the absolute bound.
+        seed: Seed of the feeds.
+        spec: What the user knows about the inputs.
+        threads: Threads of one operator.
+    """
+
+    def __init__(
+        self,
+        *,
+        bindings: Sequence[Mapping[str, int]] = (),
+        rtol: float | None = None,
+        atol: float | None = None,
+        seed: int = 0,
+        spec: FeedSpec | None = None,
+        threads: int | None = None,
+    ) -> None:
+        self._bindings = bindings
+        self._rtol = rtol
+        self._atol = atol
+        self._seed = seed
+        self._spec = spec or FeedSpec()
+        self._threads = threads
+        self._memory = _Memory()
+
+    def __call__(
+        self, before: Module, after: Module, contract: Contract | None = None
+    ) -> NumericReport:
+        """Run both modules on random feeds and check that outputs differ as little as promised.
+
+        Both run on ONNX Runtime with its graph optimisations off, at three settings of the free
+        dimensions where the model allows it: a usual one, an odd one and one. Feeds at the edges
+        follow: numbers that are 0, huge or tiny, masks that hide whole rows. An element `y` of an
+        output with root mean square `s` may be off by `atol + rtol·(|y| + s)`:
+
+        * `Exact`: rtol is `exact_rtol`, a bound on rounding that grows with the root of the
+          depth; atol is that of a single operator, for outputs of saturating functions. Integer
+          and boolean outputs must be equal. A larger difference passes where rounding explains
+          it: where relative changes of 2**-23 in weights and inputs move the output as far.
+        * `Approximate`: the contract's bounds on top of that.
+        * `Lossy`: nothing is promised; errors are only reported, over the bound of `Exact`.
+
+        Small graphs of standard operators run in float64 as well, where cancellation hides
+        nothing. NaN and infinities must stay where they are.
+
+        Args:
+            before: The reference.
+            after: What a pass made of it. Dimensions it fixed are fixed in the feeds.
+            contract: What the pass promises; `Exact()` by default.
+
+        Raises:
+            VerificationError: An output is off by more than its bound, is missing, has another
+                shape or type, or `after` does not run where `before` does.
+            LwcError: `before` does not run.
+        """
+        contract = contract or Exact()
+        random = next(filter(is_random, before.nodes()), None)
+        if random is not None:
+            return NumericReport(skipped=f"{describe(random)} draws random numbers")
+        feeds, expected = self._memory.recall(before, after) or self._reference(
+            before, after, contract
+        )
+        promised = contract_bounds(contract, before, after)
+        bounds = (
+            promised[0] if self._rtol is None else self._rtol,
+            promised[1] if self._atol is None else self._atol,
+        )
+        results = self._run_after(after, feeds)
+        found = _Found(before, contract, bounds, self._threads)
+        errors = found.errors(feeds, expected, results, None)
+        float64 = not isinstance(contract, Lossy) and _is_small(before) and _is_small(after)
+        if float64:
+            errors += self._in_float64(before, after, feeds, found, expected)
+        self._memory.keep(after, feeds, results)
+        return NumericReport(tuple(errors), *bounds, len(feeds), float64)
+
+    def _reference(
+        self, before: Module, after: Module, contract: Contract
+    ) -> tuple[list[TestFeed], list[dict[str, Array]]]:
+        dims, known = {**self._spec.dims, **fixed_dims(before, after)}, dim_names(before)
+        spec = replace(self._spec, dims={k: v for k, v in dims.items() if k in known})
+        with _compiled(before, self._threads) as runner:
+            plain = isinstance(contract, Lossy)
+            chosen = choose_feeds(
+                before, runner, self._bindings, seed=self._seed, spec=spec, edges=not plain
+            )
+            return [feed for feed, _ in chosen], [outputs for _, outputs in chosen]
+
+    def _run_after(self, after: Module, feeds: Sequence[TestFeed]) -> list[dict[str, Array]]:
+        try:
+            with _compiled(after, self._threads) as candidate:
+                return [candidate.run(fitted(feed.arrays, after)) for feed in feeds]
+        except LwcError as error:
+            raise VerificationError(
+                f"the module ran before the pass and does not run after it: {error.message}",
+                node=error.node,
+            ) from error
+
+    def _in_float64(
+        self,
+        before: Module,
+        after: Module,
+        feeds: Sequence[TestFeed],
+        found: _Found,
+        expected: Sequence[Mapping[str, Array]],
+    ) -> list[OutputError]:
+        """Compare in float64 on the feeds where the reference is ONNX Runtime's equal."""
+        try:
+            reference, candidate = Float64Reference(before), Float64Reference(after)
+            wanted = [reference.run(feed.arrays) for feed in feeds]
+        except LwcError:
+            return []  # not every operator has a reference implementation
+        trusted = [
+            index
+            for index, (ours, theirs) in enumerate(zip(wanted, expected, strict=True))
+            if _roughly_equal(ours, theirs)
+        ]
+        errors: list[OutputError] = []
+        for index in trusted:
+            feed = feeds[index]
+            try:
+                result = candidate.run(fitted(feed.arrays, after))
+            except LwcError:
+                continue  # ONNX Runtime ran it
+            errors += found.errors([feed], [wanted[index]], [result], reference)
+        return errors
 
 
 def compare(
@@ -85,214 +244,206 @@ def compare(
     spec: FeedSpec | None = None,
     threads: int | None = None,
 ) -> NumericReport:
-    """Run both modules on random feeds and check that the outputs differ as little as promised.
-
-    Both run on ONNX Runtime with its graph optimisations off, at two settings at least of the
-    free dimensions (one where there are none, or where the model runs at one only). An element
-    `y` of an output with root mean square `s` may be off by `atol + rtol·(|y| + s)`:
-
-    * `Exact`: rtol is `exact_rtol`, a bound on rounding that grows with the root of the depth;
-      atol is that of a single operator, for outputs of saturating functions. Integer and boolean
-      outputs must be equal.
-    * `Approximate`: the contract's bounds on top of that.
-    * `Lossy`: nothing is promised; errors are only reported, over the bound of `Exact`.
-
-    NaN and infinities must stay where they are.
-
-    Args:
-        before: The reference.
-        after: What a pass made of it. Dimensions it fixed are fixed in the feeds.
-        contract: What the pass promises; `Exact()` by default.
-        bindings: Extents of the free dimensions, one mapping per feed; found by trial by default.
-        rtol: Replaces the relative bound.
-        atol: Replaces the absolute bound.
-        seed: Seed of the feeds.
-        spec: What the user knows about the inputs.
-        threads: Threads of one operator.
+    """Compare two modules once; see `Comparer`.
 
     Raises:
-        VerificationError: An output is off by more than its bound, is missing, has another shape
-            or type, or `after` does not run where `before` does.
+        VerificationError: They differ by more than `contract` allows.
         LwcError: `before` does not run.
     """
-    contract = contract or Exact()
-    random = _random_node(before)
-    if random is not None:
-        return NumericReport(skipped=f"{describe(random)} draws random numbers")
-    promised = _bounds(contract, before, after)
-    bounds = (promised[0] if rtol is None else rtol, promised[1] if atol is None else atol)
-    spec = spec or FeedSpec()
-    dims, known = {**spec.dims, **fixed_dims(before, after)}, dim_names(before)
-    spec = replace(spec, dims={name: extent for name, extent in dims.items() if name in known})
-    errors = []
-    with _compiled(before, threads) as reference:
-        if bindings:
-            feeds = [
-                make_feed(before, at, seed + index, spec=spec) for index, at in enumerate(bindings)
-            ]
-        else:
-            feeds = working_feeds(before, reference, 2, seed, spec=spec)
-        expected = [reference.run(feed) for feed in feeds]
-    try:
-        with _compiled(after, threads) as candidate:
-            results = [candidate.run(_fitted(feed, after)) for feed in feeds]
-    except LwcError as error:
-        raise VerificationError(
-            f"the module ran before the pass and does not run after it: {error.message}",
-            node=error.node,
-        ) from error
-    for feed, wanted, result in zip(feeds, expected, results, strict=True):
-        shapes = {name: np.shape(array) for name, array in feed.items()}
-        for name, array in wanted.items():
-            if name not in result:
-                raise VerificationError(f"output '{name}' is gone after the pass")
-            errors.append(_difference(name, shapes, array, result[name], bounds))
-    report = NumericReport(tuple(errors), *bounds, len(feeds))
-    worst = report.worst
-    if worst is not None and worst.excess > 1 and not isinstance(contract, Lossy):
-        raise VerificationError(_complaint(worst, report))
-    return report
+    comparer = Comparer(
+        bindings=bindings, rtol=rtol, atol=atol, seed=seed, spec=spec, threads=threads
+    )
+    return comparer(before, after, contract)
 
 
-def exact_rtol(module: Module) -> float:
-    """Bound the relative rounding error between two orders of one module's arithmetic.
+def choose_feeds(
+    module: Module,
+    runner: Runner,
+    bindings: Sequence[Mapping[str, int]] = (),
+    *,
+    seed: int = 0,
+    spec: FeedSpec = FeedSpec(),  # noqa: B008
+    edges: bool = True,
+) -> list[tuple[TestFeed, dict[str, Array]]]:
+    """Choose feeds the module runs on, with the outputs it gives.
 
-    Roundings along a chain of `depth` operators are taken as independent, so that they add up as
-    a random walk: `c · eps · sqrt(depth)` with the machine epsilon of the coarsest floating-point
-    type computed in (Higham and Mary, "A new approach to probabilistic rounding error analysis",
-    2019). The factor is 16 in float32, where it covers the length of sums within one operator
-    (on fifteen exporters' files ONNX Runtime's own optimisations need 2), and 2 in the 16-bit
-    types, whose sums are taken in float32 and rounded once.
+    Args:
+        module: The module.
+        runner: Runs it.
+        bindings: Extents of the free dimensions, one mapping per feed; found by trial by default.
+        seed: Seed of the feeds.
+        spec: What the user knows about the inputs.
+        edges: Also feeds at the edges that concern the module's inputs.
+
+    Raises:
+        LwcError: The module runs on none.
     """
-    return _rounding(module) * math.sqrt(max(1, depth(module)))
+    extents = list(bindings) or working_extents(module, runner, 3, seed, spec=spec)
+    chosen = []
+    for index, at in enumerate(extents):
+        arrays = make_feed(module, at, seed + index, spec=spec)
+        chosen.append((TestFeed(arrays), dict(runner.run(arrays))))
+    if edges:
+        odd = extents[min(1, len(extents) - 1)]
+        for edge in _edges(module):
+            feed = TestFeed(make_feed(module, odd, seed + 1, spec=spec, edge=edge), edge)
+            try:
+                chosen.append((feed, dict(runner.run(feed.arrays))))
+            except LwcError:
+                continue  # an edge that the model refuses is none
+    return chosen
 
 
-def depth(module: Module) -> int:
-    """Count the operators on the longest path of the main graph, bodies of subgraphs included."""
-    return _depth(module.graph)
+def _edges(module: Module) -> list[Edge]:
+    """Return the edges that concern the inputs; of numbers only where the graph is small."""
+    roles = {input_role(module, value).kind for value in fed_inputs(module)}
+    edges: list[Edge] = ["masked"] if roles & {RoleKind.MASK, RoleKind.FLAG} else []
+    if RoleKind.NUMBERS in roles and sum(1 for _ in module.nodes()) <= _SMALL:
+        edges += ["zeros", "huge", "tiny"]
+    return edges
 
 
-def _depth(graph: ir.Graph) -> int:
-    levels: dict[ir.Value | None, int] = {}
-    deepest = 0
-    for node in graph:
-        inner = max((_depth(body) for body in attribute_graphs(node)), default=0)
-        level = 1 + inner + max((levels.get(value, 0) for value in node.inputs), default=0)
-        levels.update(dict.fromkeys(node.outputs, level))
-        deepest = max(deepest, level)
-    return deepest
+class _Memory:
+    """What the last module gave on the feeds of a run."""
+
+    def __init__(self) -> None:
+        self._fingerprint: Fingerprint | None = None
+        self._feeds: list[TestFeed] = []
+        self._outputs: list[dict[str, Array]] = []
+
+    def keep(self, module: Module, feeds: list[TestFeed], outputs: list[dict[str, Array]]) -> None:
+        self._fingerprint, self._feeds, self._outputs = module.fingerprint(), feeds, outputs
+
+    def recall(
+        self, before: Module, after: Module
+    ) -> tuple[list[TestFeed], list[dict[str, Array]]] | None:
+        """Return feeds and outputs if `before` was run last, and `after` fixed no dimension."""
+        if self._fingerprint is None or fixed_dims(before, after):
+            return None
+        if self._fingerprint != before.fingerprint():
+            return None
+        return self._feeds, self._outputs
 
 
-_ROUNDING = {ir.DataType.BFLOAT16: 2 * 2.0**-7, ir.DataType.FLOAT16: 2 * 2.0**-10}
-_ROUNDING_FLOAT32 = 16 * 2.0**-23
+@dataclass(frozen=True)
+class _Found:
+    """Judges differences."""
+
+    before: Module
+    contract: Contract
+    bounds: tuple[float, float]
+    threads: int | None
+
+    def errors(
+        self,
+        feeds: Sequence[TestFeed],
+        expected: Sequence[Mapping[str, Array]],
+        results: Sequence[Mapping[str, Array]],
+        reference: Float64Reference | None,
+    ) -> list[OutputError]:
+        """Return the error of each output on each feed.
+
+        Args:
+            feeds: The feeds.
+            expected: Outputs before.
+            results: Outputs after.
+            reference: The float64 reference of the module before, where outputs are in float64.
+
+        Raises:
+            VerificationError: One is larger than the contract and rounding allow.
+        """
+        bounds = self.bounds
+        if reference is not None:
+            bounds = (bounds[0] - exact_rtol(self.before), bounds[1])
+            bounds = (max(bounds[0], _REFERENCE_RTOL), min(bounds[1], 2.0**-24))
+            if not isinstance(self.contract, Exact):
+                bounds = self.bounds
+        errors = []
+        for feed, wanted, result in zip(feeds, expected, results, strict=True):
+            sensitivity: Sensitivity | None = None
+            for name, array in wanted.items():
+                if name not in result:
+                    raise VerificationError(f"output '{name}' is gone after the pass")
+                error = difference(name, feed.shapes, array, result[name], bounds)
+                if error.excess > 1 and not isinstance(self.contract, Lossy):
+                    if sensitivity is None:
+                        sensitivity = self._sensitivity(feed, wanted, reference)
+                    error = sensitivity.judge(error, array, result[name], bounds)
+                    if error.excess > 1:
+                        raise VerificationError(_complaint(error, feed, bounds, reference))
+                errors.append(error)
+        return errors
+
+    def _sensitivity(
+        self,
+        feed: TestFeed,
+        wanted: Mapping[str, Array],
+        reference: Float64Reference | None,
+    ) -> Sensitivity:
+        make = Float64Reference if reference is not None else None
+
+        def compiled(module: Module) -> AbstractContextManager[Any]:
+            return nullcontext(make(module)) if make else _compiled(module, self.threads)
+
+        rounded = ROUNDING if reference is None else 2.0**-52
+        return Sensitivity.measure(self.before, feed.arrays, wanted, compiled, results=rounded)
 
 
-def _rounding(module: Module) -> float:
-    """Return `c · eps` of the coarsest type computed in; see `exact_rtol`."""
-    types = {value.dtype for _, value in module.initializers()}
-    types.update(value.dtype for value in module.graph.inputs)
-    for node in module.nodes():
-        types.update(output.dtype for output in node.outputs)
-        if node.op_type == "Cast" and is_default_domain(node) and "to" in node.attributes:
-            types.add(ir.DataType(node.attributes.get_int("to", 1)))
-    return next((size for kind, size in _ROUNDING.items() if kind in types), _ROUNDING_FLOAT32)
+def _is_small(module: Module) -> bool:
+    return sum(1 for _ in module.nodes()) <= _SMALL and runs_in_float64(module)
 
 
-def _bounds(contract: Contract, before: Module, after: Module) -> tuple[float, float]:
-    """Return the relative and absolute bound of an element."""
-    rtol = max(exact_rtol(before), exact_rtol(after))
-    atol = max(_rounding(before), _rounding(after))
-    if isinstance(contract, Approximate):
-        return contract.rtol + rtol, contract.atol + atol
-    return rtol, atol
+def _roughly_equal(ours: Mapping[str, Array], theirs: Mapping[str, Array]) -> bool:
+    """Tell whether the reference means by this graph what ONNX Runtime does."""
+    for name, array in theirs.items():
+        mine = ours[name]
+        if mine.shape != np.shape(array):
+            return False
+        if mine.dtype.kind in "OUS":
+            continue
+        close = np.isclose(
+            mine.astype(np.float64), np.asarray(array, np.float64), rtol=1e-2, atol=1e-3,
+            equal_nan=True,
+        )  # fmt: skip
+        if not close.all():
+            return False
+    return True
 
 
-def _difference(
-    name: str,
-    shapes: dict[str, tuple[int, ...]],
-    expected: Array,
-    result: Array,
+def _complaint(
+    error: OutputError,
+    feed: TestFeed,
     bounds: tuple[float, float],
-) -> OutputError:
-    expected, result = np.asarray(expected), np.asarray(result)
-    if expected.shape != result.shape:
-        raise VerificationError(
-            f"output '{name}' had shape {list(expected.shape)} before the pass and has "
-            f"{list(result.shape)} after it, with {_shown(shapes)}"
-        )
-    if not expected.size:
-        return OutputError(name, shapes, 0.0, 0.0, (), math.nan, math.nan)
-    if expected.dtype.kind in "OUS":
-        wanted, found = np.zeros(expected.shape), (expected != result).astype(np.float64)
-        rtol = atol = 0.0
-    else:
-        wanted, found = expected.astype(np.float64), result.astype(np.float64)
-        rtol, atol = bounds
-        if expected.dtype.kind in "iub":
-            rtol = 0.0
-    error = _absolute_error(wanted, found)
-    if expected.dtype.kind in "iu":
-        # Neighbours above 2**53 are one number in float64.
-        error = np.maximum(error, expected != result)
-    excess = _excess(error, wanted, rtol, atol)
-    index = np.unravel_index(int(excess.argmax()), expected.shape)
-    return OutputError(
-        name,
-        shapes,
-        float(error.max()),
-        float(excess[index]),
-        tuple(int(i) for i in index),
-        float(wanted[index]),
-        float(found[index]),
-    )
-
-
-def _absolute_error(wanted: Array, found: Array) -> Array:
-    """Return |wanted - found|; infinite where just one is finite or they are not the same."""
-    with np.errstate(invalid="ignore"):
-        error: Array = np.asarray(np.abs(wanted - found))  # of scalars NumPy returns no array
-    error[(wanted == found) | (np.isnan(wanted) & np.isnan(found))] = 0.0
-    error[np.isnan(error)] = math.inf
-    return error
-
-
-def _excess(error: Array, wanted: Array, rtol: float, atol: float) -> Array:
-    """Return the ratio of each error to its bound."""
-    finite = np.isfinite(wanted)
-    size = np.abs(np.where(finite, wanted, 0.0))
-    scale = math.sqrt(float(np.mean(np.square(size[finite])))) if finite.any() else 0.0
-    bound = atol + rtol * (size + scale)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        excess: Array = np.where(error > 0, error / bound, 0.0)
-    return excess
-
-
-def _complaint(worst: OutputError, report: NumericReport) -> str:
+    reference: Float64Reference | None,
+) -> str:
+    filled = "" if feed.edge == "plain" else f", {_EDGE_WORDS[feed.edge]}"
+    precision = "" if reference is None else ", in float64"
     return (
-        f"output '{worst.output}' is {worst.result:.6g} at {list(worst.index)} after the pass and "
-        f"was {worst.expected:.6g} before: {worst.excess:.3g} times its bound "
-        f"(rtol {report.rtol:.2g}, atol {report.atol:.2g}), with {_shown(worst.shapes)}"
+        f"output '{error.output}' is {error.result:.6g} at {list(error.index)} after the pass and "
+        f"was {error.expected:.6g} before: {error.excess:.3g} times its bound "
+        f"(rtol {bounds[0]:.2g}, atol {bounds[1]:.2g}{precision}), "
+        f"with {shown(error.shapes)}{filled}"
     )
 
 
-def _shown(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    return ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+_EDGE_WORDS: dict[Edge, str] = {
+    "zeros": "numbers all 0",
+    "huge": "numbers a thousand times as large",
+    "tiny": "numbers a thousandth as large",
+    "masked": "some rows masked as a whole",
+}
 
 
-def _random_node(module: Module) -> ir.Node | None:
-    return next(filter(is_random, module.nodes()), None)
-
-
-def _fitted(feed: Mapping[str, Array], module: Module) -> dict[str, Array]:
+def fitted(feed: Mapping[str, Array], module: Module) -> dict[str, Array]:
     """Give each input of `module` its array, in the element type it wants."""
-    fitted = {}
+    made = {}
     for value in fed_inputs(module):
         name = value.name or ""
         if name in feed:
-            fitted[name] = feed[name]
+            made[name] = feed[name]
             if value.dtype is not None and value.dtype != ir.DataType.STRING:
-                fitted[name] = feed[name].astype(value.dtype.numpy(), copy=False)
-    return fitted
+                made[name] = feed[name].astype(value.dtype.numpy(), copy=False)
+    return made
 
 
 def _compiled(module: Module, threads: int | None) -> OnnxRuntimeExecutable:

@@ -10,10 +10,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from lwc.backends.onnxruntime.session import OnnxRuntimeExecutable
 from lwc.core.errors import LwcError, VerificationError
 from lwc.core.module import Module
 from lwc.pipeline.passes import Approximate, Exact, Lossy
-from lwc.verify.numeric import compare, depth, exact_rtol
+from lwc.verify.numeric import Comparer, compare, depth, exact_rtol
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>\n'
 
@@ -30,13 +31,14 @@ def linear(scale: float = 1.0) -> Module:
     return module
 
 
-def test_equal_modules_agree_exactly_at_two_shapes() -> None:
+def test_equal_modules_agree_exactly_at_three_shapes_and_three_edges() -> None:
     report = compare(linear(), linear())
-    assert report.feeds == 2
+    assert report.feeds == 6
+    assert report.float64
     assert report.worst is not None
     assert report.worst.max_error == 0
     batches = {error.shapes["x"][0] for error in report.errors}
-    assert len(batches) == 2
+    assert batches == {1, 2, 3}
 
 
 def test_rounding_of_another_order_passes() -> None:
@@ -226,7 +228,7 @@ def test_random_operators_are_skipped_and_said() -> None:
 
 def test_empty_outputs_agree() -> None:
     module = parse("g (float[n, 0] x) => (float[n, 0] y) { y = Identity(x) }")
-    assert compare(module, module, contract=Exact()).feeds == 2
+    assert compare(module, module, contract=Exact()).feeds == 6
 
 
 def test_scalar_outputs() -> None:
@@ -235,7 +237,7 @@ def test_scalar_outputs() -> None:
 
     before = sum_of("y = ReduceSum<keepdims = 0>(x)")
     report = compare(before, before)
-    assert [error.index for error in report.errors] == [(), ()]
+    assert {error.index for error in report.errors} == {()}
     with pytest.raises(VerificationError, match="times its bound"):
         compare(before, sum_of("a = ReduceSum<keepdims = 0>(x) y = Add(a, one)"))
 
@@ -245,7 +247,7 @@ def test_scalar_integer_outputs() -> None:
         return parse(f"g (float[n] x) => (int64 y) <int64 one = {{1}}> {{ {text} }}")
 
     before = length("y = Size(x)")
-    assert compare(before, before).feeds == 2
+    assert compare(before, before).feeds == 6
     with pytest.raises(VerificationError, match="times its bound"):
         compare(before, length("a = Size(x) y = Add(a, one)"))
 
@@ -274,3 +276,85 @@ def test_results_do_not_depend_on_anything_but_the_seed(make: Callable[[], Modul
     first, again, other = (compare(make(), make(), seed=seed) for seed in (1, 1, 2))
     assert first == again
     assert [e.expected for e in first.errors] != [e.expected for e in other.errors]
+
+
+def test_a_difference_that_only_shows_where_numbers_are_tiny() -> None:
+    """An epsilon that is dropped: 2.5e-6 of a variance of 1, everything of one of 1e-6."""
+
+    def norm(epsilon: str) -> Module:
+        return parse(
+            f"""g (float[n, 64] x) => (float[n, 64] y) <int64[1] last = {{1}},
+            float two = {{2}}, float epsilon = {{{epsilon}}}>
+            {{ square = Pow(x, two) mean = ReduceMean(square, last) sum = Add(mean, epsilon)
+               root = Sqrt(sum) y = Div(x, root) }}"""
+        )
+
+    with pytest.raises(VerificationError, match="times its bound"):
+        compare(norm("0.00001"), norm("0.0"))
+
+
+def test_float64_sees_what_cancellation_hides() -> None:
+    """x + 1e4 - 1e4 has an error of 1e-3 in float32; a change of 1e-4 drowns in it."""
+
+    def detour(offset: str) -> Module:
+        return parse(
+            f"""g (float[n] x) => (float[n] y) <float big = {{10000}}, float off = {{{offset}}}>
+            {{ far = Add(x, big) moved = Add(far, off) y = Sub(moved, big) }}"""
+        )
+
+    assert compare(detour("0"), detour("0")).float64
+    with pytest.raises(VerificationError, match="in float64"):
+        compare(detour("0"), detour("0.0001"))
+
+
+def test_rounding_that_flips_a_comparison_is_no_difference() -> None:
+    """Two orders of one sum, and the sign of their difference from it: rounding decides."""
+
+    def sign(order: str) -> Module:
+        return parse(
+            f"""g (float[n] x) => (float[n] y) <float a = {{0.1}}, float b = {{0.7}},
+            float c = {{0.3}}> {{ {order} p = Mul(x, a) q = Mul(p, b) r = Mul(q, c)
+            rest = Sub(s, r) y = Sign(rest) }}"""
+        )
+
+    one = sign("u = Mul(x, a) v = Mul(u, b) s = Mul(v, c)")
+    other = sign("u = Mul(x, c) v = Mul(u, b) s = Mul(v, a)")
+    compare(one, other)
+
+
+def test_masked_rows_are_an_edge() -> None:
+    """Softmax over a row of -inf is NaN; a pass that makes it 0 is seen."""
+
+    def softmax(tail: str) -> Module:
+        return parse(
+            f"""g (float[n, s] x, bool[n, s] mask) => (float[n, s] y)
+            <float low = {{-inf}}, float zero = {{0}}>
+            {{ kept = Where(mask, x, low) y0 = Softmax<axis = 1>(kept) {tail} }}"""
+        )
+
+    plain = softmax("y = Identity(y0)")
+    assert compare(plain, plain).worst is not None
+    with pytest.raises(VerificationError, match="some rows masked as a whole"):
+        compare(plain, softmax("bad = IsNaN(y0) y = Where(bad, zero, y0)"))
+
+
+def test_outputs_of_the_last_module_are_the_reference_of_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from lwc.verify import numeric
+
+    compiled: list[Module] = []
+    original = numeric._compiled
+
+    def counted(module: Module, threads: int | None) -> OnnxRuntimeExecutable:
+        compiled.append(module)
+        return original(module, threads)
+
+    monkeypatch.setattr(numeric, "_compiled", counted)
+    comparer = Comparer()
+    first, second, third = linear(), linear(), linear()
+    comparer(first, second)
+    comparer(second.clone(), third)
+    assert compiled == [first, second, third]
+    comparer(first, second)
+    assert len(compiled) == 5

@@ -1,0 +1,186 @@
+"""How far an output may be off: bounds on rounding, and differences measured against them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from lwc.core.errors import VerificationError
+from lwc.core.walk import attribute_graphs, is_default_domain
+from lwc.pipeline.passes import Approximate, Contract
+
+if TYPE_CHECKING:
+    from lwc.core.module import Module
+
+__all__ = [
+    "OutputError",
+    "contract_bounds",
+    "depth",
+    "difference",
+    "exact_rtol",
+    "rounding",
+    "shown",
+]
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class OutputError:
+    """How far one output is off on one feed.
+
+    Attributes:
+        output: Name of the output.
+        shapes: Shapes of the feed, by input.
+        max_error: Largest absolute difference.
+        excess: Largest ratio of a difference to its bound; up to 1 is within bounds.
+        index: Where `excess` is reached.
+        expected: The element there before.
+        result: The element there after.
+    """
+
+    output: str
+    shapes: dict[str, tuple[int, ...]]
+    max_error: float
+    excess: float
+    index: tuple[int, ...]
+    expected: float
+    result: float
+
+
+def exact_rtol(module: Module) -> float:
+    """Bound the relative rounding error between two orders of one module's arithmetic.
+
+    Roundings along a chain of `depth` operators are taken as independent, so that they add up as
+    a random walk: `c · eps · sqrt(depth)` with the machine epsilon of the coarsest floating-point
+    type computed in (Higham and Mary, "A new approach to probabilistic rounding error analysis",
+    2019). The factor is 16 in float32, where it covers the length of sums within one operator
+    (on fifteen exporters' files ONNX Runtime's own optimisations need 2), and 2 in the 16-bit
+    types, whose sums are taken in float32 and rounded once.
+    """
+    return rounding(module) * math.sqrt(max(1, depth(module)))
+
+
+def depth(module: Module) -> int:
+    """Count the operators on the longest path of the main graph, bodies of subgraphs included."""
+    return _depth(module.graph)
+
+
+def _depth(graph: ir.Graph) -> int:
+    levels: dict[ir.Value | None, int] = {}
+    deepest = 0
+    for node in graph:
+        inner = max((_depth(body) for body in attribute_graphs(node)), default=0)
+        level = 1 + inner + max((levels.get(value, 0) for value in node.inputs), default=0)
+        levels.update(dict.fromkeys(node.outputs, level))
+        deepest = max(deepest, level)
+    return deepest
+
+
+_ROUNDING = {ir.DataType.BFLOAT16: 2 * 2.0**-7, ir.DataType.FLOAT16: 2 * 2.0**-10}
+_ROUNDING_FLOAT32 = 16 * 2.0**-23
+
+
+def rounding(module: Module) -> float:
+    """Return `c · eps` of the coarsest type computed in; see `exact_rtol`."""
+    types = {value.dtype for _, value in module.initializers()}
+    types.update(value.dtype for value in module.graph.inputs)
+    for node in module.nodes():
+        types.update(output.dtype for output in node.outputs)
+        if node.op_type == "Cast" and is_default_domain(node) and "to" in node.attributes:
+            types.add(ir.DataType(node.attributes.get_int("to", 1)))
+    return next((size for kind, size in _ROUNDING.items() if kind in types), _ROUNDING_FLOAT32)
+
+
+def contract_bounds(contract: Contract, before: Module, after: Module) -> tuple[float, float]:
+    """Return the relative and absolute bound of an element."""
+    rtol = max(exact_rtol(before), exact_rtol(after))
+    atol = max(rounding(before), rounding(after))
+    if isinstance(contract, Approximate):
+        return contract.rtol + rtol, contract.atol + atol
+    return rtol, atol
+
+
+def difference(
+    name: str,
+    shapes: dict[str, tuple[int, ...]],
+    expected: Array,
+    result: Array,
+    bounds: tuple[float, float],
+) -> OutputError:
+    """Compare one output before and after.
+
+    An element `y` of an output with root mean square `s` may be off by `atol + rtol·(|y| + s)`.
+    Integers, booleans and strings must be equal; NaN and infinities must stay where they are.
+
+    Args:
+        name: The output.
+        shapes: Shapes of the feed, for the message.
+        expected: The output before.
+        result: The output after.
+        bounds: rtol and atol.
+
+    Raises:
+        VerificationError: The shape is another.
+    """
+    expected, result = np.asarray(expected), np.asarray(result)
+    if expected.shape != result.shape:
+        raise VerificationError(
+            f"output '{name}' had shape {list(expected.shape)} before the pass and has "
+            f"{list(result.shape)} after it, with {shown(shapes)}"
+        )
+    if not expected.size:
+        return OutputError(name, shapes, 0.0, 0.0, (), math.nan, math.nan)
+    if expected.dtype.kind in "OUS":
+        wanted, found = np.zeros(expected.shape), (expected != result).astype(np.float64)
+        rtol = atol = 0.0
+    else:
+        wanted, found = expected.astype(np.float64), result.astype(np.float64)
+        rtol, atol = bounds
+        if expected.dtype.kind in "iub":
+            rtol = 0.0
+    error = _absolute_error(wanted, found)
+    if expected.dtype.kind in "iu":
+        # Neighbours above 2**53 are one number in float64.
+        error = np.maximum(error, expected != result)
+    excess = _excess(error, wanted, rtol, atol)
+    index = np.unravel_index(int(excess.argmax()), expected.shape)
+    return OutputError(
+        name,
+        shapes,
+        float(error.max()),
+        float(excess[index]),
+        tuple(int(i) for i in index),
+        float(wanted[index]),
+        float(found[index]),
+    )
+
+
+def _absolute_error(wanted: Array, found: Array) -> Array:
+    """Return |wanted - found|; infinite where just one is finite or they are not the same."""
+    with np.errstate(invalid="ignore"):
+        error: Array = np.asarray(np.abs(wanted - found))  # of scalars NumPy returns no array
+    error[(wanted == found) | (np.isnan(wanted) & np.isnan(found))] = 0.0
+    error[np.isnan(error)] = math.inf
+    return error
+
+
+def _excess(error: Array, wanted: Array, rtol: float, atol: float) -> Array:
+    """Return the ratio of each error to its bound."""
+    finite = np.isfinite(wanted)
+    size = np.abs(np.where(finite, wanted, 0.0))
+    scale = math.sqrt(float(np.mean(np.square(size[finite])))) if finite.any() else 0.0
+    bound = atol + rtol * (size + scale)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        excess: Array = np.where(error > 0, error / bound, 0.0)
+    return excess
+
+
+def shown(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Write the shapes of a feed."""
+    return ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
