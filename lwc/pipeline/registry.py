@@ -210,10 +210,17 @@ def _target(cls: type[Pass]) -> str:
 def _check_class(cls: Any) -> None:
     if not (isinstance(cls, type) and issubclass(cls, Pass)):
         raise UsageError(f"{cls!r} is not a Pass")
-    if "__dataclass_fields__" not in vars(cls):
+    if "__dataclass_fields__" not in vars(cls) and _adds_fields(cls):
         raise UsageError(f"{_target(cls)} is not a dataclass")
     if inspect.isabstract(cls) or not isinstance(getattr(cls, "name", None), str):
         raise UsageError(f"{_target(cls)} lacks a name or a run method")
+
+
+def _adds_fields(cls: type) -> bool:
+    """Tell whether a class annotates fields of its own: without any it inherits its bases'."""
+    return any(
+        "ClassVar" not in str(each) for each in vars(cls).get("__annotations__", {}).values()
+    )
 
 
 def _import_class(info: PassInfo, place: Place) -> type[Pass]:
