@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lwc.frontend.onnx_writer import save
     from lwc.frontend.torch_trace import trace
     from lwc.optimizer import OptimizeResult, optimize
+    from lwc.pipeline.function_pass import function_pass
     from lwc.pipeline.passes import (
         Approximate,
         Exact,
@@ -25,39 +26,59 @@ if TYPE_CHECKING:
         PassContext,
         PassResult,
     )
+    from lwc.pipeline.rule_pass import RulePass
+    from lwc.rewrite.editor import Editor
+    from lwc.rewrite.patterns import PatternRule
+    from lwc.rewrite.rules import EDITED, Miss, Rule, rule
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Approximate": "lwc.pipeline.passes",
+    "EDITED": "lwc.rewrite.rules",
+    "Editor": "lwc.rewrite.editor",
     "Exact": "lwc.pipeline.passes",
-    "LwcError": "lwc.core.errors",
     "Lossy": "lwc.pipeline.passes",
+    "LwcError": "lwc.core.errors",
+    "Miss": "lwc.rewrite.rules",
     "Module": "lwc.core.module",
     "OptimizeResult": "lwc.optimizer",
     "Pass": "lwc.pipeline.passes",
     "PassContext": "lwc.pipeline.passes",
     "PassResult": "lwc.pipeline.passes",
+    "PatternRule": "lwc.rewrite.patterns",
     "Remark": "lwc.core.diagnostics",
+    "Rule": "lwc.rewrite.rules",
+    "RulePass": "lwc.pipeline.rule_pass",
+    "function_pass": "lwc.pipeline.function_pass",
     "load": "lwc.frontend.load",
     "optimize": "lwc.optimizer",
+    "rule": "lwc.rewrite.rules",
     "save": "lwc.frontend.onnx_writer",
     "trace": "lwc.frontend.torch_trace",
 }
 
 __all__ = [
+    "EDITED",
     "Approximate",
+    "Editor",
     "Exact",
     "Lossy",
     "LwcError",
+    "Miss",
     "Module",
     "OptimizeResult",
     "Pass",
     "PassContext",
     "PassResult",
+    "PatternRule",
     "Remark",
+    "Rule",
+    "RulePass",
+    "function_pass",
     "load",
     "optimize",
+    "rule",
     "save",
     "trace",
 ]

@@ -4,6 +4,7 @@ from lwc.rewrite.driver import Missed, Rewriting, rewrite, without_collections
 from lwc.rewrite.editor import MIN_OPSET, Editor, attribute, producer_of, use_count
 from lwc.rewrite.limit import RewriteLimit, Step
 from lwc.rewrite.rules import ANY, EDITED, Edited, Miss, Outcome, Rule, RuleSet, rule
+from lwc.rewrite.unused import remove_unused
 
 __all__ = [
     "ANY",
@@ -21,6 +22,7 @@ __all__ = [
     "Step",
     "attribute",
     "producer_of",
+    "remove_unused",
     "rewrite",
     "rule",
     "use_count",

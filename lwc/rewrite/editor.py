@@ -179,6 +179,15 @@ class Editor:
         found = self._function_imports.get(node.graph) if node.graph is not None else None
         return dict(self.module.graph.opset_imports if found is None else found)
 
+    def opset(self, node: ir.Node) -> int:
+        """Return the version of the standard operators in force at a node."""
+        imports = self.imports(node)
+        return imports.get("", imports.get("ai.onnx", 1))
+
+    def is_constant(self, value: ir.Value | None) -> bool:
+        """Tell whether a value is the same in every run."""
+        return constant_tensor(value) is not None
+
     def single_use(self, value: ir.Value) -> bool:
         """Tell whether exactly one input reads the value and it leaves no graph."""
         return use_count(value) == 1 and not value.is_graph_output()
@@ -189,6 +198,11 @@ class Editor:
         return producer is not None and producer.graph is graph and not value.is_graph_output()
 
     # Construction
+
+    def at(self, node: ir.Node) -> Editor:
+        """Make new nodes before `node` from now on; for rules the driver has done it."""
+        self.root = node
+        return self
 
     def op(
         self,

@@ -91,6 +91,9 @@ class RuleSet:
                     self._by_op.setdefault(op, []).append(each)
         self._merged: dict[str, tuple[Rule, ...]] = {}
 
+    def __bool__(self) -> bool:
+        return bool(self._by_op or self._everywhere)
+
     def at(self, op: str) -> tuple[Rule, ...]:
         """Return the rules that may start at a node of this operator, in the order given."""
         found = self._merged.get(op)

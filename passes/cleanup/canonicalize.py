@@ -21,7 +21,14 @@ from lwc.passes.cleanup.canonical.duplicates import merge_duplicates
 from lwc.passes.cleanup.canonical.folding import Folding
 from lwc.passes.cleanup.infer_shapes import annotate
 from lwc.pipeline.passes import Exact, Pass, PassContext, PassResult
-from lwc.rewrite import MIN_OPSET, Rewriting, RuleSet, rewrite, without_collections
+from lwc.rewrite import (
+    MIN_OPSET,
+    Rewriting,
+    RuleSet,
+    remove_unused,
+    rewrite,
+    without_collections,
+)
 
 __all__ = ["Canonicalize", "canonicalize"]
 
@@ -93,7 +100,7 @@ def canonicalize(module: Module, ctx: PassContext, folding: Folding) -> tuple[bo
     for _ in range(_ROUNDS):
         editor = ctx.editor()
         done = rewrite(editor, rules, sweep=merge_duplicates)
-        unused = tidy.remove_unused(module)
+        unused = remove_unused(module)
         total.hits += done.hits + unused
         total.erased += done.erased
         total.missed = done.missed

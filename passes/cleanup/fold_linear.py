@@ -11,7 +11,6 @@ import onnx_ir as ir
 from lwc.core.module import Module
 from lwc.core.walk import constant_tensor
 from lwc.core.weights import reading
-from lwc.passes.cleanup.canonical.tidy import remove_unused
 from lwc.passes.cleanup.linear.affine import AFFINE_OPS, Affine, affine_of
 from lwc.passes.cleanup.linear.linear_ops import Linear, LinearFolder, linear_of
 from lwc.passes.cleanup.linear.padding import RULES as PADDING_RULES
@@ -24,6 +23,7 @@ from lwc.rewrite import (
     RuleSet,
     attribute,
     producer_of,
+    remove_unused,
     rewrite,
     without_collections,
 )

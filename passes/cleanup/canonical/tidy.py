@@ -1,15 +1,12 @@
-"""What no consumer asks for: weights, outputs of control flow, and functions."""
+"""Constants as initializers, and outputs of control flow that no consumer asks for."""
 
 from __future__ import annotations
 
-from collections import Counter
-
 import onnx_ir as ir
 
-from lwc.core.module import Module
 from lwc.rewrite import EDITED, Editor, Outcome, Rule, attribute, rule, use_count
 
-__all__ = ["RULES", "lift_constant", "remove_unused"]
+__all__ = ["RULES", "lift_constant"]
 
 
 @rule("Constant")
@@ -50,31 +47,6 @@ def unused_branch_outputs(node: ir.Node, edit: Editor) -> Outcome:
     made = edit.node("If", [node.inputs[0]], attributes, outputs=len(kept))
     replacements = iter(made.outputs)
     return [None if index in unused else next(replacements) for index in range(len(node.outputs))]
-
-
-def remove_unused(module: Module) -> Counter[str]:
-    """Remove initializers nothing reads, and functions nothing calls.
-
-    Returns:
-        How many of each went.
-    """
-    gone: Counter[str] = Counter()
-    for graph, value in list(module.initializers()):
-        if use_count(value) or value.is_graph_output() or value.is_graph_input():
-            continue
-        assert value.name is not None
-        del graph.initializers[value.name]
-        gone["unused-initializers"] += 1
-    functions = module.model.functions
-    while functions:
-        called = {node.op_identifier() for node in module.nodes()}
-        unused = [key for key in functions if key not in called]
-        if not unused:
-            break
-        for key in unused:
-            del functions[key]
-            gone["unused-functions"] += 1
-    return gone
 
 
 RULES: tuple[Rule, ...] = (lift_constant, unused_branch_outputs)

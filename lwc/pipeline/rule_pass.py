@@ -1,0 +1,93 @@
+"""Passes made of rewrite rules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar, TypeAlias
+
+from lwc.core.errors import PassError
+from lwc.core.module import Module
+from lwc.core.text import kebab_case
+from lwc.pipeline.passes import Pass, PassContext, PassResult
+from lwc.rewrite import Rewriting, Rule, RuleSet, remove_unused, rewrite, without_collections
+from lwc.rewrite.patterns import PatternRule, pattern_rule
+
+__all__ = ["AnyRule", "RulePass"]
+
+AnyRule: TypeAlias = PatternRule | type[PatternRule] | Rule
+"""What a rule pass is made of; of a pattern rule the class does."""
+
+_ROUNDS = 8
+
+
+class RulePass(Pass):
+    """Applies rules until none matches.
+
+    A subclass names its rules; it needs the decorator `@dataclass(frozen=True)` only where it adds
+    options. Its name is by default that of the class in kebab case.
+
+    Class attributes:
+        rules: The rules; where several match at a node, the first one wins.
+    """
+
+    rules: ClassVar[tuple[AnyRule, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "name" not in vars(cls):
+            cls.name = kebab_case(cls.__name__)
+
+    def find_rules(self) -> Iterable[AnyRule]:
+        """Return the rules to apply; overridden where they depend on the options."""
+        return self.rules
+
+    def run(self, module: Module, ctx: PassContext) -> PassResult:
+        """Rewrite until nothing changes; what a rewrite left without readers goes too.
+
+        Raises:
+            PassError: There are no rules, or one is none.
+        """
+        rules = RuleSet([_as_rule(each, self.name) for each in self.find_rules()])
+        if not rules:
+            raise PassError(f"'{self.name}' has no rules", remedy="set rules = (MyRule,)")
+        with without_collections():
+            done, changed = _apply(rules, ctx)
+        ctx.report(done)
+        if not changed:
+            ctx.note("nothing to rewrite")
+            return PassResult(False)
+        done.hits += remove_unused(module)
+        return PassResult(True, rewrites=dict(sorted(done.hits.items())))
+
+
+def _apply(rules: RuleSet, ctx: PassContext) -> tuple[Rewriting, bool]:
+    """Apply rules to a fixed point, of the shape analysis too: it is built anew after a change."""
+    total = Rewriting()
+    changed = False
+    for _ in range(_ROUNDS):
+        editor = ctx.editor()
+        done = rewrite(editor, rules)
+        total.hits += done.hits
+        total.erased += done.erased
+        total.applied += done.applied
+        total.missed = done.missed
+        if not editor.changed:
+            break
+        changed = True
+        ctx.analyses.invalidate()
+    if total.erased:
+        total.hits["dead-code"] = total.erased
+    return total, changed
+
+
+def _as_rule(given: object, name: str) -> Rule:
+    if isinstance(given, Rule):
+        return given
+    if isinstance(given, PatternRule) or (
+        isinstance(given, type) and issubclass(given, PatternRule)
+    ):
+        return pattern_rule(given)
+    raise PassError(
+        f"'{name}' has {given!r} among its rules, which is none",
+        remedy="give PatternRule classes, or functions decorated with @rule(...)",
+    )
