@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import onnx
 import onnx.shape_inference
 import onnx.version_converter
 
 from lwc.core.errors import InputError
+from lwc.frontend.batched_scan import BatchedScans
 
 __all__ = ["MIN_OPSET", "raise_opset", "standard_opset"]
 
@@ -14,6 +18,7 @@ MIN_OPSET = 13
 """Oldest version of the standard operator set inside lwc."""
 
 _BIG = 1024
+_WITH_BATCHED_SCAN = 8
 
 
 def standard_opset(proto: onnx.ModelProto) -> int | None:
@@ -56,7 +61,10 @@ def raise_opset(proto: onnx.ModelProto, file: str | None) -> onnx.ModelProto:
         if node.op_type == "Constant":
             for attribute in node.attribute:
                 _strip(attribute.t)
+    scans = BatchedScans()
     try:
+        if version == _WITH_BATCHED_SCAN:
+            scans.shield(shell.graph)
         raised = onnx.version_converter.convert_version(shell, MIN_OPSET)
     except (
         RuntimeError,
@@ -70,10 +78,13 @@ def raise_opset(proto: onnx.ModelProto, file: str | None) -> onnx.ModelProto:
             file=file,
             remedy=f"export it with opset {MIN_OPSET} or newer",
         ) from error
-    described = {value.name for value in proto.graph.value_info}
-    kept = [value for value in raised.graph.value_info if value.name in described]
-    del raised.graph.value_info[:]
-    raised.graph.value_info.extend(kept)
+    scans.restore(raised.graph)
+    described = {value.name for graph in _graphs(proto.graph) for value in graph.value_info}
+    for graph in _graphs(raised.graph):
+        kept = [value for value in graph.value_info if value.name in described]
+        del graph.value_info[:]
+        graph.value_info.extend(kept)
+    _check_interface(proto.graph, raised.graph, file)
     for tensor in raised.graph.initializer:
         if tensor.name in weights:
             tensor.CopyFrom(weights[tensor.name])
@@ -88,6 +99,42 @@ def raise_opset(proto: onnx.ModelProto, file: str | None) -> onnx.ModelProto:
         }:
             raised.opset_import.add(domain=entry.domain, version=entry.version)
     return raised
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """Yield a graph and all graphs nested in it."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _graphs(inner)
+
+
+def _check_interface(before: onnx.GraphProto, after: onnx.GraphProto, file: str | None) -> None:
+    """Refuse a conversion that gave the graph other inputs or outputs, as some adapters do."""
+    for old, new in ((before.input, after.input), (before.output, after.output)):
+        for value, raised in itertools.zip_longest(old, new):
+            if value is None or raised is None or not _alike(value, raised):
+                name = (value or raised).name
+                raise InputError(
+                    f"cannot be raised to opset {MIN_OPSET}: onnx's version converter changes the "
+                    f"graph's input or output '{name}'",
+                    file=file,
+                    remedy=f"export it with opset {MIN_OPSET} or newer",
+                )
+
+
+def _alike(value: onnx.ValueInfoProto, raised: onnx.ValueInfoProto) -> bool:
+    a, b = value.type.tensor_type, raised.type.tensor_type
+    if value.name != raised.name or a.elem_type != b.elem_type:
+        return False
+    if not (a.HasField("shape") and b.HasField("shape")):
+        return True
+    return len(a.shape.dim) == len(b.shape.dim) and all(
+        d.dim_value == e.dim_value
+        for d, e in zip(a.shape.dim, b.shape.dim, strict=True)
+        if d.HasField("dim_value") and e.HasField("dim_value")
+    )
 
 
 def _strip(tensor: onnx.TensorProto) -> None:
