@@ -1,4 +1,4 @@
-"""ONNX's own backend tests: what ONNX Runtime runs correctly, it runs correctly after the passes."""
+"""ONNX's backend tests: what ONNX Runtime runs correctly it runs correctly after passes too."""
 
 from __future__ import annotations
 

@@ -69,14 +69,20 @@ class Close:
     least: Mapping[str, float] = field(default_factory=dict)
 
 
-SAME = Close(1e-5, 1e-6, {"float16": 2e-3, "bfloat16": 2**-6})
-"""Between before and after: a constant may be rounded otherwise than ONNX Runtime's kernels do.
-For the 16-bit types it is two roundings."""
+ROUNDINGS = {"float16": 2**-9, "bfloat16": 2**-6}
+"""Two units in the last place of the 16-bit types, relative."""
+
+SAME = Close(1e-5, 1e-6, ROUNDINGS)
+"""Between before and after: a constant may be rounded otherwise than ONNX Runtime's kernels do."""
 
 
 def stated(case: Case) -> Close:
-    """Return the tolerance of a test, with that of ONNX's own runner for bfloat16."""
-    return Close(case.rtol, case.atol, {"bfloat16": 2**-6})
+    """Return the tolerance of a test, but at least two roundings of 16-bit types.
+
+    ONNX's own runner does so for bfloat16. For float16 the tests state one rounding; ONNX Runtime
+    stays within it where it computes several nodes in float32 without rounding in between.
+    """
+    return Close(case.rtol, case.atol, ROUNDINGS)
 
 
 def check(kind: str, case: Case, variant: Variant, passes: tuple[Pass, ...], at: Path) -> Outcome:
@@ -95,6 +101,7 @@ def check(kind: str, case: Case, variant: Variant, passes: tuple[Pass, ...], at:
     source, target = at / "before.onnx", at / "after.onnx"
     source.write_bytes(variant.model.SerializeToString())
     results: list[Any] | None = None
+    before: Before
     why = ""
     try:
         results = run(source, variant.feed)
