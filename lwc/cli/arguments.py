@@ -226,6 +226,11 @@ def _add_action_options(group: argparse._ArgumentGroup) -> None:
         help="find the first pass that changes the outputs; write nothing",
     )
     group.add_argument(
+        "--reduce",
+        metavar="FILE.onnxtxt",
+        help="make a model and pipeline that fail as small as possible; write the model",
+    )
+    group.add_argument(
         "--report",
         metavar="FILE",
         action="append",

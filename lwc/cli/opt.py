@@ -49,6 +49,8 @@ def _act(options: argparse.Namespace) -> int:
         return session.explain()
     if options.bisect:
         return session.bisect()
+    if options.reduce:
+        return session.reduce()
     return session.optimize()
 
 

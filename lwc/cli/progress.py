@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TYPE_CHECKING, Any
 
 from lwc.pipeline.instruments import Instrument
@@ -39,8 +39,11 @@ class ProgressDisplay(Instrument):
         self._label = ""
 
     @contextlib.contextmanager
-    def phase(self, label: str) -> Iterator[None]:
-        """Start the clock of a phase; nothing of it is left on the screen afterwards."""
+    def phase(self, label: str) -> Iterator[Callable[[str], None]]:
+        """Start the clock of a phase; nothing of it is left on the screen afterwards.
+
+        What the block gets changes the label.
+        """
         self._rename(label)
         self._active = self._enabled
         timer = threading.Timer(self._delay, self._show)
@@ -48,7 +51,7 @@ class ProgressDisplay(Instrument):
         if self._enabled:
             timer.start()
         try:
-            yield
+            yield self._rename
         finally:
             timer.cancel()
             with self._lock:

@@ -105,6 +105,22 @@ class Session:
         )
         return 1
 
+    def reduce(self) -> int:
+        """Write the smallest model that makes the pipeline fail; 1 if there is one."""
+        from lwc.cli.reduce import find_reproducer, found_lines
+
+        options, path = self.options, self.options.reduce
+        config = replace(self.config, verify=options.verify or "numeric")
+        module = self._load()
+        with self.progress.phase("running the passes") as rename:
+            found = find_reproducer(module, config, lambda text: rename(f"reducing: {text}"))
+            failure = None if found is None else found.write(path)
+        if found is None or failure is None:
+            print("no pass fails, and the outputs agree after each")
+            return 0
+        print(printable(found_lines(found, failure, path, options.load_pass_plugin)))
+        return 1
+
     def optimize(self) -> int:
         """Run the pipeline and write what was asked for."""
         from lwc.optimizer import check_required, required_rewrites, save_module
@@ -304,13 +320,23 @@ def settings_of(options: argparse.Namespace) -> PipelineConfig:
 
 
 def _check_outputs(options: argparse.Namespace) -> None:
-    actions = [name for name in ("plan", "explain", "bisect") if getattr(options, name)]
+    actions = [name for name in ("plan", "explain", "bisect", "reduce") if getattr(options, name)]
     if len(actions) > 1:
         raise UsageError(f"--{actions[0]} and --{actions[1]} do not go together")
     for name in ("output", "report", "require_match"):
         if actions and getattr(options, name):
             option = name.replace("_", "-")
-            raise UsageError(f"--{actions[0]} writes nothing and does not go with --{option}")
+            what = "its own file only" if actions[0] == "reduce" else "nothing"
+            raise UsageError(f"--{actions[0]} writes {what} and does not go with --{option}")
+    if options.reduce:
+        if not options.reduce.lower().endswith(MODEL_SUFFIXES):
+            raise UsageError(
+                f"cannot write '{options.reduce}': its suffix names no format that lwc writes",
+                remedy=f"end it in {' or '.join(reversed(MODEL_SUFFIXES))}",
+            )
+        if options.verify == "none":
+            raise UsageError("--reduce needs checks", remedy="drop --verify=none")
+        _check_place(options.reduce)
     for name in ("measure", "text"):
         if getattr(options, name) and not options.report:
             raise UsageError(f"--{name} needs a report to go into", remedy="add --report FILE.md")

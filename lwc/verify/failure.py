@@ -100,15 +100,8 @@ class Trial:
             instruments=(watch,),
             rollback=False,
         )
-        ctx = PassContext(
-            AnalysisManager(twin),
-            make_runner=self._runner,
-            max_memory=self.max_memory,
-            seed=self.seed,
-            granted=self.granted,
-        )
         try:
-            manager.run(twin, ctx)
+            manager.run(twin, self.context(AnalysisManager(twin)))
         except (OSError, MemoryError):
             raise
         except Exception as error:
@@ -116,6 +109,16 @@ class Trial:
                 raise checks.unfit or error from error
             return _classify(error, watch.failed, twin, checks)
         return None
+
+    def context(self, analyses: AnalysisManager) -> PassContext:
+        """Return what passes may use on the module of `analyses`."""
+        return PassContext(
+            analyses,
+            make_runner=self._runner,
+            max_memory=self.max_memory,
+            seed=self.seed,
+            granted=self.granted,
+        )
 
     def runs(self, module: Module) -> bool:
         """Tell whether the backend runs a module as it is."""
