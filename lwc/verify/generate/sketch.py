@@ -10,7 +10,7 @@ import onnx_ir as ir
 from hypothesis import reject
 from hypothesis import strategies as st
 
-from lwc.analysis.shapes import Shapes
+from lwc.analysis.shapes import Fact, Shapes
 from lwc.core.dims import Dim, DimShape, equal, is_anonymous
 from lwc.core.module import Module
 from lwc.core.walk import op_name
@@ -86,6 +86,7 @@ class Sketch:
         self.anonymous = self.draw(_RARELY)
         self._graph = graph
         self._outer: list[ir.Graph] = []
+        self._in_function = False
 
     # Choices
 
@@ -131,11 +132,14 @@ class Sketch:
     def constant(
         self, content: Any, dtype: ir.DataType | None = None, name: str | None = None
     ) -> ir.Value:
-        """Add a constant: an initializer or, drawn, a Constant node; integers become int64."""
+        """Add a constant: an initializer or, drawn, a Constant node.
+
+        Without `dtype`, float64 becomes float32, and other types stay.
+        """
         array = np.asarray(content)
         if dtype is not None:
             array = array.astype(dtype.numpy())
-        elif array.dtype.kind == "f":
+        elif array.dtype == np.float64:
             array = array.astype(np.float32)
         array = np.ascontiguousarray(array).reshape(array.shape)
         inner = bool(self._outer)
@@ -150,7 +154,7 @@ class Sketch:
         """Add normally distributed weights, scaled so that a product keeps its size."""
         fan = max(1, int(np.prod(shape[:-1]))) if len(shape) > 1 else 1
         array = np.random.default_rng(self.integer(0, 7)).standard_normal(shape) / np.sqrt(fan)
-        return self.constant(array.astype(dtype.numpy()), name=name)
+        return self.constant(array, dtype, name=name)
 
     def ints(self, *numbers: int) -> ir.Value:
         """Add an int64 vector."""
@@ -203,6 +207,41 @@ class Sketch:
             function.name, *inputs, domain=function.domain, outputs=outputs, **attributes
         )
 
+    def function(
+        self,
+        name: str,
+        inputs: int,
+        grow: Callable[..., Sequence[ir.Value]],
+        **attributes: ir.AttributeType | float,
+    ) -> ir.Function:
+        """Make a function in the domain `local`; see `call`.
+
+        Nothing in it is inferred before it is called.
+
+        Args:
+            name: Its name; made unique.
+            inputs: The number of its inputs.
+            grow: Adds nodes, given the inputs, and returns the outputs.
+            attributes: Its parameters: the type of one that every call gives, or a default.
+                Give nodes of the body `ir.RefAttr` to refer to them.
+        """
+        parameters = [
+            ir.Attr(key, given, None)
+            if isinstance(given, ir.AttributeType)
+            else ir.convenience.convert_attribute(key, given)
+            for key, given in attributes.items()
+        ]
+        values = [ir.Value(name=self._fresh(f"argument{index}")) for index in range(inputs)]
+        imports = {"": self.opset, "local": 1}
+        graph = ir.Graph(values, [], nodes=[], opset_imports=imports, name=name)
+        known, self._in_function = self._in_function, True
+        try:
+            results = self._grow_inside(graph, lambda: grow(*values))
+        finally:
+            self._in_function = known
+        graph.outputs.extend(results)
+        return ir.Function("local", self._fresh(name), graph=graph, attributes=parameters)
+
     def body(self, inputs: Sequence[ir.Value], grow: Callable[[], Sequence[ir.Value]]) -> ir.Graph:
         """Make a subgraph: `grow` adds its nodes with `emit` and returns its outputs.
 
@@ -211,21 +250,32 @@ class Sketch:
             grow: Adds nodes; it may read every value of the graphs around.
         """
         graph = ir.Graph(list(inputs), [], nodes=[], name=f"body{len(self._outer)}")
+        graph.outputs.extend(self._grow_inside(graph, grow))
+        return graph
+
+    def parameter(self, name: str, dtype: ir.DataType, shape: DimShape | None = None) -> ir.Value:
+        """Make an input for `body`; the node around it may learn less of it than `shape`."""
+        value = ir.Value(name=self._fresh(name), type=ir.TensorType(dtype))
+        if shape == ():
+            value.shape = ir.Shape([])  # ONNX Runtime wants to know that a counter is a scalar.
+        self.shapes.set_fact(value, Fact(dtype, shape))
+        return value
+
+    def _grow_inside(
+        self, graph: ir.Graph, grow: Callable[[], Sequence[ir.Value]]
+    ) -> list[ir.Value]:
         self._outer.append(self._graph)
         self._graph, before = graph, list(self.values)
         try:
             results = list(grow())
+            for index, value in enumerate(results):
+                # An output is produced by a node of the same graph, and only once.
+                if value.graph is not graph or value in results[:index] or value in graph.inputs:
+                    results[index] = self.emit("Identity", value)
         finally:
             self._graph = self._outer.pop()
             self.values = before
-        for index, value in enumerate(results):
-            # A body's output is produced by a node of the body.
-            if value.graph is not graph or value in results[:index] or value in inputs:
-                self._graph, outer = graph, self._graph
-                results[index] = self.emit("Identity", value)
-                self._graph = outer
-        graph.outputs.extend(results)
-        return graph
+        return results
 
     def _append(self, node: ir.Node, outputs: int, name: str | None) -> list[ir.Value]:
         node.name = self._fresh(f"{op_name(node).split('::')[-1].lower()}_node")
@@ -233,6 +283,8 @@ class Sketch:
             value.name = self._fresh(name or f"{node.op_type.lower()}_{self._count()}")
         misfits = len(self.shapes.misfits)
         self._graph.append(node)
+        if self._in_function:
+            return list(node.outputs[:outputs])
         self.shapes.infer(node)
         if len(self.shapes.misfits) > misfits:
             reject()
@@ -286,6 +338,7 @@ class Sketch:
         dtype: ir.DataType = FLOAT,
         least: int = 0,
         where: Callable[[DimShape], bool] | None = None,
+        otherwise: Sequence[int | str | None] | None = None,
     ) -> ir.Value:
         """Draw a value to build on, or add a graph input where none fits.
 
@@ -294,6 +347,7 @@ class Sketch:
             dtype: Its element type.
             least: Its least rank.
             where: What its shape must satisfy.
+            otherwise: Shape of the input that is added; drawn by default.
         """
         found = [
             value
@@ -303,6 +357,8 @@ class Sketch:
         if found and not self.rarely():
             # The newest first: long chains are likelier to meet than by a fair draw.
             return self.choose(*reversed(found[-6:]))
+        if otherwise is not None:
+            return self.input(otherwise, dtype)
         wanted = rank if rank is not None else max(least, self.choose(3, 2, 4, 1))
         value = self.input(self._some_shape(wanted), dtype)
         if not self._fits(value, rank, least, where):
@@ -348,9 +404,9 @@ class Sketch:
             return self.constant(np.full(extents, self.choose(1, 0, 2, 3), kind.numpy()))
         if self.flip():
             number = self.choose(1.0, 0.0, 2.0, -0.0, 0.5, -1.0)
-            return self.constant(np.full(extents, number, kind.numpy()))
+            return self.constant(np.full(extents, number), kind)
         seed = np.random.default_rng(self.integer(0, 7))
-        return self.constant((seed.random(extents) + 0.5).astype(kind.numpy()))
+        return self.constant(seed.random(extents) + 0.5, kind)
 
     def extents(self, value: ir.Value) -> ir.Value:
         """Add a Shape node."""

@@ -1,0 +1,31 @@
+"""Motifs: pieces of real models in the spellings that exporters write."""
+
+from __future__ import annotations
+
+from lwc.verify.generate.motifs import (
+    activations,
+    attention,
+    control,
+    convolution,
+    embeddings,
+    linear,
+    norms,
+    quantized,
+    sharing,
+)
+from lwc.verify.generate.sketch import Motif
+
+__all__ = ["MOTIFS"]
+
+MOTIFS: tuple[Motif, ...] = (
+    *linear.MOTIFS,
+    *norms.MOTIFS,
+    *activations.MOTIFS,
+    *attention.MOTIFS,
+    *embeddings.MOTIFS,
+    *convolution.MOTIFS,
+    *sharing.MOTIFS,
+    *quantized.MOTIFS,
+    *control.MOTIFS,
+)
+"""Every motif; draw from them with `sketches(MOTIFS)`."""
