@@ -389,6 +389,8 @@ class Shapes(Analysis):
 
     def hint(self, value: ir.Value) -> Fact:
         """Describe an output by what the file says of it, for operators without a rule."""
+        if isinstance(value.type, ir.SequenceType | ir.OptionalType):
+            return self._from_type(value.type, None, None)
         shape = value.shape
         if shape is not None:
             known = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class Fingerprint:
-    """The structure of a module, weights by identity: equal exactly when nothing changed.
+    """A module as a file would show it, weights by identity: equal exactly when nothing changed.
 
     It keeps the tensors alive, so that a new tensor cannot take an old one's identity.
     """
@@ -219,16 +219,25 @@ class Module:
         self._names = None
 
     def fingerprint(self) -> Fingerprint:
-        """Capture the structure, types, names and weight identities."""
+        """Capture all that a file would show, weights by identity: structure, types, names, notes.
+
+        A copy has the fingerprint of its original.
+        """
+        model = self.model
         tensors: list[Any] = []
         parts: list[Any] = [
-            tuple(sorted(self.model.graph.opset_imports.items())),
-            _graph_key(self.model.graph, tensors),
+            (model.ir_version, model.producer_name, model.producer_version, model.domain),
+            (model.model_version, model.doc_string, _sorted(model._metadata_props)),
+            _sorted(model.graph.opset_imports),
+            _graph_key(model.graph, tensors),
         ]
-        parts.extend(
-            (key, tuple(function.attributes), _graph_key(function.graph, tensors))
-            for key, function in self.model.functions.items()
-        )
+        for key, function in model.functions.items():
+            attributes = tuple(
+                (name, attribute.type.value, _attribute_key(attribute, tensors))
+                for name, attribute in function.attributes.items()
+            )
+            imports = _sorted(function.opset_imports)
+            parts.append((key, attributes, imports, _graph_key(function.graph, tensors)))
         return Fingerprint(tuple(parts), tuple(tensors))
 
     def with_source(self, **changes: Any) -> Module:
@@ -242,24 +251,44 @@ class Module:
         return print_module(self)
 
 
+_QUANTIZATION = "quant_parameter_tensor_names"
+"""Where onnx_ir keeps what ONNX's quantization annotations say of a value."""
+
+
+def _sorted(table: Mapping[str, Any] | None) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted(table.items())) if table else ()
+
+
+def _notes(item: ir.Value | ir.Node | ir.Graph) -> Any:
+    """Return what is written beside a value, node or graph: None nearly always.
+
+    The properties of these names would make an empty table for every value asked.
+    """
+    meta = item._metadata
+    annotation = meta.get(_QUANTIZATION) if meta and isinstance(item, ir.Value) else None
+    if not (item._metadata_props or item.doc_string or annotation):
+        return None
+    return (_sorted(item._metadata_props), item.doc_string or "", _sorted(annotation))
+
+
 def _value_key(value: ir.Value | None) -> Any:
     if value is None:
         return None
     shape = value.shape
     dims = None if shape is None else tuple(d if isinstance(d, int) else d.value for d in shape)
     kind = value.type
-    return (value.name, None if kind is None else repr(kind), dims)
+    return (value.name, None if kind is None else repr(kind), dims, _notes(value))
 
 
 def _graph_key(graph: ir.Graph, tensors: list[Any]) -> tuple[Any, ...]:
     weights = []
     for name, value in graph.initializers.items():
         tensors.append(value.const_value)
-        weights.append((name, id(value.const_value)))
+        weights.append((name, id(value.const_value), _value_key(value)))
     nodes = []
     for node in graph:
         attributes = tuple(
-            (name, _attribute_key(attribute, tensors))
+            (name, attribute.type.value, _attribute_key(attribute, tensors))
             for name, attribute in node.attributes.items()
         )
         nodes.append(
@@ -267,12 +296,16 @@ def _graph_key(graph: ir.Graph, tensors: list[Any]) -> tuple[Any, ...]:
                 node.domain,
                 node.op_type,
                 node.overload,
+                node.name,
                 tuple(None if v is None else v.name for v in node.inputs),
                 tuple(_value_key(v) for v in node.outputs),
                 attributes,
+                _notes(node),
             )
         )
     return (
+        graph.name,
+        _notes(graph),
         tuple(_value_key(v) for v in graph.inputs),
         tuple(_value_key(v) for v in graph.outputs),
         tuple(weights),

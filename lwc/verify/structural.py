@@ -12,10 +12,15 @@ import onnx_ir as ir
 from lwc.core.diagnostics import describe, neighbourhood
 from lwc.core.errors import VerificationError
 from lwc.core.module import Module
-from lwc.core.schemas import STANDARD_DOMAINS, signature_problem
+from lwc.core.schemas import STANDARD_DOMAINS, newest_opset, signature_problem
 from lwc.core.walk import attribute_graphs
+from lwc.verify.bodies import BODIES, body_problem, call_problem, recursion
 
 __all__ = ["verify_structure"]
+
+
+DIALECT = "lwc"
+"""The domain of lwc's own operators: each is a function of the model, which is its meaning."""
 
 
 def verify_structure(module: Module) -> None:
@@ -23,25 +28,33 @@ def verify_structure(module: Module) -> None:
 
     Every value is produced once, before it is used, in its graph or one around it; names are
     unique in a graph and hide none of an outer graph; initializers have the type and shape of
-    their tensors; standard operators exist at the imported opset with inputs, outputs and
-    attributes in their bounds; graph outputs are produced and typed; functions likewise.
+    their tensors; standard operators exist at the imported opset, which the onnx package knows,
+    with inputs, outputs and attributes in their bounds; bodies have the inputs and outputs that
+    their operator gives and takes; calls fit the function they name, and no function calls
+    itself; graph outputs are produced and typed; functions likewise. Unused inputs, nodes of one
+    name and a value that is two graph outputs are all allowed.
 
     Raises:
         VerificationError: The first violation, with the node and its neighbours.
     """
     model = module.model
-    functions = {(domain, name) for domain, name, _ in model.functions}
-    imports = _standard(model.graph.opset_imports)
-    main = _Verifier(module, imports, functions)
+    main = _Verifier(module, _standard(model.graph.opset_imports))
+    main.opsets("the model")
     main.graph(model.graph, "the graph")
     for value in model.graph.outputs:
         if value.type is None:
             main.fail(f"graph output '{value.name}' has no type", value.producer())
     for function in model.functions.values():
-        verifier = _Verifier(module, _standard(function.opset_imports), functions)
+        where = f"function '{function.name}'"
+        verifier = _Verifier(module, _standard(function.opset_imports), function)
+        verifier.opsets(where)
         if function.graph.initializers:
-            verifier.fail(f"function '{function.name}' has initializers, which ONNX has not")
-        verifier.graph(function.graph, f"function '{function.name}'")
+            verifier.fail(f"{where} has initializers, which ONNX has not")
+        verifier.graph(function.graph, where)
+    if model.functions:
+        problem = recursion(model)
+        if problem is not None:
+            main.fail(problem)
 
 
 def _standard(imports: Mapping[str, int]) -> dict[str, int]:
@@ -56,11 +69,12 @@ class _Verifier:
     """
 
     def __init__(
-        self, module: Module, imports: dict[str, int], functions: set[tuple[str, str]]
+        self, module: Module, imports: dict[str, int], function: ir.Function | None = None
     ) -> None:
         self.module = module
         self.imports = imports
-        self.functions = functions
+        self.function = function
+        self.functions = {(domain, name) for domain, name, _ in module.model.functions}
         self.visible: dict[str, ir.Value] = {}
 
     def fail(self, problem: str, node: ir.Node | None = None) -> None:
@@ -69,6 +83,15 @@ class _Verifier:
         if node is None:
             raise VerificationError(problem, file=file)
         raise VerificationError(f"{problem}\n{neighbourhood(node)}", file=file, node=describe(node))
+
+    def opsets(self, where: str) -> None:
+        """Check that the onnx package knows the standard opsets that are imported."""
+        for domain, version in self.imports.items():
+            if domain in STANDARD_DOMAINS and version > newest_opset(domain):
+                self.fail(
+                    f"{where} imports opset {version} of {domain or 'ai.onnx'}, newer than "
+                    f"{newest_opset(domain)}, the newest that the onnx package knows"
+                )
 
     def graph(self, graph: ir.Graph, where: str) -> None:
         """Check a graph; `visible` holds the names of those around it."""
@@ -85,11 +108,17 @@ class _Verifier:
         for node in graph:
             if node.graph is not graph:
                 self.fail("is listed in a graph that it does not belong to", node)
-            for used in node.inputs:
-                if used is not None and visible.get(used.name or "") is not used:
+            for index, used in enumerate(node.inputs):
+                if used is None:
+                    continue
+                if visible.get(used.name or "") is not used:
                     self._explain_use(used, node)
+                # uses() copies the whole table each time, which is quadratic for a shared weight.
+                if (node, index) not in used._uses:
+                    self.fail(f"input '{used.name}' does not know of this use", node)
             self._operator(node)
             if node.attributes:
+                self._attributes(node)
                 for nested in attribute_graphs(node):
                     self.graph(nested, f"a subgraph of {describe(node)}")
             for index, value in enumerate(node.outputs):
@@ -132,26 +161,53 @@ class _Verifier:
 
     def _operator(self, node: ir.Node) -> None:
         domain = node.domain
-        if domain not in STANDARD_DOMAINS:
-            if domain not in self.imports and (domain, node.op_type) not in self.functions:
-                self.fail(f"domain '{domain}' is not imported", node)
-            return
         if (domain, node.op_type) in self.functions:
-            return
-        version = self.imports.get(domain)
+            function = self.module.model.functions.get(node.op_identifier())
+            problem = (
+                f"no function of that name has the overload '{node.overload}'"
+                if function is None
+                else call_problem(node, function)
+            )
+        elif domain in STANDARD_DOMAINS:
+            problem = self._standard_problem(node)
+        elif domain == DIALECT:
+            problem = "the model has no function for it, so it has no meaning"
+        else:
+            problem = None if domain in self.imports else f"domain '{domain}' is not imported"
+        if problem is not None:
+            self.fail(problem, node)
+
+    def _standard_problem(self, node: ir.Node) -> str | None:
+        version = self.imports.get(node.domain)
         if version is None:
-            self.fail(f"domain '{domain or 'ai.onnx'}' is not imported", node)
-            return
+            return f"domain '{node.domain or 'ai.onnx'}' is not imported"
         problem = signature_problem(
-            domain,
+            node.domain,
             node.op_type,
             version,
             inputs=len(node.inputs),
             outputs=_present(node.outputs),
             attributes={name: a.type.value for name, a in node.attributes.items()},
         )
-        if problem is not None:
-            self.fail(problem, node)
+        if problem is None and not node.domain and node.op_type in BODIES:
+            problem = body_problem(node)
+        return problem
+
+    def _attributes(self, node: ir.Node) -> None:
+        """Check the names of attributes, and those that the caller of a function gives."""
+        for name, attribute in node.attributes.items():
+            if attribute.name != name:
+                self.fail(f"attribute '{name}' calls itself '{attribute.name}'", node)
+            if not attribute.is_ref():
+                continue
+            if self.function is None:
+                self.fail(f"attribute '{name}' refers to one of a function, but is in none", node)
+            elif attribute.ref_attr_name not in self.function.attributes:
+                self.fail(
+                    f"attribute '{name}' refers to '{attribute.ref_attr_name}', which "
+                    f"function '{self.function.name}' has not",
+                    node,
+                )
 
     def _initializer(self, value: ir.Value, where: str) -> None:
         tensor = value.const_value

@@ -433,3 +433,26 @@ def test_the_rows_of_a_scalar_that_is_not_zero_are_left_open() -> None:
     shape = shapes.shape(values["y"])
     assert shape is not None
     assert all(map(shapes.is_fresh, shape))
+
+
+def test_an_operator_without_a_rule_may_state_a_sequence() -> None:
+    shapes, values = infer("""g (seq(float[n]) x) => (seq(float[n]) y) {
+        y = SequenceMap <body = b (float[n] a) => (float[n] c) { c = Identity(a) }> (x)
+    }""")
+    fact = shapes.fact(values["y"])
+    assert fact.dtype is None
+    assert fact.element is not None
+    assert fact.element.dtype == ir.DataType.FLOAT
+
+
+def test_getting_the_element_of_what_is_no_optional_gives_the_whole() -> None:
+    shapes, values = infer("""g (seq(float[n]) x) => (seq(float[n]) y, float[n] z) {
+        y = OptionalGetElement(x)
+        o = Optional(x)
+        s = OptionalGetElement(o)
+        i = Constant<value_int = 0>()
+        z = SequenceAt(s, i)
+    }""")
+    assert shapes.fact(values["y"]).element is not None
+    assert shapes.fact(values["s"]).element is not None
+    assert shapes.dtype(values["z"]) == ir.DataType.FLOAT

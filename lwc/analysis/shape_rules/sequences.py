@@ -105,8 +105,12 @@ def _optional(site: Site) -> Outcome:
 
 @rule("OptionalGetElement")
 def _get(site: Site) -> Outcome:
-    fact = site.fact(0)
-    return fact if fact.element is None else fact.element
+    fact, value = site.fact(0), site.node.inputs[0]
+    if fact.element is None or value is None or isinstance(value.type, ir.SequenceType):
+        return fact  # it may be applied to what is no optional
+    producer = value.producer()
+    made = producer is not None and producer.op_type == "Optional"
+    return fact.element if made or isinstance(value.type, ir.OptionalType) else UNKNOWN
 
 
 @rule("OptionalHasElement")
