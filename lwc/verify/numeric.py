@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lwc.pipeline.passes import Runner
 
 __all__ = [
+    "ChosenFeeds",
     "Comparer",
     "NumericReport",
     "OutputError",
@@ -41,6 +42,7 @@ __all__ = [
     "compare",
     "depth",
     "exact_rtol",
+    "fitted",
 ]
 
 Array = np.ndarray[Any, Any]
@@ -68,6 +70,10 @@ class TestFeed:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each input."""
         return {name: np.shape(array) for name, array in self.arrays.items()}
+
+
+ChosenFeeds: TypeAlias = list[tuple[TestFeed, dict[str, Array]]]
+"""Feeds, with the outputs a module gives on them."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,8 @@ class Comparer:
         seed: Seed of the feeds.
         spec: What the user knows about the inputs.
         threads: Threads of one operator.
+        choose: Chooses the feeds of a module, with the outputs it gives on them; `choose_feeds`
+            by default.
     """
 
     def __init__(
@@ -120,7 +128,9 @@ class Comparer:
         seed: int = 0,
         spec: FeedSpec | None = None,
         threads: int | None = None,
+        choose: Callable[[Module, Runner, FeedSpec], ChosenFeeds] | None = None,
     ) -> None:
+        self._choose = choose
         self._bindings = bindings
         self._rtol = rtol
         self._atol = atol
@@ -180,17 +190,34 @@ class Comparer:
         self._memory.keep(after, feeds, results)
         return NumericReport(tuple(errors), *bounds, len(feeds), float64)
 
+    def prime(self, module: Module) -> None:
+        """Run a module now; it is the reference of the next comparison.
+
+        Raises:
+            LwcError: It does not run.
+        """
+        feeds, outputs = self._reference(module, module, Exact())
+        self._memory.keep(module, feeds, outputs)
+
+    @property
+    def last(self) -> tuple[list[TestFeed], list[dict[str, Array]]]:
+        """The feeds of the last run, and what the last module gave on them."""
+        return self._memory.feeds, self._memory.outputs
+
     def _reference(
         self, before: Module, after: Module, contract: Contract
     ) -> tuple[list[TestFeed], list[dict[str, Array]]]:
         dims, known = {**self._spec.dims, **fixed_dims(before, after)}, dim_names(before)
         spec = replace(self._spec, dims={k: v for k, v in dims.items() if k in known})
         with _compiled(before, self._threads) as runner:
-            plain = isinstance(contract, Lossy)
-            chosen = choose_feeds(
-                before, runner, self._bindings, seed=self._seed, spec=spec, edges=not plain
-            )
-            return [feed for feed, _ in chosen], [outputs for _, outputs in chosen]
+            if self._choose is not None:
+                chosen = self._choose(before, runner, spec)
+            else:
+                edges = not isinstance(contract, Lossy)
+                chosen = choose_feeds(
+                    before, runner, self._bindings, seed=self._seed, spec=spec, edges=edges
+                )
+        return [feed for feed, _ in chosen], [outputs for _, outputs in chosen]
 
     def _run_after(self, after: Module, feeds: Sequence[TestFeed]) -> list[dict[str, Array]]:
         try:
@@ -264,7 +291,7 @@ def choose_feeds(
     seed: int = 0,
     spec: FeedSpec = FeedSpec(),  # noqa: B008
     edges: bool = True,
-) -> list[tuple[TestFeed, dict[str, Array]]]:
+) -> ChosenFeeds:
     """Choose feeds the module runs on, with the outputs it gives.
 
     Args:
@@ -308,11 +335,11 @@ class _Memory:
 
     def __init__(self) -> None:
         self._fingerprint: Fingerprint | None = None
-        self._feeds: list[TestFeed] = []
-        self._outputs: list[dict[str, Array]] = []
+        self.feeds: list[TestFeed] = []
+        self.outputs: list[dict[str, Array]] = []
 
     def keep(self, module: Module, feeds: list[TestFeed], outputs: list[dict[str, Array]]) -> None:
-        self._fingerprint, self._feeds, self._outputs = module.fingerprint(), feeds, outputs
+        self._fingerprint, self.feeds, self.outputs = module.fingerprint(), feeds, outputs
 
     def recall(
         self, before: Module, after: Module
@@ -322,7 +349,7 @@ class _Memory:
             return None
         if self._fingerprint != before.fingerprint():
             return None
-        return self._feeds, self._outputs
+        return self.feeds, self.outputs
 
 
 @dataclass(frozen=True)

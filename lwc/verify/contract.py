@@ -1,0 +1,427 @@
+"""The contract of a pass, checked in full on one module.
+
+What the pass manager checks after every pass of every run is part of it; the rest would be too
+slow there: the pass is run again, under other names, on its own result, and saved and read back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+import onnx_ir as ir
+
+from lwc.analysis.manager import AnalysisManager
+from lwc.backends.onnxruntime.session import OnnxRuntimeBackend, make_runner
+from lwc.calibration.feeds import FeedSpec, dim_names, make_feed
+from lwc.calibration.inputs import RoleKind, fed_inputs, input_role
+from lwc.core.errors import LwcError, PassError, VerificationError
+from lwc.core.walk import constant_tensor, is_random
+from lwc.pipeline.manager import PassManager
+from lwc.pipeline.passes import Lossy, Pass, PassContext
+from lwc.pipeline.record import PassRecord, take_snapshot
+from lwc.verify.isomorphism import renamed, structure
+from lwc.verify.numeric import ChosenFeeds, Comparer, TestFeed, choose_feeds, fitted
+from lwc.verify.sensitivity import Sensitivity
+
+if TYPE_CHECKING:
+    from lwc.core.module import Module
+    from lwc.pipeline.passes import Runner
+
+__all__ = ["Clause", "ContractOutcome", "ContractSettings", "ContractViolation", "check_contract"]
+
+Array = np.ndarray[Any, Any]
+
+Clause: TypeAlias = Literal[
+    "crash", "structure", "refusal", "weights", "outputs", "noise", "repetition", "names",
+    "idempotence", "round trip", "cost",
+]  # fmt: skip
+"""What a pass may break:
+
+* `crash`: it raises something else than an `LwcError`.
+* `structure`: what the pass manager checks: the module is well formed, types and shapes are as
+  inferred, inputs and outputs are kept, `changed` is true, preserved analyses are.
+* `refusal`: where it refuses, the module is as it was.
+* `weights`: no weight is written into, and one of unchanged content stays the same object.
+* `outputs`: the module computes the same, as the contract has it.
+* `noise`: of a lossy pass, the outputs move no more than by the stated change of the weights.
+* `repetition`: a second run on an equal module gives the same result.
+* `names`: the result does not depend on what nodes and values are called.
+* `idempotence`: a run on its own result changes nothing, or `changes_again` says why.
+* `round trip`: the result survives being written and read.
+* `cost`: what the pass says it never increases does not increase.
+"""
+
+_ODD, _LARGE = (3, 5, 7, 9, 11, 13), (4, 6, 8, 10, 12, 14)
+_NOISE_MARGIN = 4.0
+"""An output may move this many times as far as under the stated noise: it is drawn a few times,
+and rounding errors are less alike than the draws."""
+
+
+class ContractViolation(VerificationError):
+    """A pass broke a clause of its contract.
+
+    Attributes:
+        clause: Which one.
+        rewrites: The rewrites of the run that broke it, by rule.
+    """
+
+    def __init__(self, clause: Clause, message: str, rewrites: Mapping[str, int]) -> None:
+        super().__init__(message)
+        self.clause: Clause = clause
+        self.rewrites = dict(rewrites)
+
+
+@dataclass(frozen=True)
+class ContractSettings:
+    """How to check.
+
+    Attributes:
+        feeds: What is known of the inputs, and what the contract's assumptions ask of them.
+        granted: Assumptions to grant; see `PassContext`. With none granted the pass must do
+            without, or refuse.
+        seed: Seed of feeds and names.
+        generated: The module comes from a generator: its dimensions may have any extent, and its
+            integer inputs any value.
+    """
+
+    feeds: FeedSpec = field(default_factory=FeedSpec)
+    granted: frozenset[str] = frozenset()
+    seed: int = 0
+    generated: bool = False
+
+
+@dataclass(frozen=True)
+class ContractOutcome:
+    """What a check that found no violation did.
+
+    Attributes:
+        changed: Whether the pass changed the module.
+        refused: Why the pass refused, or None.
+        record: What the pass did, unless it refused.
+        feeds: Feeds compared.
+        float64: Whether they were compared in float64 too.
+    """
+
+    changed: bool = False
+    refused: str | None = None
+    record: PassRecord | None = None
+    feeds: int = 0
+    float64: bool = False
+
+
+def check_contract(
+    pass_: Pass, module: Module, settings: ContractSettings | None = None
+) -> ContractOutcome:
+    """Run a pass on copies of a module and check every clause of its contract.
+
+    Args:
+        pass_: The pass.
+        module: A well-formed module; it is not changed.
+        settings: How to check.
+
+    Raises:
+        ContractViolation: The pass broke a clause.
+        LwcError: The module is malformed, or does not run.
+    """
+    return _Check(pass_, module, settings or ContractSettings()).run()
+
+
+class _Check:
+    def __init__(self, pass_: Pass, module: Module, settings: ContractSettings) -> None:
+        self.pass_ = pass_
+        self.module = module
+        self.settings = settings
+        self.rewrites: dict[str, int] = {}
+        self.comparer = Comparer(
+            seed=settings.seed,
+            spec=settings.feeds,
+            threads=1,
+            choose=self._choose_feeds,
+        )
+
+    def run(self) -> ContractOutcome:
+        module = self.module
+        deterministic = not any(is_random(node) for node in module.nodes())
+        if deterministic:
+            self.comparer.prime(module)
+        digests = _digests(module)
+        after = module.clone()
+        record = self._apply(after, module)
+        if _digests(module) != digests:
+            self._fail("weights", "it writes into a weight that other modules share")
+        if isinstance(record, str):
+            return ContractOutcome(refused=record)
+        if not record.changed:
+            return ContractOutcome(record=record)
+        self._check_untouched_weights(after)
+        outcome = ContractOutcome(changed=True, record=record)
+        if deterministic:
+            outcome = self._check_outputs(after, outcome)
+        self._check_repetition(after)
+        self._check_names(after)
+        self._check_idempotence(after)
+        self._check_cost(after)
+        if deterministic:
+            self._check_round_trip(after)
+        return outcome
+
+    def _fail(self, clause: Clause, message: str) -> None:
+        raise ContractViolation(clause, message, self.rewrites)
+
+    # Running
+
+    def _apply(self, module: Module, before: Module) -> PassRecord | str:
+        """Run the pass under the manager; return what it did, or why it refused."""
+        ctx = PassContext(
+            AnalysisManager(module),
+            make_runner=make_runner,
+            seed=self.settings.seed,
+            granted=self.settings.granted,
+        )
+        fingerprint = module.fingerprint()
+        try:
+            record = PassManager([self.pass_]).run(module, ctx).passes[0]
+        except VerificationError as error:
+            self.rewrites = _rewrites_of(module)
+            raise ContractViolation("structure", error.message, self.rewrites) from error
+        except LwcError as error:
+            cause = error.__cause__
+            if isinstance(error, PassError) and cause and not isinstance(cause, LwcError):
+                raise ContractViolation("crash", error.message, self.rewrites) from error
+            if module.fingerprint() != fingerprint and structure(module) != structure(before):
+                self._fail("refusal", f"it refuses and leaves a changed module: {error.message}")
+            return error.message
+        except Exception as error:
+            raise ContractViolation(
+                "crash", f"{type(error).__name__}: {error}", self.rewrites
+            ) from error
+        self.rewrites = dict(record.rewrites)
+        return record
+
+    # Feeds
+
+    def _choose_feeds(self, module: Module, runner: Runner, spec: FeedSpec) -> ChosenFeeds:
+        """Choose feeds at extents of 1, odd and larger ones, and at every edge.
+
+        Each dimension gets an extent of its own. A module that runs at none of them gets extents
+        by trial.
+        """
+        seed = self.settings.seed
+        if not self.settings.generated:
+            return choose_feeds(module, runner, seed=seed, spec=spec)
+        names = [name for name in dim_names(module) if name not in spec.dims]
+        odd = dict(zip(names, _ODD * len(names), strict=False))
+        large = dict(zip(names, _LARGE * len(names), strict=False))
+        wide = replace(spec, ranges={**_free_integers(module, spec), **spec.ranges})
+        plan: list[tuple[dict[str, int], FeedSpec, Any]] = [
+            (odd, wide, "plain"),
+            (dict.fromkeys(names, 1), spec, "plain"),
+            (large, spec, "masked"),
+            (odd, wide, "zeros"),
+            (odd, spec, "huge"),
+            (large, wide, "tiny"),
+        ]
+        chosen: ChosenFeeds = []
+        for index, (at, known, edge) in enumerate(plan):
+            feed = TestFeed(make_feed(module, at, seed + index, spec=known, edge=edge), edge)
+            try:
+                chosen.append((feed, dict(runner.run(feed.arrays))))
+            except LwcError:
+                continue
+        return chosen or choose_feeds(module, runner, seed=seed, spec=spec)
+
+    # Clauses
+
+    def _check_untouched_weights(self, after: Module) -> None:
+        kept = {value.name: value.const_value for _, value in after.initializers()}
+        for _, value in self.module.initializers():
+            old, new = value.const_value, kept.get(value.name)
+            if old is None or new is None or old is new:
+                continue
+            if _digest(old) == _digest(new):
+                self._fail(
+                    "weights", f"it makes a new tensor of '{value.name}', which is unchanged"
+                )
+
+    def _check_outputs(self, after: Module, outcome: ContractOutcome) -> ContractOutcome:
+        contract = self.pass_.contract
+        feeds, expected = self.comparer.last
+        try:
+            report = self.comparer(self.module, after, contract)
+        except VerificationError as error:
+            raise ContractViolation("outputs", error.message, self.rewrites) from error
+        if self.pass_.keeps_interface:
+            results = self.comparer.last[1][0]
+            for name, array in expected[0].items():
+                if np.asarray(results[name]).dtype != np.asarray(array).dtype:
+                    self._fail(
+                        "outputs",
+                        f"output '{name}' was {np.asarray(array).dtype} before the pass and is "
+                        f"{np.asarray(results[name]).dtype} after it",
+                    )
+        if isinstance(contract, Lossy) and contract.noise is not None:
+            self._check_noise(feeds, expected, contract.noise)
+        return replace(outcome, feeds=report.feeds, float64=report.float64)
+
+    def _check_noise(
+        self, feeds: list[TestFeed], expected: list[dict[str, Array]], noise: float
+    ) -> None:
+        """Compare how far outputs moved with how far the stated noise moves them."""
+        _, results = self.comparer.last
+        for feed, wanted, result in zip(feeds, expected, results, strict=True):
+            moved = Sensitivity.measure(
+                self.module, feed.arrays, wanted, _compiled, size=noise, results=noise
+            )
+            for name, movement in moved.movement.items():
+                error = _norm(_difference(wanted[name], result[name]))
+                allowed = _NOISE_MARGIN * _norm(movement)
+                floor = 1e-5 * _norm(np.asarray(wanted[name], np.float64))
+                if error > allowed + floor:
+                    self._fail(
+                        "noise",
+                        f"output '{name}' moves by {error:.3g} (root mean square); a relative "
+                        f"change of {noise:g} in every weight moves it by {_norm(movement):.3g}",
+                    )
+
+    def _check_repetition(self, after: Module) -> None:
+        again = self.module.clone()
+        self._apply(again, self.module)
+        if _serialized(again) != _serialized(after):
+            self._fail("repetition", "a second run on an equal module gives another result")
+
+    def _check_names(self, after: Module) -> None:
+        other = renamed(self.module, self.settings.seed)
+        self._apply(other, self.module)
+        if structure(other) != structure(after):
+            self._fail("names", "the result depends on the names of nodes or values")
+
+    def _check_idempotence(self, after: Module) -> None:
+        if self.pass_.changes_again is not None:
+            return
+        again = after.clone()
+        record = self._apply(again, after)
+        if not isinstance(record, str) and record.changed:
+            rules = ", ".join(record.rewrites) or "it names no rule"
+            self._fail("idempotence", f"a second run on its own result changes it again ({rules})")
+
+    def _check_cost(self, after: Module) -> None:
+        for measure in sorted(self.pass_.never_more):
+            before, now = _MEASURES[measure](self.module), _MEASURES[measure](after)
+            if before is not None and now is not None and now > before:
+                self._fail("cost", f"{measure} grow from {before:g} to {now:g}")
+
+    def _check_round_trip(self, after: Module) -> None:
+        from lwc.frontend.onnx_reader import from_proto
+
+        try:
+            back = from_proto(ir.to_proto(after.model))
+        except LwcError as error:
+            raise ContractViolation(
+                "round trip", f"the result cannot be read back: {error.message}", self.rewrites
+            ) from error
+        feeds, results = self.comparer.last
+        with _compiled(back) as runner:
+            again = runner.run(fitted(feeds[0].arrays, back))
+        for name, array in results[0].items():
+            if not np.array_equal(again[name], array, equal_nan=_is_float(array)):
+                self._fail("round trip", f"written and read back, output '{name}' is another")
+
+
+@contextmanager
+def _compiled(module: Module) -> Iterator[Any]:
+    with OnnxRuntimeBackend().compile(module, threads=1, optimize="none") as executable:
+        yield executable
+
+
+def _free_integers(module: Module, spec: FeedSpec) -> dict[str, tuple[float, float]]:
+    """Return a range for each integer input of which the graph says nothing."""
+    found: dict[str, tuple[float, float]] = {}
+    for value in fed_inputs(module):
+        name = value.name or ""
+        plain = value.dtype is not None and value.dtype.is_integer() and "mask" not in name
+        if plain and name not in spec.masks and input_role(module, value).kind == RoleKind.MASK:
+            found[name] = (0, 9) if value.dtype in _UNSIGNED else (-3, 9)
+    return found
+
+
+_UNSIGNED = {ir.DataType.UINT8, ir.DataType.UINT16, ir.DataType.UINT32, ir.DataType.UINT64}
+
+
+def _rewrites_of(module: Module) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for remark in module.remarks:
+        if remark.kind == "applied" and remark.rule:
+            found[remark.rule] = found.get(remark.rule, 0) + 1
+    return found
+
+
+def _digest(tensor: ir.TensorProtocol) -> str:
+    if tensor.dtype == ir.DataType.STRING:
+        return repr(tensor.numpy().tolist())
+    head = f"{tensor.dtype} {tuple(tensor.shape)} "
+    return head + hashlib.sha1(tensor.tobytes()).hexdigest()
+
+
+def _digests(module: Module) -> list[str]:
+    """Digest every weight, in initializers and Constant nodes."""
+    tensors = [value.const_value for _, value in module.initializers()]
+    tensors += [
+        constant_tensor(node.outputs[0]) for node in module.nodes() if node.op_type == "Constant"
+    ]
+    return [_digest(tensor) for tensor in tensors if tensor is not None]
+
+
+def _serialized(module: Module) -> bytes:
+    content: bytes = ir.to_proto(module.model).SerializeToString(deterministic=True)
+    return content
+
+
+def _difference(a: Array, b: Array) -> Array:
+    x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    with np.errstate(invalid="ignore"):
+        distance: Array = np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0.0, np.abs(x - y))
+    return np.where(np.isnan(distance), math.inf, distance)
+
+
+def _norm(array: Array) -> float:
+    return math.sqrt(float(np.mean(np.square(array)))) if array.size else 0.0
+
+
+def _is_float(array: Array) -> bool:
+    return np.asarray(array).dtype.kind == "f"
+
+
+def _nodes(module: Module) -> float | None:
+    return take_snapshot(module).nodes
+
+
+def _parameter_bytes(module: Module) -> float | None:
+    return take_snapshot(module).parameter_bytes
+
+
+def _flops(module: Module) -> float | None:
+    """Return the FLOPs at an extent of 64 for every name; None where an operator has no rule."""
+    from lwc.analysis.cost import Cost
+    from lwc.core.dims import bind
+
+    cost = AnalysisManager(module).get(Cost)
+    flops = cost.total.flops
+    if cost.uncounted:
+        return None
+    if isinstance(flops, int):
+        return flops
+    bound = bind(flops, {symbol.name: 64 for symbol in flops.free_symbols})
+    return float(bound)
+
+
+_MEASURES: dict[str, Callable[[Module], float | None]] = {
+    "nodes": _nodes,
+    "flops": _flops,
+    "parameter-bytes": _parameter_bytes,
+}

@@ -1,0 +1,307 @@
+"""`check_pass`: hypothesis draws graphs, and a pass must keep its whole contract on each."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lwc.calibration.feeds import FeedSpec
+from lwc.core.errors import LwcError, MissingExtraError, UsageError
+from lwc.pipeline.passes import Pass
+from lwc.pipeline.spec import to_spec
+from lwc.verify.contract import (
+    ContractOutcome,
+    ContractSettings,
+    ContractViolation,
+    check_contract,
+)
+from lwc.verify.reproducer import Reproducer, write_reproducer
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
+
+    from lwc.core.module import Module
+
+__all__ = ["CheckReport", "PassBrokenError", "check_pass", "passes_hold"]
+
+_REDUCTION_SECONDS = 20.0
+
+
+@dataclass
+class CheckReport:
+    """What a check that found nothing wrong saw.
+
+    Attributes:
+        spec: The pass as pipeline text.
+        examples: Graphs drawn on which the pass ran.
+        changed: On how many of them it changed something.
+        refused: On how many it refused, by reason.
+        float64: How many were compared in float64 too.
+        rewrites: Rewrites by rule, over all graphs.
+        missed: Missed rewrites by rule, over all graphs.
+        seconds: Time of the check.
+        notes: What the reader should know: what was not checked.
+    """
+
+    spec: str
+    examples: int = 0
+    changed: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+    float64: int = 0
+    rewrites: Counter[str] = field(default_factory=Counter)
+    missed: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, outcome: ContractOutcome) -> None:
+        """Count one graph."""
+        self.examples += 1
+        self.changed += outcome.changed
+        self.float64 += outcome.float64
+        if outcome.refused is not None:
+            self.refused[outcome.refused] += 1
+        if outcome.record is not None:
+            self.rewrites.update(outcome.record.rewrites)
+            self.missed.update(remark.rule or "" for remark in outcome.record.missed)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.spec} holds on {self.examples} graphs: changed {self.changed}, refused "
+            f"{self.refused.total()}, {self.float64} compared in float64, {self.seconds:.1f} s"
+        ]
+        lines += [
+            f"  {count:>6} x {rule or 'unnamed'}" for rule, count in self.rewrites.most_common()
+        ]
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+class PassBrokenError(AssertionError):
+    """A pass broke its contract on a graph.
+
+    Attributes:
+        violation: The clause and how it was broken.
+        reproducer: The smallest graph that shows it, with the command that replays it.
+        examples: Graphs drawn until one showed it.
+    """
+
+    def __init__(
+        self, spec: str, violation: ContractViolation, reproducer: Reproducer, examples: int
+    ) -> None:
+        rules = ", ".join(f"{rule} x{count}" for rule, count in violation.rewrites.items())
+        super().__init__(
+            f"{spec} breaks its contract ({violation.clause})\n"
+            f"  {violation.message}\n"
+            + (f"  its rewrites: {rules}\n" if rules else "")
+            + f"  found after {examples} graphs; the smallest has {reproducer.nodes} nodes:\n"
+            + "".join(f"    {line}\n" for line in reproducer.text.splitlines())
+            + f"  replay: {reproducer.command}"
+        )
+        self.violation = violation
+        self.reproducer = reproducer
+        self.examples = examples
+
+
+def check_pass(
+    pass_: Pass | type[Pass],
+    *,
+    examples: int = 1000,
+    graphs: SearchStrategy[Module] | None = None,
+    feeds: FeedSpec | None = None,
+    grant: str | Iterable[str] = (),
+    seconds: float = 45.0,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    must_change: bool = True,
+) -> CheckReport:
+    """Draw graphs, run a pass on each, and check every clause of its contract.
+
+    The clauses are those of `lwc.verify.contract`. A graph that breaks one is reduced to the
+    smallest that breaks the same clause, and written down.
+
+    A pass whose contract has assumptions is checked twice, on half of the examples each: with
+    none granted, where it must do without them or refuse; and with those in `grant`, on `feeds`
+    that keep them.
+
+    Args:
+        pass_: The pass, or its class where every option has a default.
+        examples: Graphs to draw.
+        graphs: A strategy of modules. By default graphs of random operators and motifs of real
+            models; for a pass made of pattern rules, also graphs that match them and near misses.
+        feeds: What the inputs may be where assumptions are granted.
+        grant: Assumptions to grant, by their first words, or `all`.
+        seconds: Time after which no further graph is drawn.
+        seed: Seed of everything random.
+        folder: Where reproducers go; a folder of the system's temporary folder by default.
+        must_change: Fail where the pass changes none of the graphs: nothing was checked then.
+
+    Returns:
+        What was seen.
+
+    Raises:
+        PassBrokenError: The pass broke its contract.
+        UsageError: The pass changed no graph, or needs options that have no default.
+        MissingExtraError: hypothesis is not installed.
+    """
+    chosen = _instance(pass_)
+    report = CheckReport(to_spec(chosen))
+    granted = frozenset([grant] if isinstance(grant, str) else grant)
+    strategy = _default_graphs(chosen) if graphs is None else graphs
+    plain = ContractSettings(seed=seed, generated=True)
+    if not chosen.contract.assumptions:
+        phases = [replace(plain, feeds=feeds or FeedSpec())]
+    elif granted:
+        phases = [plain, replace(plain, feeds=feeds or FeedSpec(), granted=granted)]
+    else:
+        phases = [plain]
+        report.notes.append("no assumption was granted: give grant= and the feeds that keep it")
+    start = time.perf_counter()
+    for settings in phases:
+        search = _Search(chosen, settings, report, start + seconds, folder)
+        search.run(strategy, max(1, examples // len(phases)), seed)
+    report.seconds = time.perf_counter() - start
+    if must_change and not report.changed:
+        reasons = "; ".join(reason for reason, _ in report.refused.most_common(2))
+        raise UsageError(
+            f"pass '{chosen.name}' changed none of {report.examples} graphs"
+            + (f" (it refused: {reasons})" if reasons else ""),
+            remedy="give graphs= that it should change, or must_change=False",
+        )
+    return report
+
+
+def passes_hold(
+    pass_: Pass | type[Pass], **settings: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Turn a function into a test that checks a pass first; see `check_pass` for the settings.
+
+    A function with a parameter `report` gets the `CheckReport` there:
+
+        @lwc.verify.passes_hold(FuseSwish, examples=300)
+        def test_fuse_swish(report):
+            assert report.rewrites["fuse-swish"] > 100
+    """
+
+    def wrap(function: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(function)
+        wanted = "report" in signature.parameters
+
+        @functools.wraps(function)
+        def test(*args: Any, **kwargs: Any) -> None:
+            report = check_pass(pass_, **settings)
+            if wanted:
+                kwargs["report"] = report
+            function(*args, **kwargs)
+
+        # pytest looks for a fixture for each parameter it sees.
+        rest = [each for name, each in signature.parameters.items() if name != "report"]
+        setattr(test, "__signature__", signature.replace(parameters=rest))  # noqa: B010
+        return test
+
+    return wrap
+
+
+class _Search:
+    """Draws graphs until one breaks the contract, the number is reached or time is up."""
+
+    def __init__(
+        self,
+        pass_: Pass,
+        settings: ContractSettings,
+        report: CheckReport,
+        deadline: float,
+        folder: str | Path | None,
+    ) -> None:
+        self.pass_ = pass_
+        self.settings = settings
+        self.report = report
+        self.deadline = deadline
+        self.folder = folder
+        self.found: tuple[Module, ContractViolation] | None = None
+
+    def run(self, graphs: SearchStrategy[Module], examples: int, seed: int) -> None:
+        import hypothesis
+
+        # The graph is reduced by its structure, which takes far fewer runs of the pass than
+        # hypothesis would need, so its own shrinking is off.
+        settings = hypothesis.settings(
+            max_examples=examples,
+            phases=[hypothesis.Phase.generate],
+            suppress_health_check=list(hypothesis.HealthCheck),
+            deadline=None,
+            database=None,
+            report_multiple_bugs=False,
+        )
+        test = hypothesis.given(graphs)(self._try)
+        hypothesis.seed(seed)(settings(test))()
+        if self.found is not None:
+            self._report_broken(*self.found)
+
+    def _try(self, module: Module) -> None:
+        if self.found is not None or time.perf_counter() > self.deadline:
+            return
+        try:
+            outcome = check_contract(self.pass_, module, self.settings)
+        except ContractViolation as violation:
+            self.found = module, violation
+            return
+        except LwcError:
+            import hypothesis
+
+            hypothesis.reject()  # the graph is no valid one
+        self.report.add(outcome)
+
+    def _report_broken(self, module: Module, violation: ContractViolation) -> None:
+        from lwc.verify.reduce import reduce_module
+
+        # Reduced graphs may have inputs that take not any value, so feeds are found by trial.
+        for settings in (self.settings, replace(self.settings, generated=False)):
+            fails = functools.partial(_breaks, self.pass_, settings, violation)
+            if fails(module):
+                break
+        small = reduce_module(module, fails, seconds=_REDUCTION_SECONDS)
+        try:
+            check_contract(self.pass_, small, settings)
+        except ContractViolation as smaller:
+            violation = smaller
+        reproducer = write_reproducer(self.pass_, small, violation, settings, self.folder)
+        raise PassBrokenError(
+            self.report.spec, violation, reproducer, self.report.examples + 1
+        ) from violation
+
+
+def _breaks(
+    pass_: Pass, settings: ContractSettings, violation: ContractViolation, module: Module
+) -> bool:
+    try:
+        check_contract(pass_, module, settings)
+    except ContractViolation as found:
+        return found.clause == violation.clause
+    return False
+
+
+def _instance(pass_: Pass | type[Pass]) -> Pass:
+    if isinstance(pass_, Pass):
+        return pass_
+    try:
+        return pass_()
+    except TypeError as error:
+        raise UsageError(
+            f"{pass_.__name__} cannot be made without options: {error}",
+            remedy="give an instance",
+        ) from error
+
+
+def _default_graphs(pass_: Pass) -> SearchStrategy[Module]:
+    try:
+        from lwc.verify.generate.default import graphs_for
+    except ModuleNotFoundError as error:
+        if error.name != "hypothesis":
+            raise
+        raise MissingExtraError("check_pass", "verify") from error
+    return graphs_for(pass_)
