@@ -39,6 +39,7 @@ __all__ = [
     "bind_pass",
     "check_required",
     "find_backend",
+    "make_context",
     "numeric_check",
     "optimize",
     "required_rewrites",
@@ -96,6 +97,7 @@ class RunSettings:
         grant: Assumptions the user vouches for, by their first words, or `all`.
         instruments: What watches the run.
         progress: Display for long loops.
+        explain: See `lwc.pipeline.passes.PassContext`.
     """
 
     verify: Verify = "structural"
@@ -106,6 +108,7 @@ class RunSettings:
     grant: frozenset[str] = frozenset()
     instruments: Sequence[Instrument] = ()
     progress: Progress | None = None
+    explain: str | None = None
 
     def __post_init__(self) -> None:
         check_settings(self.verify, self.seed, self.threads, self.max_memory)
@@ -183,7 +186,6 @@ def run_passes(
     Raises:
         LwcError: See `optimize`.
     """
-    backend = find_backend(settings.backend)
     history = History()
     manager = PassManager(
         passes,
@@ -192,17 +194,24 @@ def run_passes(
         instruments=(*settings.instruments, history),
         rollback=False,
     )
+    record = manager.run(module, make_context(module, settings))
+    return OptimizeResult(module, record, dict(bindings or {}), history)
+
+
+def make_context(module: Module, settings: RunSettings) -> PassContext:
+    """Return what passes may use besides `module`."""
+    backend = find_backend(settings.backend)
     ctx = PassContext(
         AnalysisManager(module),
         make_runner=_runner_maker(backend, settings.threads),
         max_memory=settings.max_memory,
         seed=settings.seed,
         granted=settings.grant,
+        explain=settings.explain,
     )
     if settings.progress is not None:
         ctx.progress = settings.progress
-    record = manager.run(module, ctx)
-    return OptimizeResult(module, record, dict(bindings or {}), history)
+    return ctx
 
 
 def required_rewrites(

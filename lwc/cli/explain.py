@@ -1,8 +1,9 @@
-"""`--explain`: what a pass did at which node, what it did not do, and why."""
+"""What `--explain` and `--bisect` print: what a pass did at which node, did not do, and why."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import difflib
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lwc.core.errors import UsageError
@@ -10,10 +11,13 @@ from lwc.pipeline.options import did_you_mean
 
 if TYPE_CHECKING:
     from lwc.core.diagnostics import Remark
+    from lwc.core.module import Module
+    from lwc.pipeline.bisect import Culprit
+    from lwc.pipeline.instruments import History
     from lwc.pipeline.passes import Pass
     from lwc.pipeline.record import PassRecord
 
-__all__ = ["explain", "passes_until"]
+__all__ = ["describe_culprit", "explain", "find_nodes", "passes_until"]
 
 _TITLES = {
     "applied": "applied",
@@ -22,6 +26,7 @@ _TITLES = {
     "warning": "warnings",
 }
 _NODES_SHOWN = 8
+_NEAREST = 3
 
 
 def passes_until(name: str, passes: Sequence[Pass]) -> Sequence[Pass]:
@@ -39,26 +44,94 @@ def passes_until(name: str, passes: Sequence[Pass]) -> Sequence[Pass]:
     return passes[: names.index(name) + 1]
 
 
-def explain(record: PassRecord, node: str | None) -> str:
+def find_nodes(text: str, history: History) -> dict[str, str]:
+    """Find the nodes that a user means by `text`, before and after the last pass of a run.
+
+    Returns:
+        For each, as `describe` names it, why nothing might be known about it.
+
+    Raises:
+        UsageError: There are none; the error names the nearest, or the pass that removed it.
+    """
+    from lwc.core.diagnostics import answers_to, describe
+
+    name = history.passes[-1].name
+    before, after = history.modules[-2:]
+    old, new = (
+        [describe(node) for node in module.nodes() if answers_to(node, text)]
+        for module in (before, after)
+    )
+    if old or new:
+        return {
+            **dict.fromkeys(old, f"{name} removed it where nothing read it any more"),
+            **dict.fromkeys(new, f"{name} made it"),
+            **dict.fromkeys(set(old) & set(new), f"no rule of {name} starts there"),
+        }
+    for index in range(len(history.modules) - 3, -1, -1):
+        if any(answers_to(node, text) for node in history.modules[index].nodes()):
+            raise UsageError(
+                f"no node '{text}' is left where {name} runs",
+                remedy=f"pass {index + 1}, {history.passes[index].name}, removed or renamed it: "
+                f"--explain={history.passes[index].name}@{text}",
+            )
+    names = list(dict.fromkeys(_names(before)))
+    near = difflib.get_close_matches(text, names, n=_NEAREST, cutoff=0.5)
+    shown = ", ".join(f"'{each}'" for each in near or names[:_NEAREST])
+    remedy = f"did you mean {shown}?" if near else f"there are {shown} …" if shown else None
+    raise UsageError(f"no node has '{text}' in its name or its outputs' names", remedy=remedy)
+
+
+def _names(module: Module) -> Iterator[str]:
+    for node in module.nodes():
+        if node.name:
+            yield node.name
+        yield from (value.name for value in node.outputs if value.name)
+
+
+def explain(record: PassRecord, nodes: Mapping[str, str] | None) -> str:
     """Group the remarks of a pass by kind, rule and reason.
 
     Args:
         record: What the pass did.
-        node: Only remarks whose node's description contains this text.
+        nodes: Only remarks about these nodes; see `find_nodes`.
     """
-    remarks = [r for r in record.remarks if node is None or node in (r.node or "")]
+    remarks = [r for r in record.remarks if nodes is None or _is_about(r, nodes)]
     changed = "changed the module" if record.changed else "changed nothing"
     lines = [f"{record.spec}: {changed}, {record.applied} rewrites, {len(record.missed)} missed"]
-    if node is None:
+    if nodes is None:
         lines.extend(f"  {count:>6} x {rule}" for rule, count in record.rewrites.items() if rule)
-    elif not remarks:
-        lines.append(f"  nothing about a node whose name contains '{node}'")
+    else:
+        silent = [node for node in nodes if not any(_is_about(r, [node]) for r in remarks)]
+        lines.extend(f"  nothing about {node}: {nodes[node]}" for node in silent[:_NODES_SHOWN])
+        if len(silent) > _NODES_SHOWN:
+            lines.append(f"  nor about {len(silent) - _NODES_SHOWN} more")
     for kind, title in _TITLES.items():
         chosen = [remark for remark in remarks if remark.kind == kind]
         if chosen:
             lines.append(f"{title}:")
-            lines.extend(_group(chosen, everything=node is not None))
+            lines.extend(_group(chosen, everything=nodes is not None))
     return "\n".join(lines)
+
+
+def describe_culprit(culprit: Culprit) -> str:
+    """Say which pass is the first to go wrong, and at which rewrite."""
+    place = f" at {culprit.node}" if culprit.node else ""
+    what = "to fail verification" if culprit.broken else f"to differ{place}"
+    lines = [f"pass {culprit.index + 1}, {culprit.spec}, is the first {what}: {culprit.message}"]
+    step = culprit.rewrite
+    if step is None:
+        lines.append(f"  no rewrite of it can be named: {culprit.why_no_rewrite}")
+    else:
+        where = f" at {step.node}" if step.node else ""
+        lines.append(
+            f"  rewrite {step.number} of {step.total}, {step.rule}{where}, is the first after "
+            "which it does"
+        )
+    return "\n".join(lines)
+
+
+def _is_about(remark: Remark, nodes: Collection[str]) -> bool:
+    return remark.node is not None and any(node in remark.node for node in nodes)
 
 
 def _group(remarks: Iterable[Remark], *, everything: bool) -> list[str]:

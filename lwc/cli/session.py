@@ -20,7 +20,7 @@ from lwc.cli.arguments import (
 )
 from lwc.cli.progress import ProgressDisplay
 from lwc.cli.summary import remark_lines, summary_lines, written_line
-from lwc.core.errors import RequirementError, UsageError
+from lwc.core.errors import PassError, RequirementError, UsageError, VerificationError
 from lwc.core.paths import is_folder_target
 from lwc.core.text import printable
 from lwc.pipeline.config import PipelineConfig, read_config
@@ -30,7 +30,7 @@ from lwc.pipeline.spec import resolve
 
 if TYPE_CHECKING:
     from lwc.core.module import Module
-    from lwc.optimizer import OptimizeResult
+    from lwc.optimizer import OptimizeResult, RunSettings
     from lwc.report.data import ModelEntry
 
 __all__ = ["Session", "settings_of"]
@@ -70,39 +70,47 @@ class Session:
 
     def explain(self) -> int:
         """Run up to one pass and print its remarks."""
-        from lwc.cli.explain import explain, passes_until
+        from lwc.cli.explain import explain, find_nodes, passes_until
 
         name, _, node = self.options.explain.partition("@")
         config = self.config
         if not config.passes:
             config = replace(config, passes=resolve(name))
         config = replace(config, passes=tuple(passes_until(name, config.passes)))
-        result = self._run_passes(config, [])
-        print(printable(explain(result.record.passes[-1], node or None)))
+        result = self._run_passes(config, [], explain=node)
+        nodes = find_nodes(node, result.history) if node else None
+        print(printable(explain(result.record.passes[-1], nodes)))
         return 0
 
     def bisect(self) -> int:
-        """Find the first pass that changes the outputs; 1 if there is one."""
-        from lwc.optimizer import numeric_check
+        """Find the first pass and rewrite that change the outputs; 1 if there is one."""
+        from lwc.cli.explain import describe_culprit
+        from lwc.optimizer import make_context, numeric_check
         from lwc.pipeline.bisect import bisect
+        from lwc.pipeline.instruments import History
 
         config = self.config
         if not config.passes and not config.bind:
             raise UsageError("--bisect needs passes to look at", remedy="add -p PIPELINE")
         if config.verify == "numeric":
             config = replace(config, verify="structural")
-        result = self._run_passes(config, [])
-        with self.progress.phase("comparing outputs"):
+        history, failure = History(), None
+        try:
+            self._run_passes(config, [history])
+        except (PassError, VerificationError) as error:
+            if history.failure is None:
+                raise
+            failure = error
+        with self.progress.phase("running passes again and comparing outputs"):
             check = numeric_check(seed=config.seed, threads=config.threads)
-            culprit = bisect(result.history, check)
+            settings = self._run_settings(config, [])
+            culprit = bisect(history, check, lambda module: make_context(module, settings))
         if culprit is None:
+            if failure is not None:
+                raise failure
             print("the outputs agree after every pass")
             return 0
-        place = f" at {culprit.node}" if culprit.node else ""
-        print(
-            f"pass {culprit.index + 1}, {culprit.spec}, is the first to differ{place}: "
-            f"{culprit.message}"
-        )
+        print(printable(describe_culprit(culprit)))
         return 1
 
     def reduce(self) -> int:
@@ -234,12 +242,33 @@ class Session:
         return module
 
     def _run_passes(
-        self, config: PipelineConfig, instruments: Iterable[Instrument]
+        self,
+        config: PipelineConfig,
+        instruments: Iterable[Instrument],
+        *,
+        explain: str | None = None,
     ) -> OptimizeResult:
-        from lwc.optimizer import RunSettings, bind_pass, run_passes
+        from lwc.optimizer import bind_pass, run_passes
 
         module = self._load()
-        settings = RunSettings(
+        settings = self._run_settings(config, instruments, explain=explain)
+        try:
+            with self.progress.phase("verifying the input"):
+                passes = (*bind_pass(config.bind), *config.passes)
+                return run_passes(module, passes, settings, config.bind)
+        finally:
+            self._say(remark_lines(module.remarks, self.options.remarks))
+
+    def _run_settings(
+        self,
+        config: PipelineConfig,
+        instruments: Iterable[Instrument],
+        *,
+        explain: str | None = None,
+    ) -> RunSettings:
+        from lwc.optimizer import RunSettings
+
+        return RunSettings(
             verify=config.verify,
             threads=config.threads,
             seed=config.seed,
@@ -247,13 +276,8 @@ class Session:
             grant=frozenset(config.grant),
             instruments=(*instruments, self.progress),
             progress=self.progress,
+            explain=explain,
         )
-        try:
-            with self.progress.phase("verifying the input"):
-                passes = (*bind_pass(config.bind), *config.passes)
-                return run_passes(module, passes, settings, config.bind)
-        finally:
-            self._say(remark_lines(module.remarks, self.options.remarks))
 
     def _instruments(self) -> list[Instrument]:
         options, config = self.options, self.config

@@ -54,11 +54,14 @@ class History(Instrument):
         passes: The passes of the run.
         modules: The input, then the module after each pass that ended; one that changed nothing
             repeats the module before it.
+        failure: What ended the run, if it did not reach its end; the last of `modules` is then
+            the module before the pass that failed.
     """
 
     def __init__(self) -> None:
         self.passes: Sequence[Pass] = ()
         self.modules: list[Module] = []
+        self.failure: BaseException | None = None
 
     def before_pipeline(self, module: Module, passes: Sequence[Pass]) -> None:
         """Keep the input."""
@@ -68,6 +71,12 @@ class History(Instrument):
     def after_pass(self, pass_: Pass, module: Module, record: PassRecord) -> None:
         """Keep the result."""
         self.modules.append(module.clone() if record.changed else self.modules[-1])
+
+    def on_error(
+        self, pass_: Pass, before: Module | None, rest: Sequence[Pass], error: BaseException
+    ) -> None:
+        """Keep the error."""
+        self.failure = error
 
 
 class IrPrinter(Instrument):

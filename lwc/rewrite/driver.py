@@ -140,6 +140,8 @@ class _Run:
         """
         editor = self._editor
         if editor.is_dead(node):
+            if editor.explain is not None and editor.asks_about(node):
+                self.result.applied.append(Step("dead-code", describe(node)))
             self.result.erased += editor.erase(node)
             return
         if any(each.is_ref() for each in node.attributes.values()):

@@ -103,6 +103,7 @@ def canonicalize(module: Module, ctx: PassContext, folding: Folding) -> tuple[bo
         unused = remove_unused(module)
         total.hits += done.hits + unused
         total.erased += done.erased
+        total.applied += done.applied
         total.missed = done.missed
         if not editor.changed and not unused:
             break
