@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lwc.core.errors import LwcError
-from lwc.core.walk import is_default_domain
+from lwc.core.walk import is_default_domain, op_name
 from lwc.verify.bounds import OutputError, difference
 
 if TYPE_CHECKING:
@@ -38,6 +38,17 @@ _MARGIN = 16.0
 rounds more than once."""
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+_EXACT = frozenset({
+    "Abs", "Cast", "CastLike", "Ceil", "Compress", "Concat", "Constant", "ConstantOfShape",
+    "DepthToSpace", "Dropout", "Expand", "EyeLike", "Flatten", "Floor", "Gather", "GatherElements",
+    "GatherND", "Identity", "Max", "MaxPool", "Min", "Neg", "OneHot", "Pad", "Range", "ReduceMax",
+    "ReduceMin", "Relu", "Reshape", "ReverseSequence", "Round", "ScatterElements", "ScatterND",
+    "Sign", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "TopK", "Transpose", "Trilu",
+    "Unsqueeze", "Where",
+})  # fmt: skip
+"""Operators that round nothing. Casts of masks above all: 1.0000001 in place of a one makes
+(1 - mask) · lowest a huge number where it is zero."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +130,10 @@ def perturbed(
     """Copy a module with every floating-point number in it changed by relative amounts.
 
     Each element of a weight is multiplied by 1 + `size`·n with n standard normal, and each result
-    of a node of the main graph, as a whole, by 1 + `results`·n, as if it had been rounded; zeros
-    stay.
+    of a node of the main graph, as a whole, by 1 + `results`·n, as if it had been rounded. Whole
+    numbers among the weights stay: no order of arithmetic rounds them, and a changed exponent of
+    Pow (2.0000001 of a negative number) or limit (the lowest number, in masks) gives NaN and
+    infinities, which would excuse any difference.
     """
     twin = module.clone()
     _shake_results(twin, rng, results)
@@ -129,7 +142,10 @@ def perturbed(
     def change(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
         found = changed.get(id(tensor))
         if found is None:
-            found = ir.Tensor(_changed(tensor.numpy(), rng, size), name=tensor.name)
+            array = tensor.numpy()
+            whole = array == np.round(array)
+            moved = np.where(whole, array, _changed(np.where(whole, 0, array), rng, size))
+            found = ir.Tensor(moved.astype(array.dtype), name=tensor.name)
             changed[id(tensor)] = found
         return found
 
@@ -152,7 +168,7 @@ def _shake_results(module: Module, rng: np.random.Generator, size: float) -> Non
 
     shapes, graph = Shapes.build(module), module.graph
     for node in list(graph):
-        if node.op_type == "Constant":
+        if op_name(node) in _EXACT:
             continue
         for value in node.outputs:
             dtype = shapes.dtype(value)

@@ -1,0 +1,41 @@
+"""Constants that rounding cannot touch must not excuse a wrong result."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from support import module_of
+
+from lwc.core.errors import VerificationError
+from lwc.core.module import Module
+from lwc.verify.numeric import compare
+
+
+def normalized(power: str) -> Module:
+    return module_of(f"""
+        g (float[n, 8] x) => (float[n, 8] y)
+        <float two = {{2}}, float eps = {{1e-5}}, float low = {{-3.4028234663852886e38}},
+         float[1] zero = {{0}}> {{
+            mean = ReduceMean<axes = [-1]>(x)
+            centred = Sub(x, mean)
+            square = {power}
+            variance = ReduceMean<axes = [-1]>(square)
+            shifted = Add(variance, eps)
+            deviation = Sqrt(shifted)
+            normal = Div(centred, deviation)
+            ones = Cast<to = 1>(flags)
+            masked = Sub(one, ones)
+            mask = Mul(masked, low)
+            y = Add(normal, mask)
+        }}""")
+
+
+def test_an_exponent_and_a_mask_do_not_excuse_a_difference() -> None:
+    right = normalized("Pow(centred, two)")
+    compare(right, normalized("Mul(centred, centred)"))
+    wrong = right.clone()
+    eps = wrong.graph.initializers["eps"]
+    wrong.replace_initializer(eps, ir.Tensor(np.array(0.5, np.float32)))
+    with pytest.raises(VerificationError, match="times its bound"):
+        compare(right, wrong)
