@@ -16,7 +16,7 @@ def normalized(power: str) -> Module:
     return module_of(f"""
         g (float[n, 8] x) => (float[n, 8] y)
         <float two = {{2}}, float eps = {{1e-5}}, float low = {{-3.4028234663852886e38}},
-         float[1] zero = {{0}}> {{
+         float one = {{1}}, int64[8] seen = {{1, 1, 1, 1, 1, 1, 1, 1}}> {{
             mean = ReduceMean<axes = [-1]>(x)
             centred = Sub(x, mean)
             square = {power}
@@ -24,7 +24,7 @@ def normalized(power: str) -> Module:
             shifted = Add(variance, eps)
             deviation = Sqrt(shifted)
             normal = Div(centred, deviation)
-            ones = Cast<to = 1>(flags)
+            ones = Cast<to = 1>(seen)
             masked = Sub(one, ones)
             mask = Mul(masked, low)
             y = Add(normal, mask)
