@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
-from lwc.core.errors import LwcError
+from lwc.core.errors import LwcError, Terminated, one_line
 from lwc.core.text import printable
 
 __all__ = ["EXIT_CODES", "guarded"]
@@ -47,7 +47,9 @@ def guarded(program: str, run: Callable[[], int], *, debug: bool = False) -> int
         code = run()
         sys.stdout.flush()
         return code
-    except (Exception, KeyboardInterrupt) as error:
+    except SystemExit:
+        raise
+    except BaseException as error:
         _settle_stdout()
         if debug:
             traceback.print_exc()
@@ -69,8 +71,7 @@ def _outcome(error: BaseException) -> tuple[str, int]:
         return "error: out of memory", 1
     if isinstance(error, OSError):
         return f"error: {_describe(error)}", 1
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
-    return f"error: internal error: {reason} (--debug shows where)", 1
+    return f"error: internal error: {one_line(error)} (--debug shows where)", 1
 
 
 def _describe(error: OSError) -> str:
@@ -102,7 +103,7 @@ def _settle_stdout() -> None:
 
 def _end_cleanly_on_sigterm() -> None:
     def end(number: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(_TERMINATED)
+        raise Terminated(_TERMINATED)
 
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, end)

@@ -10,8 +10,10 @@ __all__ = [
     "MissingExtraError",
     "PassError",
     "RequirementError",
+    "Terminated",
     "UsageError",
     "VerificationError",
+    "one_line",
 ]
 
 
@@ -48,6 +50,10 @@ class LwcError(Exception):
         return " ".join(text.split("\n")) if self.single_line else text
 
     single_line: ClassVar[bool] = True
+
+
+class Terminated(SystemExit):
+    """The program was told to end; unlike the SystemExit of a pass, it goes all the way up."""
 
 
 class UsageError(LwcError):
@@ -117,3 +123,8 @@ class RequirementError(LwcError):
     """A required match, target or budget was missed."""
 
     exit_code = 3
+
+
+def one_line(error: BaseException) -> str:
+    """Describe an unexpected exception in one line: its type and what it says."""
+    return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")

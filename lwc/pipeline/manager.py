@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Protocol
 
-from lwc.analysis.manager import AnalysisManager
+from lwc.analysis.manager import Analysis, AnalysisManager
 from lwc.analysis.shapes import Shapes
-from lwc.core.errors import LwcError, PassError, UsageError, VerificationError
+from lwc.core.errors import LwcError, PassError, Terminated, UsageError, VerificationError
 from lwc.pipeline.instruments import Instrument
 from lwc.pipeline.passes import Contract, Pass, PassContext, PassResult, Verify
 from lwc.pipeline.record import (
@@ -233,16 +235,52 @@ class _Outcome:
 
 
 def _call(pass_: Pass, module: Module, ctx: PassContext) -> PassResult:
+    """Run a pass; whatever it raises or returns by mistake becomes a `PassError`."""
     try:
         result: object = pass_.run(module, ctx)
-    except (LwcError, OSError, MemoryError):
+    except (LwcError, OSError, MemoryError, Terminated):
         raise
+    except SystemExit as error:
+        raise PassError(f"it tried to end the program with {error.code!r}") from error
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise PassError(f"{type(error).__name__}: {' '.join(reason.split())}") from error
     if not isinstance(result, PassResult):
         raise PassError(f"run returned {type(result).__name__}, not a PassResult")
+    problem = _result_problem(result)
+    if problem is not None:
+        raise PassError(f"run returned a PassResult that is malformed: {problem}")
     return result
+
+
+def _result_problem(result: PassResult) -> str | None:
+    """Say which field of a result is not what it must be, or return None."""
+    changed: object = result.changed
+    preserved: object = result.preserved
+    if not isinstance(changed, bool):
+        return f"changed is True or False, not {_shown(changed)}"
+    if not isinstance(preserved, Set | tuple | list):
+        return f"preserved is a set of analyses, not {_shown(preserved)}"
+    for kind in preserved:
+        if not (isinstance(kind, type) and issubclass(kind, Analysis)):
+            return f"preserved has {_shown(kind)}, which is no Analysis"
+    for name, number, what in (
+        ("statistics", Real | str, "a number or a string"),
+        ("rewrites", Integral, "a count"),
+    ):
+        table: object = getattr(result, name)
+        if not isinstance(table, Mapping):
+            return f"{name} is a table of figures by name, not {_shown(table)}"
+        for key, figure in table.items():
+            if not isinstance(key, str):
+                return f"{name} has the key {_shown(key)}, which is no string"
+            if not isinstance(figure, number) or (name == "rewrites" and figure < 0):
+                return f"{name}['{key}'] is {what}, not {_shown(figure)}"
+    return None
+
+
+def _shown(value: object) -> str:
+    return " ".join(reprlib.repr(value).split())
 
 
 def _check_truth(*, claimed: bool, real: bool) -> None:

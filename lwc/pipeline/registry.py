@@ -8,16 +8,11 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
-import importlib.util
 import inspect
 import re
-import sys
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
-from lwc.core.errors import LwcError, UsageError
+from lwc.core.errors import LwcError, Terminated, UsageError, one_line
 from lwc.pipeline.grammar import Place, print_scalar
 from lwc.pipeline.options import (
     did_you_mean,
@@ -26,7 +21,9 @@ from lwc.pipeline.options import (
     options_of,
     type_name,
 )
+from lwc.pipeline.pass_class import check_pass_class, target_of
 from lwc.pipeline.passes import Pass
+from lwc.pipeline.plugins import import_plugin, import_trouble, passes_of
 
 __all__ = ["OptionInfo", "PassInfo", "Registry", "default_registry", "describe_pass"]
 
@@ -119,35 +116,47 @@ class Registry:
         Raises:
             UsageError: It is no pass, or another pass has its name.
         """
-        _check_class(cls)
-        known = self._infos.get(cls.name)
-        if known is not None and known.target != _target(cls):
-            raise UsageError(
-                f"two passes are named '{cls.name}': {known.target} and {_target(cls)}"
-            )
-        self._infos[cls.name] = describe_pass(cls)
-        self._classes[cls.name] = cls
+        info = self._describe(cls)
+        self._check_free(info)
+        self._infos[info.name] = info
+        self._classes[info.name] = cls
 
     def load_plugin(self, name: str) -> list[type[Pass]]:
-        """Import a module, or a `.py` file, and add every pass it defines.
+        """Import a module, or a `.py` file, and add every pass it defines, or none of them.
 
         Raises:
-            UsageError: It cannot be imported or defines no pass.
+            UsageError: It cannot be imported, defines no pass, or one that is malformed or has
+                the name of another.
         """
-        module = _import_plugin(name)
-        found = [
-            value
-            for value in vars(module).values()
-            if isinstance(value, type)
-            and issubclass(value, Pass)
-            and not inspect.isabstract(value)
-            and f"{value.__module__}.".startswith(f"{module.__name__}.")
-        ]
-        if not found:
-            raise UsageError(f"plugin '{name}' defines no pass")
+        found = passes_of(import_plugin(name), name)
+        infos: dict[str, PassInfo] = {}
         for cls in found:
-            self.add(cls)
+            info = self._describe(cls)
+            self._check_free(info, infos.get(info.name))
+            infos[info.name] = info
+        self._infos.update(infos)
+        self._classes.update((cls.name, cls) for cls in found)
         return found
+
+    def _describe(self, cls: type[Pass]) -> PassInfo:
+        check_pass_class(cls)
+        try:
+            return describe_pass(cls)
+        except UsageError as error:
+            raise UsageError(f"{target_of(cls)}: {error.message}", remedy=error.remedy) from error
+        except Exception as error:
+            raise UsageError(
+                f"the options of {target_of(cls)} cannot be read: {one_line(error)}"
+            ) from error
+
+    def _check_free(self, info: PassInfo, sibling: PassInfo | None = None) -> None:
+        """Check that no other class has the name of one that comes in."""
+        self._find_entry_points()
+        for known in (self._infos.get(info.name), sibling):
+            if known is not None and known.target != info.target:
+                raise UsageError(
+                    f"two passes are named '{info.name}': {known.target} and {info.target}"
+                )
 
     def _find_entry_points(self) -> None:
         if not self._search:
@@ -191,7 +200,7 @@ def describe_pass(cls: type[Pass]) -> PassInfo:
         first = option.field == cls.positional
         options.append(OptionInfo(option.name, type_name(option.type), default, text, first))
     contract = type(cls.contract).__name__.lower()
-    return PassInfo(cls.name, _target(cls), doc.partition("\n")[0], contract, tuple(options))
+    return PassInfo(cls.name, target_of(cls), doc.partition("\n")[0], contract, tuple(options))
 
 
 def _attribute_docs(doc: str) -> dict[str, str]:
@@ -203,61 +212,23 @@ def _attribute_docs(doc: str) -> dict[str, str]:
     return {name: " ".join(text.split()) for name, text in items}
 
 
-def _target(cls: type[Pass]) -> str:
-    return f"{cls.__module__}:{cls.__qualname__}"
-
-
-def _check_class(cls: Any) -> None:
-    if not (isinstance(cls, type) and issubclass(cls, Pass)):
-        raise UsageError(f"{cls!r} is not a Pass")
-    if "__dataclass_fields__" not in vars(cls) and _adds_fields(cls):
-        raise UsageError(f"{_target(cls)} is not a dataclass")
-    if inspect.isabstract(cls) or not isinstance(getattr(cls, "name", None), str):
-        raise UsageError(f"{_target(cls)} lacks a name or a run method")
-
-
-def _adds_fields(cls: type) -> bool:
-    """Tell whether a class annotates fields of its own: without any it inherits its bases'."""
-    return any(
-        "ClassVar" not in str(each) for each in vars(cls).get("__annotations__", {}).values()
-    )
-
-
 def _import_class(info: PassInfo, place: Place) -> type[Pass]:
     module_name, _, class_name = info.target.partition(":")
     try:
         cls = getattr(importlib.import_module(module_name), class_name)
-    except LwcError:
+    except (LwcError, Terminated):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise place.error(
-            f"pass '{info.name}' cannot be loaded from {info.target}: "
-            f"{type(error).__name__}: {error}"
+            f"pass '{info.name}' cannot be loaded from {info.target}: {import_trouble(error)}"
         ) from error
     try:
-        _check_class(cls)
+        check_pass_class(cls)
     except UsageError as error:
-        raise place.error(f"pass '{info.name}' cannot be loaded: {error.message}") from error
+        raise place.error(
+            f"pass '{info.name}' cannot be loaded: {error.message}", error.remedy
+        ) from error
     found: type[Pass] = cls
     if found.name != info.name:
         raise place.error(f"pass '{info.name}' of {info.target} calls itself '{found.name}'")
     return found
-
-
-def _import_plugin(name: str) -> ModuleType:
-    try:
-        if not name.endswith(".py"):
-            return importlib.import_module(name)
-        path = Path(name)
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[path.stem] = module
-        spec.loader.exec_module(module)
-    except Exception as error:
-        reason = str(error) or type(error).__name__
-        raise UsageError(
-            f"plugin '{name}' cannot be imported: {' '.join(reason.split())}"
-        ) from error
-    return module

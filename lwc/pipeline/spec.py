@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lwc.core.errors import LwcError, UsageError
+from lwc.core.errors import LwcError, Terminated, UsageError, one_line
 from lwc.pipeline.grammar import Argument, PassSpec, Place, Scalar, parse_specs, print_specs
 from lwc.pipeline.options import (
     Option,
@@ -16,6 +16,7 @@ from lwc.pipeline.options import (
     parse_value,
     type_name,
 )
+from lwc.pipeline.pass_class import check_pass_class
 from lwc.pipeline.passes import Pass
 from lwc.pipeline.registry import Registry, default_registry
 
@@ -34,15 +35,24 @@ def parse(text: str, registry: Registry | None = None) -> tuple[Pass, ...]:
 def resolve(
     passes: str | Pass | Iterable[str | Pass], registry: Registry | None = None
 ) -> tuple[Pass, ...]:
-    """Build passes from what `lwc.optimize` takes: a text, a pass, or a sequence of both."""
+    """Build passes from what `lwc.optimize` takes: a text, a pass, or a sequence of both.
+
+    Raises:
+        UsageError: It is something else, a text that is malformed, or a pass that is.
+    """
     if isinstance(passes, str):
         return parse(passes, registry)
     if isinstance(passes, Pass):
+        check_pass_class(type(passes))
         return (passes,)
     if not isinstance(passes, Iterable):
         raise UsageError(f"a pipeline is a string, a Pass or a list, not {passes!r}")
     found: list[Pass] = []
     for item in passes:
+        if isinstance(item, type) and issubclass(item, Pass):
+            raise UsageError(
+                f"{item.__qualname__} is a class, not a pass", remedy=f"give {item.__qualname__}()"
+            )
         if not isinstance(item, str | Pass):
             raise UsageError(f"a pass is a string or a Pass object, not {type(item).__name__}")
         found.extend(resolve(item, registry))
@@ -175,4 +185,10 @@ def _construct(cls: type[Pass], values: dict[str, Any], place: Place) -> Pass:
     except LwcError as error:
         raise place.error(f"pass '{cls.name}': {error.message}", error.remedy) from error
     except (ValueError, TypeError) as error:
-        raise place.error(f"pass '{cls.name}': {error}") from error
+        raise place.error(f"pass '{cls.name}': {' '.join(str(error).split())}") from error
+    except Terminated:
+        raise
+    except (Exception, SystemExit) as error:
+        raise place.error(
+            f"pass '{cls.name}' cannot be made with these options: {one_line(error)}"
+        ) from error
