@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from lwc.core.walk import constant_tensor, op_name
+from lwc.core.walk import attribute_graphs, constant_tensor, op_name
 from lwc.core.weights import reading
 
 if TYPE_CHECKING:
@@ -133,16 +133,28 @@ def _integer_bounds(module: Module, value: ir.Value) -> Iterator[tuple[int, int]
 
 def _table_rows(node: ir.Node, table_index: int, axis_name: str | None) -> int | None:
     axis = 0 if axis_name is None else node.attributes.get_int(axis_name, 0)
-    table = node.inputs[table_index]
+    return _rows(node.inputs[table_index], axis)
+
+
+def _rows(table: ir.Value | None, axis: int) -> int | None:
     while table is not None:
         constant = constant_tensor(table)
         shape = table.shape if constant is None else constant.shape
-        if shape is not None:
+        if shape is not None and -len(shape) <= axis < len(shape):
             rows = shape[axis]
-            return rows if isinstance(rows, int) else None
+            if isinstance(rows, int):
+                return rows
         producer = table.producer()
         if producer is None or not producer.inputs or producer.op_type in _RESHAPING:
             return None
+        branches = list(attribute_graphs(producer))
+        if branches:
+            if producer.op_type != "If":
+                return None
+            place = table.index()
+            assert place is not None
+            either = [_rows(branch.outputs[place], axis) for branch in branches]
+            return min((rows for rows in either if rows is not None), default=None)
         table = producer.inputs[0]  # dequantization and scaling keep the table's rows
     return None
 

@@ -71,6 +71,26 @@ def test_bounds_through_subgraphs_and_computed_tables() -> None:
     assert role(module, "p").kind is RoleKind.FLAG
 
 
+def test_bounds_by_a_table_that_a_branch_makes() -> None:
+    module = parse(
+        "g (int64[n] a, bool c) => (float[n, 4] y)\n"
+        f"<{TABLE}, {KINDS}>\n"
+        "{ t = If(c) <then_branch = t () => (float[p, 4] u) { u = Neg(table) },"
+        " else_branch = e () => (float[q, 4] v) { v = Neg(kinds) }>"
+        " s = Identity(t) y = Gather(s, a) }"
+    )
+    assert role(module, "a") == InputRole(RoleKind.IDS, 0, 1)
+
+
+def test_a_scaled_table_whose_scale_comes_first_says_nothing() -> None:
+    module = parse(
+        "g (int64[n] a) => (float[n, 4] y)\n"
+        f"<{TABLE}, float unit = {{1}}>\n"
+        "{ s = Mul(unit, table) y = Gather(s, a) }"
+    )
+    assert role(module, "a").kind is RoleKind.MASK
+
+
 def test_bounds_of_a_function_argument() -> None:
     module = parse(
         "g (int64[n] c) => (float[n, 4] w) { w = f.look(c) }",
