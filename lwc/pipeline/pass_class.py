@@ -8,6 +8,7 @@ import inspect
 import math
 import re
 import sys
+from collections.abc import Set
 from typing import Any
 
 from lwc.core.errors import UsageError
@@ -17,6 +18,9 @@ __all__ = ["FILE_PLUGIN", "check_pass_class", "target_of"]
 
 FILE_PLUGIN = "lwc_plugin_"
 """How the names of modules begin that stand for plugin files."""
+
+MEASURES = frozenset({"nodes", "flops", "parameter-bytes"})
+"""What a pass may promise never to increase."""
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
@@ -64,6 +68,13 @@ def _problem(cls: type[Pass]) -> tuple[str | None, str | None]:
     problem = _contract_problem(cls.contract)
     if problem is not None:
         return f"has no valid contract: {problem}", None
+    measures: object = cls.never_more
+    if not isinstance(measures, Set) or not MEASURES.issuperset(measures):
+        named = ", ".join(sorted(MEASURES))
+        return f"says never_more = {measures!r}, which is no set out of {named}", None
+    reason: object = cls.changes_again
+    if not isinstance(reason, str | None):
+        return "has a changes_again that is no reason", "say in a sentence why it does"
     fields = {field.name for field in dataclasses.fields(cls)}
     for role in ("positional", "free_options"):
         field = getattr(cls, role, None)
@@ -105,10 +116,13 @@ def _contract_problem(contract: object) -> str | None:
         isinstance(each, str) for each in contract.assumptions
     ):
         return f"assumptions are a tuple of strings, not {contract.assumptions!r}"
+    bounds: dict[str, object] = {}
     if isinstance(contract, Approximate):
-        for name in ("rtol", "atol"):
-            bound = getattr(contract, name)
-            number = isinstance(bound, int | float) and not isinstance(bound, bool)
-            if not number or not 0 <= bound < math.inf:
-                return f"{name} is a number from 0 on, not {bound!r}"
+        bounds = {"rtol": contract.rtol, "atol": contract.atol}
+    elif isinstance(contract, Lossy) and contract.noise is not None:
+        bounds = {"noise": contract.noise}
+    for name, bound in bounds.items():
+        number = isinstance(bound, int | float) and not isinstance(bound, bool)
+        if not number or not 0 <= bound < math.inf:  # type: ignore[operator]
+            return f"{name} is a number from 0 on, not {bound!r}"
     return None
