@@ -1,0 +1,216 @@
+#!/usr/bin/env python3
+"""Plant faults into passes and see whether `check_pass` finds them.
+
+Each fault of mutations.py is planted in a process of its own, in which `lwc.verify.check_pass`
+checks the pass with default settings. The table says what was found, after how many graphs and
+seconds, and how small the reproducer is. `--clean` runs the passes without a fault instead: every
+report is a false alarm then.
+
+    python tools/bench/mutants.py [--only WORDS] [--jobs 2] [--json FILE]
+    python tools/bench/mutants.py --clean [--examples 2000] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from mutations import MUTATIONS, Mutation
+
+LIMIT = 60.0
+"""Seconds in which a fault must be found."""
+
+CLEAN = ("canonicalize", "fold-linear", "infer-shapes", "quantize-weights", "bind-dims{N=3}")
+
+
+def plant(mutation: Mutation) -> ModuleType:
+    """Import the changed module under its own name, before anything else imports it.
+
+    Raises:
+        ValueError: The text to replace does not occur exactly once.
+    """
+    spec = importlib.util.find_spec(mutation.module)
+    assert spec is not None
+    assert spec.origin is not None
+    source = Path(spec.origin).read_text(encoding="utf-8")
+    if source.count(mutation.old) != 1:
+        raise ValueError(
+            f"'{mutation.name}': its text occurs {source.count(mutation.old)} times in "
+            f"{mutation.module}"
+        )
+    changed = source.replace(mutation.old, mutation.new)
+    loaded = sys.modules.get(mutation.module)
+    if loaded is None:
+        loaded = importlib.util.module_from_spec(spec)
+        sys.modules[mutation.module] = loaded
+    exec(compile(changed, spec.origin, "exec"), loaded.__dict__)
+    return loaded
+
+
+def check(spec: str, seed: int, examples: int | None, seconds: float | None) -> dict[str, Any]:
+    """Check a pass and return what was found as plain data."""
+    from lwc.pipeline.spec import resolve
+    from lwc.verify.property import PassBrokenError, check_pass
+
+    settings: dict[str, Any] = {"seed": seed}
+    if examples is not None:
+        settings["examples"] = examples
+    if seconds is not None:
+        settings["seconds"] = seconds
+    start = time.perf_counter()
+    try:
+        report = check_pass(resolve(spec)[0], **settings)
+    except PassBrokenError as broken:
+        return {
+            "found": True,
+            "clause": broken.violation.clause,
+            "message": broken.violation.message.splitlines()[0],
+            "graphs": broken.examples,
+            "nodes": broken.reproducer.nodes,
+            "command": broken.reproducer.command,
+            "seconds": time.perf_counter() - start,
+        }
+    return {
+        "found": False,
+        "graphs": report.examples,
+        "changed": report.changed,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def run_child(arguments: list[str], timeout: float) -> dict[str, Any]:
+    """Run this program for one pass in a process of its own."""
+    command = [sys.executable, __file__, *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return {"found": False, "error": f"not done after {timeout:.0f} s", "seconds": timeout}
+    if done.returncode:
+        return {"found": False, "error": done.stderr.strip().splitlines()[-1], "seconds": 0.0}
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def run_mutants(
+    chosen: list[Mutation], jobs: int, seed: int, console: Console
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Plant each fault and show what became of it."""
+
+    def one(mutation: Mutation) -> dict[str, Any]:
+        index = str(MUTATIONS.index(mutation))
+        result = run_child(["--child", index, "--seed", str(seed)], 4 * LIMIT)
+        print(f"{mutation.name}: {result}", file=sys.stderr)
+        return {"name": mutation.name, "kind": mutation.kind, "pass": mutation.spec, **result}
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        rows = list(pool.map(one, chosen))
+    table = Table(title="faults planted, found by check_pass with default settings")
+    for column in ("fault", "kind", "pass", "found by", "graphs", "nodes", "seconds"):
+        table.add_column(
+            column, justify="left" if column in "fault kind pass found by" else "right"
+        )
+    for row in rows:
+        found = row["found"] and row["seconds"] <= LIMIT
+        verdict = row["clause"] if found else row.get("error", "NOT FOUND")
+        table.add_row(
+            row["name"], row["kind"], row["pass"], verdict, str(row.get("graphs", "-")),
+            str(row.get("nodes", "-")), f"{row['seconds']:.1f}",
+        )  # fmt: skip
+    console.print(table)
+    caught = [row for row in rows if row["found"] and row["seconds"] <= LIMIT]
+    summary = {
+        "faults": len(rows),
+        "found": len(caught),
+        "share": len(caught) / len(rows),
+        "median_nodes": statistics.median(row["nodes"] for row in caught) if caught else None,
+        "median_seconds": statistics.median(row["seconds"] for row in caught) if caught else None,
+        "slowest_seconds": max((row["seconds"] for row in caught), default=None),
+        "missed": [row["name"] for row in rows if row not in caught],
+    }
+    console.print(
+        f"{len(caught)} of {len(rows)} faults found within {LIMIT:.0f} s "
+        f"({100 * summary['share']:.1f} %); reproducers have {summary['median_nodes']} nodes, "
+        f"found after {summary['median_seconds']} s (medians); "
+        f"missed: {', '.join(summary['missed']) or 'none'}"
+    )
+    return summary, rows
+
+
+def run_clean(
+    specs: list[str], examples: int, jobs: int, seed: int, console: Console
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Check the passes as they are: nothing must be found."""
+
+    def one(spec: str) -> dict[str, Any]:
+        arguments = ["--clean-child", spec, "--examples", str(examples), "--seed", str(seed)]
+        result = run_child(arguments, 3600.0)
+        print(f"{spec}: {result}", file=sys.stderr)
+        return {"pass": spec, **result}
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        rows = list(pool.map(one, specs))
+    table = Table(title="passes as they are")
+    for column in ("pass", "graphs", "changed", "false alarms", "seconds"):
+        table.add_column(column, justify="left" if column == "pass" else "right")
+    for row in rows:
+        alarm = row.get("error") or (f"1 ({row['clause']})" if row["found"] else "0")
+        table.add_row(
+            row["pass"], str(row.get("graphs", "-")), str(row.get("changed", "-")), alarm,
+            f"{row['seconds']:.1f}",
+        )  # fmt: skip
+    console.print(table)
+    alarms = sum(bool(row["found"] or "error" in row) for row in rows)
+    console.print(f"{alarms} false alarms in {len(rows)} passes")
+    summary = {"false_alarms": alarms, "graphs": sum(row.get("graphs", 0) for row in rows)}
+    return summary, rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", metavar="WORDS", help="faults or passes whose name has them")
+    parser.add_argument("--clean", action="store_true", help="check the passes without a fault")
+    parser.add_argument("--examples", type=int, default=2000, help="graphs per pass with --clean")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", metavar="FILE", type=Path)
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--clean-child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child is not None:
+        mutation = MUTATIONS[arguments.child]
+        plant(mutation)
+        print(json.dumps(check(mutation.spec, arguments.seed, None, None)))
+        return
+    if arguments.clean_child is not None:
+        result = check(arguments.clean_child, arguments.seed, arguments.examples, 3600.0)
+        print(json.dumps(result))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if arguments.clean:
+        specs = [spec for spec in CLEAN if not arguments.only or arguments.only in spec]
+        summary, rows = run_clean(
+            specs, arguments.examples, arguments.jobs, arguments.seed, console
+        )
+    else:
+        chosen = [m for m in MUTATIONS if not arguments.only or arguments.only in m.name]
+        summary, rows = run_mutants(chosen, arguments.jobs, arguments.seed, console)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"summary": summary, "rows": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,533 @@
+"""Realistic faults to plant into passes: what `mutants.py` asks `check_pass` to find.
+
+Each one changes a few words of one module's source. The text to replace must occur exactly once,
+so that a fault that no longer fits the code is an error and not a fault that nobody plants.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["MUTATIONS", "Mutation"]
+
+CANONICAL = "lwc.passes.cleanup.canonical."
+LINEAR = "lwc.passes.cleanup.linear."
+QUANTIZATION = "lwc.passes.quantization."
+
+
+class Mutation(NamedTuple):
+    """A fault.
+
+    Attributes:
+        name: Names it in the table.
+        kind: What sort of mistake it is.
+        module: The module that is changed.
+        old: A text that occurs in it exactly once.
+        new: What takes its place.
+        spec: The pass that shows the fault, as pipeline text.
+    """
+
+    name: str
+    kind: str
+    module: str
+    old: str
+    new: str
+    spec: str = "canonicalize"
+
+
+MUTATIONS: tuple[Mutation, ...] = (
+    # Legality checks dropped
+    Mutation(
+        "neutral operand that broadcasts", "dropped legality check", CANONICAL + "identities",
+        "        if not edit.same_shape(node.inputs[kept], node.outputs[0]):\n"
+        '            return Miss("it may broadcast its operand")\n',
+        "",
+    ),
+    Mutation(
+        "neutral element on the left of a difference", "dropped legality check",
+        CANONICAL + "identities",
+        '_COMMUTES = {"Mul", "Add", "And", "Or"}',
+        '_COMMUTES = {"Mul", "Add", "And", "Or", "Sub", "Div", "Pow"}',
+    ),
+    Mutation(
+        "where with a branch that broadcasts", "dropped legality check", CANONICAL + "identities",
+        "    if not edit.same_shape(chosen, node.outputs[0]):\n"
+        '        return Miss("the chosen branch may be broadcast")\n',
+        "",
+    ),
+    Mutation(
+        "slice of a slice that others read", "dropped legality check", CANONICAL + "slices",
+        "    plain = inner.step == outer.step == 1 and min(*inner, *outer) >= 0\n",
+        "    plain = True\n",
+    ),
+    Mutation(
+        "exact casts that are not", "dropped legality check", CANONICAL + "casts",
+        "between not in _CONTAINS.get(start, ())",
+        "between == start",
+    ),
+    Mutation(
+        "concat of a split in any order", "dropped legality check", CANONICAL + "slices",
+        "split is None or list(node.inputs) != list(split.outputs)",
+        "split is None or len(node.inputs) != len(split.outputs)",
+    ),
+    Mutation(
+        "dropout whose mask is used", "dropped legality check", CANONICAL + "identities",
+        "    if len(node.outputs) > 1 and (node.outputs[1].uses() "
+        "or node.outputs[1].is_graph_output()):\n"
+        '        return Miss("its mask is used")\n',
+        "    if len(node.outputs) > 1:\n"
+        "        return [node.inputs[0], edit.constant(np.array(True))]\n",
+    ),
+    Mutation(
+        "duplicates by operator and inputs only", "dropped legality check",
+        CANONICAL + "duplicates",
+        "tuple(sorted((name, _attribute_key(each)) for name, each in node.attributes.items()))",
+        "tuple(sorted(node.attributes))",
+    ),
+    Mutation(
+        "linear operator whose result has other uses", "dropped legality check",
+        "lwc.passes.cleanup.fold_linear",
+        "    if not edit.single_use(linear.node.outputs[0]):\n",
+        "    if False:\n",
+        "fold-linear",
+    ),
+    Mutation(
+        "constant along another axis than the channels", "dropped legality check",
+        "lwc.passes.cleanup.fold_linear",
+        "    if affine.axis is not None and affine.axis != linear.channel_axis:\n"
+        '        return Miss("the constant does not vary along the output channels", linear.node)\n',
+        "",
+        "fold-linear",
+    ),
+    Mutation(
+        "shift before a convolution that pads", "dropped legality check",
+        "lwc.passes.cleanup.fold_linear",
+        '    if shifted and (node.op_type == "ConvTranspose" or _pads(node)):',
+        '    if shifted and node.op_type == "ConvTranspose":',
+        "fold-linear",
+    ),
+    Mutation(
+        "pad by any number", "dropped legality check", LINEAR + "padding",
+        "    elif fill != 0:\n",
+        "    elif fill is None:\n",
+        "fold-linear",
+    ),
+    Mutation(
+        "pad of batch or channels", "dropped legality check", LINEAR + "padding",
+        "    if any(begins[:2]) or any(ends[:2]):\n",
+        "    if False:\n",
+        "fold-linear",
+    ),
+    Mutation(
+        "gemm with a bias by row", "dropped legality check", LINEAR + "linear_ops",
+        "return all(dim == 1 for dim in shape[:-1]) and (not shape or shape[-1] in (1, outputs))",
+        "return not shape or shape[-1] in (1, outputs)",
+        "fold-linear",
+    ),
+    Mutation(
+        "if decided by a shape that is not known", "dropped legality check",
+        CANONICAL + "control",
+        "    scalar = edit.scalar(value)\n    return None if scalar is None else bool(scalar)\n",
+        "    scalar = edit.scalar(value)\n    return True if scalar is None else bool(scalar)\n",
+    ),
+    # Swapped and misplaced
+    Mutation(
+        "swapped slice halves", "swapped operands", CANONICAL + "slices",
+        '        [merged[axis].start for axis in axes],\n'
+        '        [merged[axis].end for axis in axes],\n',
+        '        [merged[axis].end for axis in axes],\n'
+        '        [merged[axis].start for axis in axes],\n',
+    ),
+    Mutation(
+        "branches of a decided if", "swapped operands", CANONICAL + "control",
+        '"then_branch" if condition else "else_branch"',
+        '"else_branch" if condition else "then_branch"',
+    ),
+    Mutation(
+        "branches of a decided where", "swapped operands", CANONICAL + "identities",
+        "        chosen = yes if decided else no\n",
+        "        chosen = no if decided else yes\n",
+    ),
+    Mutation(
+        "permutations composed the wrong way round", "swapped operands", CANONICAL + "layout",
+        "    both = [first[axis] for axis in second]\n",
+        "    both = [second[axis] for axis in first]\n",
+    ),
+    Mutation(
+        "subtrahend and minuend", "swapped operands", LINEAR + "affine",
+        "return Affine(source, one, -c, axis) if index else Affine(source, -one, c, axis)",
+        "return Affine(source, one, -c, axis)",
+        "fold-linear",
+    ),
+    Mutation(
+        "operands of a concat tree reversed", "swapped operands", CANONICAL + "slices",
+        "            stack.extend(reversed(inner.inputs))\n",
+        "            stack.extend(inner.inputs)\n",
+    ),
+    # Off by one, wrong axis
+    Mutation(
+        "axis of merged unsqueezes", "axis off by one", CANONICAL + "layout",
+        "        return sorted(added | {kept[axis % middle] for axis in first})\n",
+        "        return sorted(added | {axis % middle for axis in first})\n",
+    ),
+    Mutation(
+        "axis of merged squeezes", "axis off by one", CANONICAL + "layout",
+        "    return sorted(removed | {kept[axis % len(kept)] for axis in second})\n",
+        "    return sorted(removed | {axis % len(kept) for axis in second})\n",
+    ),
+    Mutation(
+        "end of a composed slice", "axis off by one", CANONICAL + "slices",
+        "    end = min(inner.end, inner.start + outer.end)\n",
+        "    end = min(inner.end, outer.end)\n",
+    ),
+    Mutation(
+        "negative axis of a gather", "axis off by one", CANONICAL + "slices",
+        'axis = attribute(gather, "axis", 0) % rank\n',
+        'axis = attribute(gather, "axis", 0)\n',
+    ),
+    Mutation(
+        "unsqueezed gather on another axis", "axis off by one", CANONICAL + "slices",
+        "    if len(axes) != 1 or axes[0] % rank != axis or not edit.single_use(value):\n",
+        "    if len(axes) != 1 or not edit.single_use(value):\n",
+    ),
+    Mutation(
+        "batch norm on the last axis", "axis off by one", LINEAR + "affine",
+        "    return Affine(source, scale, beta - mean * scale, 1)\n",
+        "    return Affine(source, scale, beta - mean * scale, len(edit.shape(source) or (0, 0)) - 1)\n",
+        "fold-linear",
+    ),
+    Mutation(
+        "scale of the output channels on the inputs", "scale on the wrong axis",
+        LINEAR + "linear_ops",
+        '        if op == "MatMul" or (op == "Gemm" and not attribute(linear.node, "transB", 0)):\n'
+        "            return weight * scale\n"
+        '        if op == "ConvTranspose":\n',
+        '        if op == "MatMul" or (op == "Gemm" and not attribute(linear.node, "transB", 0)):\n'
+        "            return weight * (scale if weight.shape[0] != scale.size else scale[:, None])\n"
+        '        if op == "ConvTranspose":\n',
+        "fold-linear",
+    ),
+    Mutation(
+        "scale of a transposed gemm", "scale on the wrong axis", LINEAR + "linear_ops",
+        'return weight * (scale if attribute(linear.node, "transB", 0) else scale[:, None])',
+        "return weight * scale[:, None]",
+        "fold-linear",
+    ),
+    Mutation(
+        "groups of a transposed convolution", "scale on the wrong axis", LINEAR + "linear_ops",
+        "            grouped = weight.reshape(linear.groups, -1, *weight.shape[1:])\n"
+        "            factors = scale.reshape(linear.groups, 1, -1, *([1] * (weight.ndim - 2)))\n",
+        "            grouped = weight.reshape(1, -1, *weight.shape[1:])\n"
+        "            factors = scale[: weight.shape[1]].reshape(1, 1, -1, *([1] * (weight.ndim - 2)))\n",
+        "fold-linear",
+    ),
+    # Attributes
+    Mutation(
+        "keepdims ignored", "missing keepdims", CANONICAL + "identities",
+        '    if attribute(node, "keepdims", 1):\n        return None\n',
+        '    if attribute(node, "keepdims", 1) == 7:\n        return None\n',
+    ),
+    Mutation(
+        "reduction of ones keeps the axis", "missing keepdims", CANONICAL + "identities",
+        '    return edit.op("Squeeze", [node.inputs[0], edit.constant(list(axes), "axes")])\n',
+        "    return node.inputs[0]\n",
+    ),
+    Mutation(
+        "squeeze with axes as an attribute", "wrong opset attribute", CANONICAL + "identities",
+        '    return edit.op("Squeeze", [node.inputs[0], edit.constant(list(axes), "axes")])\n',
+        '    return edit.op("Squeeze", [node.inputs[0]], {"axes": list(axes)})\n',
+    ),
+    Mutation(
+        "concat without its axis", "wrong opset attribute", CANONICAL + "slices",
+        '    return edit.op("Concat", operands, {"axis": axis})\n',
+        '    return edit.op("Concat", operands)\n',
+    ),
+    Mutation(
+        "gather that forgets its axis", "lost attribute", CANONICAL + "slices",
+        '    return edit.op("Gather", [gather.inputs[0], indices], {"axis": axis})\n',
+        '    return edit.op("Gather", [gather.inputs[0], indices])\n',
+    ),
+    Mutation(
+        "beta of a gemm forgotten", "lost attribute", LINEAR + "linear_ops",
+        "        return bias * beta\n",
+        "        return bias * 1.0\n",
+        "fold-linear",
+    ),
+    Mutation(
+        "epsilon of a batch norm forgotten", "lost attribute", LINEAR + "affine",
+        '    scale = gamma / np.sqrt(variance + attribute(node, "epsilon", 1e-5))\n',
+        "    scale = gamma / np.sqrt(variance)\n",
+        "fold-linear",
+    ),
+    Mutation(
+        "padding of the window itself forgotten", "lost attribute", LINEAR + "padding",
+        "    total = [a + b for a, b in zip(own, added, strict=True)]\n",
+        "    total = list(added)\n",
+        "fold-linear",
+    ),
+    # Consumers and outputs
+    Mutation(
+        "last consumer not redirected", "lost consumer", "lwc.rewrite.editor",
+        "        for user, index in list(old.uses()):\n"
+        "            user.replace_input_with(index, new)\n"
+        "            self.touch(user, inputs_changed=True)\n"
+        "        self.changed = True\n",
+        "        for user, index in list(old.uses())[: max(1, len(old.uses()) - 1)]:\n"
+        "            user.replace_input_with(index, new)\n"
+        "            self.touch(user, inputs_changed=True)\n"
+        "        self.changed = True\n",
+    ),
+    Mutation(
+        "graph output left behind", "graph output dropped", "lwc.rewrite.editor",
+        "                if output is old:\n                    graph.outputs[index] = new\n",
+        "                if output is old:\n                    pass\n",
+    ),
+    Mutation(
+        "graph output renamed", "graph output dropped", "lwc.rewrite.editor",
+        "            self._take_name(old, new)\n        elif fresh",
+        "            pass\n        elif fresh",
+    ),
+    Mutation(
+        "identity of an output removed with it", "graph output dropped",
+        CANONICAL + "duplicates",
+        "        if old.is_graph_output() and not editor.may_become_output(new, graph):\n"
+        "            return False\n",
+        "        if old.is_graph_output():\n"
+        "            graph.outputs.pop()\n",
+    ),
+    Mutation(
+        "used nodes erased as dead", "lost consumer", "lwc.rewrite.editor",
+        "return not any(use_count(value) or value.is_graph_output() for value in node.outputs)",
+        "return not any(use_count(value) > 1 or value.is_graph_output() for value in node.outputs)",
+    ),
+    Mutation(
+        "weights that are outputs removed", "graph output dropped", "lwc.rewrite.unused",
+        "or value.is_graph_output() or value.is_graph_input()",
+        "or value.is_graph_input()",
+    ),
+    # Shapes and types
+    Mutation(
+        "shapes from before the rewrite", "stale shape", "lwc.passes.cleanup.infer_shapes",
+        "        value.shape = ir.Shape([_written(dim, shapes) for dim in fact.shape])\n",
+        "        value.shape = value.shape or ir.Shape([_written(dim, shapes) for dim in fact.shape[::-1]])\n",
+        "infer-shapes",
+    ),
+    Mutation(
+        "shape kept by what takes its place", "stale shape", "lwc.rewrite.editor",
+        "            new.type = old.type or new.type\n",
+        "            new.type = old.type or new.type\n            old.shape = ir.Shape([1])\n",
+    ),
+    Mutation(
+        "two unknown extents taken as equal", "unknown dimensions as equal",
+        "lwc.analysis.shapes",
+        '        base = f"{name}_dim{axis}" if name else "dim"\n'
+        "        while base in self._taken:\n"
+        '            base += "_"\n',
+        '        base = "unknown"\n',
+    ),
+    Mutation(
+        "fresh extents of two broadcasts taken as equal", "unknown dimensions as equal",
+        "lwc.analysis.shapes",
+        "            else:\n                found = self.fresh()\n            self._broadcasts[a, b]",
+        "            else:\n                found = a\n            self._broadcasts[a, b]",
+    ),
+    Mutation(
+        "reshape target that copies the wrong extent", "unknown dimensions as equal",
+        CANONICAL + "layout",
+        "        elif index < len(source) and edit.same_dim(source[index], dim):\n"
+        "            target.append(0)\n"
+        "        else:\n"
+        "            target.append(-1)\n",
+        "        elif index < len(source):\n"
+        "            target.append(0)\n"
+        "        else:\n"
+        "            target.append(-1)\n",
+    ),
+    Mutation(
+        "expand that was needed", "broadcast ignored", CANONICAL + "shape_values",
+        "        if shape is None or not _broadcasts_to([shape, *others], result, edit):\n",
+        "        if shape is None:\n",
+    ),
+    Mutation(
+        "wider constant read as a row", "broadcast ignored", LINEAR + "affine",
+        "        if rank is None or len(tensor.shape) > rank:\n            return None\n"
+        "        shape = (1,) * (rank - len(tensor.shape)) + tuple(tensor.shape.numpy())\n",
+        "        if rank is None:\n            return None\n"
+        "        shape = ((1,) * (rank - len(tensor.shape)) + tuple(tensor.shape.numpy()))[-rank:]\n",
+        "fold-linear",
+    ),
+    Mutation(
+        "cast dropped with the type it gave", "dtype lost", CANONICAL + "casts",
+        'return node.inputs[0] if have is not None and have == attribute(node, "to") else None',
+        "return node.inputs[0] if have is not None and not node.outputs[0].is_graph_output() "
+        "else None",
+    ),
+    Mutation(
+        "folded constants in float64", "dtype lost", CANONICAL + "folding",
+        "            return edit.constant(result)\n",
+        "            return edit.constant(result.astype(np.float64) if result.dtype == np.float32 "
+        "else result)\n",
+    ),
+    Mutation(
+        "filled tensor as an integer", "dtype lost", CANONICAL + "evaluate",
+        "    return np.full(inputs[0].tolist(), value.reshape(()), dtype=value.dtype)\n",
+        "    return np.full(inputs[0].tolist(), int(value.reshape(())))\n",
+    ),
+    # Arithmetic
+    Mutation(
+        "zero that changes a sign", "wrong arithmetic", CANONICAL + "identities",
+        "            if negative_zero != (op == \"Add\"):\n",
+        "            if False and negative_zero != (op == \"Add\"):\n",
+    ),
+    Mutation(
+        "one is neutral for addition", "wrong arithmetic", CANONICAL + "identities",
+        '"Pow": 1, "Add": 0,',
+        '"Pow": 1, "Add": 1,',
+    ),
+    Mutation(
+        "tanh is idempotent", "wrong arithmetic", CANONICAL + "identities",
+        '@rule("Relu", "Abs", "Ceil", "Floor", "Round", "Sign")',
+        '@rule("Relu", "Abs", "Ceil", "Floor", "Round", "Sign", "Tanh")',
+    ),
+    Mutation(
+        "integer division rounds down", "wrong arithmetic", CANONICAL + "evaluate",
+        "    return np.asarray(quotient + (inexact & ((a < 0) != (b < 0))).astype(a.dtype))\n",
+        "    return np.asarray(quotient + 0 * inexact.astype(a.dtype))\n",
+    ),
+    Mutation(
+        "bias not scaled", "wrong arithmetic", "lwc.passes.cleanup.fold_linear",
+        "        bias = folder.bias(linear) * affine.scale + affine.shift\n",
+        "        bias = folder.bias(linear) + affine.shift\n",
+        "fold-linear",
+    ),
+    Mutation(
+        "merged factors added", "wrong arithmetic", "lwc.passes.cleanup.fold_linear",
+        'both = inner.scale * outer.scale if node.op_type == "Mul" else inner.shift + outer.shift',
+        'both = inner.scale + outer.scale if node.op_type == "Mul" else inner.shift + outer.shift',
+        "fold-linear",
+    ),
+    Mutation(
+        "loop that runs once for a count of two", "wrong arithmetic", CANONICAL + "control",
+        "    if trips is None or trips[0] != 1 or go_on is None:\n",
+        "    if trips is None or go_on is None:\n",
+    ),
+    # What a pass says of itself, and how it works
+    Mutation(
+        "initializer written into", "shared initializer mutated", LINEAR + "linear_ops",
+        "        if scale.size == 1:\n            return weight * scale.reshape(())\n"
+        '        if op == "MatMul" or',
+        "        if scale.size == 1:\n"
+        "            original = self._edit.tensor(linear.weight).numpy()\n"
+        "            original.setflags(write=True)\n"
+        "            original *= scale.reshape(()).astype(original.dtype)\n"
+        "            return original.astype(np.float64)\n"
+        '        if op == "MatMul" or',
+        "fold-linear",
+    ),
+    Mutation(
+        "weights copied for nothing", "shared initializer mutated", "lwc.rewrite.unused",
+        "    gone: Counter[str] = Counter()\n",
+        "    gone: Counter[str] = Counter()\n"
+        "    for _, value in list(module.initializers()):\n"
+        "        if value.const_value is not None:\n"
+        "            value.const_value = ir.Tensor(value.const_value.numpy().copy(), "
+        "name=value.name)\n",
+    ),
+    Mutation(
+        "order of a set", "non-determinism", CANONICAL + "slices",
+        "    axes = sorted(merged)\n",
+        "    axes = sorted(merged, key=lambda axis: hash((axis, id(node))))\n",
+    ),
+    Mutation(
+        "names in the order of a set", "non-determinism", "lwc.core.module",
+        "        self._counters[stem] = count\n        names.add(name)\n",
+        "        name = f\"{name}_{id(self) % 9973}\"\n"
+        "        self._counters[stem] = count\n        names.add(name)\n",
+    ),
+    Mutation(
+        "rule that looks at names", "non-determinism", CANONICAL + "identities",
+        "    training = node.inputs[2] if len(node.inputs) > 2 else None\n",
+        "    training = node.inputs[2] if len(node.inputs) > 2 else None\n"
+        "    if (node.name or \"\").endswith(\"_node\"):\n        return None\n",
+    ),
+    Mutation(
+        "change denied", "changed lying", "lwc.passes.cleanup.infer_shapes",
+        "            changed=annotated > 0,\n",
+        "            changed=annotated > 3,\n",
+        "infer-shapes",
+    ),
+    Mutation(
+        "change claimed", "changed lying", "lwc.passes.cleanup.canonicalize",
+        "        if not changed:\n            ctx.note(\"nothing to simplify\")\n",
+        "        if not changed:\n            changed = True\n",
+    ),
+    Mutation(
+        "names of the second match", "name clash", "lwc.core.module",
+        "        unique = self.fresh_name(name)\n        if not isinstance",
+        "        unique = name\n        if not isinstance",
+    ),
+    Mutation(
+        "names of inlined nodes", "name clash", CANONICAL + "control",
+        "            value.name = fresh(value.name)\n",
+        "            pass\n",
+    ),
+    Mutation(
+        "one round too few", "not idempotent", "lwc.passes.cleanup.canonicalize",
+        "_ROUNDS = 8\n",
+        "_ROUNDS = 1\n",
+    ),
+    Mutation(
+        "neighbours not visited again", "not idempotent", "lwc.rewrite.editor",
+        "        self.touch(*(user for user, _ in value.uses()))\n",
+        "        pass\n",
+    ),
+    Mutation(
+        "rules forget that nothing matched", "crash", CANONICAL + "layout",
+        "    if before is None or after is None:\n        return None\n"
+        "    wanted = reshape_target",
+        "    wanted = reshape_target",
+    ),
+    # Quantization
+    Mutation(
+        "scales per input", "scale on the wrong axis", QUANTIZATION + "weight_uses",
+        'uses.append(WeightUse(node, "MatMul", flipped))',
+        'uses.append(WeightUse(node, "MatMul", not flipped))',
+        "quantize-weights",
+    ),
+    Mutation(
+        "nibbles in the wrong order", "swapped operands", QUANTIZATION + "packing",
+        "        high = codes[1::2]\n"
+        "        np.left_shift(high, np.uint8(4), out=high)\n"
+        "        codes = np.bitwise_or(codes[0::2], high)\n",
+        "        high = codes[0::2]\n"
+        "        np.left_shift(high, np.uint8(4), out=high)\n"
+        "        codes = np.bitwise_or(codes[1::2], high)\n",
+        "quantize-weights",
+    ),
+    Mutation(
+        "alpha of a gemm forgotten", "lost attribute", QUANTIZATION + "lowering",
+        "    if alpha != 1:\n",
+        "    if False:\n",
+        "quantize-weights",
+    ),
+    Mutation(
+        "transposed gemm read as it lies", "axis off by one", QUANTIZATION + "weight_uses",
+        'flipped != bool(_integer(node, "transB", 0))',
+        "flipped",
+        "quantize-weights",
+    ),
+    Mutation(
+        "zero point off by one", "axis off by one", QUANTIZATION + "rounding",
+        "        return Codes(codes, best.scales, best.zeros.astype(np.uint8), error, squared_weight)\n",
+        "        return Codes(\n"
+        "            codes, best.scales, best.zeros.astype(np.uint8) ^ 3, error, squared_weight\n"
+        "        )\n",
+        "quantize-weights",
+    ),
+    Mutation(
+        "bias lost with the gemm", "lost consumer", QUANTIZATION + "lowering",
+        "    if addend is not None:\n",
+        "    if addend is not None and bias is None:\n",
+        "quantize-weights",
+    ),
+)  # fmt: skip
