@@ -85,6 +85,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "verify":
+        return importlib.import_module("lwc.verify")
     home = _HOME.get(name)
     if home is None:
         raise AttributeError(f"module 'lwc' has no attribute '{name}'")
@@ -92,4 +94,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted([*globals(), *_HOME, "verify"])

@@ -1,1 +1,93 @@
-"""Checks that a module is well formed and that a pass kept its meaning."""
+"""Checks that a module is well formed, that a pass kept its meaning, and that it always does.
+
+`check_pass` and `passes_hold` check a pass on graphs that hypothesis draws; `FeedSpec` describes
+the inputs they may have; `sketches`, `Motif` and `Sketch` make other graphs. Attributes load on
+first use: hypothesis is an extra, and most runs of lwc need none of this.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lwc.calibration.feeds import FeedSpec
+    from lwc.core.errors import VerificationError
+    from lwc.verify.contract import ContractSettings, ContractViolation, check_contract
+    from lwc.verify.generate.default import graphs_for
+    from lwc.verify.generate.grammar import GRAMMAR
+    from lwc.verify.generate.motifs import MOTIFS
+    from lwc.verify.generate.near_misses import with_near_misses
+    from lwc.verify.generate.patterns import matching
+    from lwc.verify.generate.sketch import Motif, Sketch, sketches
+    from lwc.verify.numeric import compare
+    from lwc.verify.property import CheckReport, PassBrokenError, check_pass, passes_hold
+    from lwc.verify.reduce import reduce_module
+    from lwc.verify.structural import verify_structure
+    from lwc.verify.types import verify_types
+
+_HOME = {
+    "CheckReport": "lwc.verify.property",
+    "ContractSettings": "lwc.verify.contract",
+    "ContractViolation": "lwc.verify.contract",
+    "FeedSpec": "lwc.calibration.feeds",
+    "GRAMMAR": "lwc.verify.generate.grammar",
+    "MOTIFS": "lwc.verify.generate.motifs",
+    "Motif": "lwc.verify.generate.sketch",
+    "PassBrokenError": "lwc.verify.property",
+    "Sketch": "lwc.verify.generate.sketch",
+    "VerificationError": "lwc.core.errors",
+    "check_contract": "lwc.verify.contract",
+    "check_pass": "lwc.verify.property",
+    "compare": "lwc.verify.numeric",
+    "graphs_for": "lwc.verify.generate.default",
+    "matching": "lwc.verify.generate.patterns",
+    "passes_hold": "lwc.verify.property",
+    "reduce_module": "lwc.verify.reduce",
+    "sketches": "lwc.verify.generate.sketch",
+    "verify_structure": "lwc.verify.structural",
+    "verify_types": "lwc.verify.types",
+    "with_near_misses": "lwc.verify.generate.near_misses",
+}
+
+__all__ = [
+    "GRAMMAR",
+    "MOTIFS",
+    "CheckReport",
+    "ContractSettings",
+    "ContractViolation",
+    "FeedSpec",
+    "Motif",
+    "PassBrokenError",
+    "Sketch",
+    "VerificationError",
+    "check_contract",
+    "check_pass",
+    "compare",
+    "graphs_for",
+    "matching",
+    "passes_hold",
+    "reduce_module",
+    "sketches",
+    "verify_structure",
+    "verify_types",
+    "with_near_misses",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'lwc.verify' has no attribute '{name}'")
+    try:
+        return getattr(importlib.import_module(home), name)
+    except ModuleNotFoundError as error:
+        if error.name != "hypothesis":
+            raise
+        from lwc.core.errors import MissingExtraError
+
+        raise MissingExtraError(f"lwc.verify.{name}", "verify") from error
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -88,12 +88,15 @@ class ContractSettings:
         seed: Seed of feeds and names.
         generated: The module comes from a generator: its dimensions may have any extent, and its
             integer inputs any value.
+        thorough: Tells from the rewrites of a run whether the clauses that run the pass again
+            (`repetition`, `names`, `idempotence`, `round trip`, `cost`) are checked too.
     """
 
     feeds: FeedSpec = field(default_factory=FeedSpec)
     granted: frozenset[str] = frozenset()
     seed: int = 0
     generated: bool = False
+    thorough: Callable[[Mapping[str, int]], bool] = lambda rewrites: True
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,8 @@ class _Check:
         outcome = ContractOutcome(changed=True, record=record)
         if deterministic:
             outcome = self._check_outputs(after, outcome)
+        if not self.settings.thorough(record.rewrites):
+            return outcome
         self._check_repetition(after)
         self._check_names(after)
         self._check_idempotence(after)

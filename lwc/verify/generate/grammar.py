@@ -57,6 +57,27 @@ def with_constant(s: Sketch) -> ir.Value:
     return s.emit(op, *operands)
 
 
+def neutral_constant(s: Sketch) -> ir.Value:
+    """An operation with its neutral element on either side, which may widen the value."""
+    x = s.pick()
+    op, number = s.choose(("Mul", 1.0), ("Add", 0.0), ("Sub", 0.0), ("Div", 1.0), ("Pow", 1.0))
+    if op == "Pow":
+        x = s.emit("Abs", x)
+    rank = s.rank(x)
+    if s.flip() and rank:
+        # An extent of 1 that the constant may widen.
+        x = s.reduce("ReduceMax", x, [s.integer(0, rank - 1)], keepdims=1)
+    shape = [1] * s.choose(0, rank, rank + 1)
+    if shape and s.flip():
+        shape[-1] = 8 if not isinstance(s.shape(x)[-1], int) or s.shape(x)[-1] in (1, 8) else 1
+    neutral = s.constant(np.full(shape, -number if s.rarely() else number, np.float32))
+    if not s.broadcasts(s.shape(x), s.shape(neutral)):
+        neutral = s.constant(np.float32(number))
+    if op in ("Div", "Pow") or not s.flip():
+        return s.emit(op, x, neutral)
+    return s.emit(op, neutral, x)
+
+
 def two_constants(s: Sketch) -> ir.Value:
     """x with one constant, then with another: candidates for merging."""
     op = s.choose("Mul", "Add")
@@ -511,7 +532,7 @@ def integers(s: Sketch) -> ir.Value:
 
 
 _STEPS: tuple[Step, ...] = (
-    unary, repeated_unary, binary, with_constant, two_constants, ratio, variadic, clip, comparison,
+    unary, repeated_unary, binary, with_constant, neutral_constant, two_constants, ratio, variadic, clip, comparison,
     constant_choice, reduction, reduction_of_ones, arg_max, softmax, transpose, there_and_back,
     unsqueeze, unsqueeze_and_squeeze, flatten, split_last, computed_reshape, swapped_reshape,
     compared_extents, extent_arithmetic, slices, halves, split_and_concat, concat, empty_operand,
@@ -520,7 +541,4 @@ _STEPS: tuple[Step, ...] = (
     two_unknown_extents, integers,
 )  # fmt: skip
 
-GRAMMAR: tuple[Motif, ...] = tuple(
-    Motif(step.__name__.replace("_", "-"), step)  # type: ignore[attr-defined]
-    for step in _STEPS
-)
+GRAMMAR: tuple[Motif, ...] = tuple(Motif(step.__name__.replace("_", "-"), step) for step in _STEPS)
