@@ -280,6 +280,8 @@ class Editor:
         """Make small initializers of equal content in the main graph one; return how many went."""
         gone = 0
         for value in list(self.module.graph.initializers.values()):
+            if not use_count(value):
+                continue
             tensor = self.tensor(value)
             key = None if tensor is None else _content_key(tensor)
             if key is None:
