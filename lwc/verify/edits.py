@@ -14,7 +14,7 @@ import onnx_ir as ir
 from lwc.core.module import Module
 from lwc.core.schemas import find_schema
 from lwc.core.walk import attribute_graphs, graph_and_subgraphs, is_default_domain
-from lwc.verify.extract import detach
+from lwc.verify.extract import ExtractError, detach
 from lwc.verify.observe import Observed
 
 __all__ = [
@@ -224,6 +224,8 @@ def _replace(node: ir.Node, values: Sequence[ir.Value]) -> None:
     graph = node.graph
     assert graph is not None
     for old, new in zip(node.outputs, values, strict=False):
+        if old.is_graph_output() and new.graph is not graph:
+            raise ExtractError(f"'{new.name}' of an outer graph cannot be an output")
         for user, index in list(old.uses()):
             user.replace_input_with(index, new)
         graph.outputs[:] = [new if each is old else each for each in graph.outputs]

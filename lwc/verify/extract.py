@@ -26,7 +26,7 @@ __all__ = [
 
 
 class ExtractError(LwcError):
-    """These nodes make no module: the type of a value at their border is not known."""
+    """No module can be made so: the type of a value at the border is not known, for example."""
 
 
 def extract(
@@ -121,7 +121,7 @@ def sweep(module: Module, before: Usage) -> None:
     for name in [name for name in graph.initializers if name in idle]:
         del graph.initializers[name]
     for key in before.functions - _called(module):
-        del module.model.functions[key]
+        module.model.functions.pop(key, None)  # inlining may have removed it
 
 
 def nodes_within(node: ir.Node) -> Iterator[ir.Node]:

@@ -17,6 +17,7 @@ from lwc.core.dims import Dim, DimShape, symbol
 from lwc.core.errors import LwcError
 from lwc.core.module import Module
 from lwc.core.walk import attribute_graphs, graph_and_subgraphs, is_random
+from lwc.pipeline.passes import Feed
 
 __all__ = ["Observation", "Observed", "observe"]
 
@@ -61,11 +62,13 @@ class Observed:
     Attributes:
         values: By name; where values of sibling bodies share a name, the last of them.
         extents: What each dimension was in the observed run, by name.
+        feed: What the module was run on.
         failure: Why the module could not be run, or None. Then only inference speaks.
     """
 
     values: Mapping[str, Observation] = field(default_factory=dict)
     extents: Mapping[str, int] = field(default_factory=dict)
+    feed: Feed = field(default_factory=dict)
     failure: str | None = None
 
     def of(self, value: ir.Value) -> Observation:
@@ -97,7 +100,7 @@ class _Observer:
         self.fixed = _weights_only(module)
 
     def observe(self, seed: int, threads: int | None) -> Observed:
-        feed: Mapping[str, Any] = {}
+        feed: Feed = {}
         arrays: dict[str, Any] = {}
         failure = None
         exposed = [v.name for v in self._main() if v.name and self._exposable(v)]
@@ -117,7 +120,7 @@ class _Observer:
                 if value.name:
                     array = arrays.get(value.name) if main else None
                     values[value.name] = self._observation(value, array, extents)
-        return Observed(values, extents, failure)
+        return Observed(values, extents, feed, failure)
 
     def _main(self) -> Iterator[ir.Value]:
         for node in self.module.graph:

@@ -102,14 +102,8 @@ def test_a_piece_computes_what_it_did_in_the_whole(text: str, data: st.DataObjec
     verify_structure(module)
     observed = observe(module, threads=1)
     assert observed.failure is None
-    size = observed.extents["batch"]
-    rng = np.random.default_rng(0)
-    feed: dict[str, Array] = {
-        "x": rng.standard_normal((size, 4, 6), np.float32),
-        "u": rng.standard_normal((size, 6, 4), np.float32),
-    }
     inner = [v.name or "" for node in module.graph for v in node.outputs]
-    whole = {**feed, **run(module, feed, inner)}
+    whole = {**observed.feed, **run(module, observed.feed, inner)}
     nodes = list(module.graph)
     keep = data.draw(st.sets(st.sampled_from(range(len(nodes))), min_size=1))
     try:
