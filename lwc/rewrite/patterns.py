@@ -170,7 +170,8 @@ class _Compiled:
         if objection is not None or nearest is None:
             return objection
         needed = max(2, (len(variant._target_pattern) + 1) // 2)
-        if nearest.matched >= needed or edit.asks_about(node):
+        asked = edit.asks_about(node) or edit.asks_about(nearest.node)
+        if nearest.matched >= needed or asked:
             return Miss(nearest.reason, nearest.node)
         return None
 

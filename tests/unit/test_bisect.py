@@ -22,6 +22,7 @@ from lwc.pipeline.bisect import Culprit, bisect
 from lwc.pipeline.instruments import History
 from lwc.pipeline.manager import PassManager
 from lwc.pipeline.passes import Lossy, Pass, PassContext, PassResult
+from lwc.pipeline.registry import default_registry
 from lwc.pipeline.rule_pass import RulePass
 from lwc.rewrite import ANY, Editor, Outcome, Rule, rule
 
@@ -326,6 +327,7 @@ def test_the_command_line_names_pass_and_rewrite(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    default_registry.cache_clear()
     onnx.save(factors(40), "in.onnx")
     Path("lwc_test_merge.py").write_text(PLUGIN)
     plugin = "--load-pass-plugin=lwc_test_merge.py"
@@ -336,11 +338,13 @@ def test_the_command_line_names_pass_and_rewrite(
     first, second = out.splitlines()
     assert first.startswith("pass 3, merge-factors, is the first to differ: output 'y'")
     assert second == "  rewrite 24 of 40, double at Mul 'm23', is the first after which it does"
+    default_registry.cache_clear()
     code = main(["in.onnx", plugin, "-p", "look,break-output", "--bisect", "-q"])
     first, second = capsys.readouterr().out.splitlines()
     assert code == 1
     assert first.startswith("pass 2, break-output, is the first to fail verification: ")
     assert "counts no rewrites" in second
+    default_registry.cache_clear()
 
 
 def test_context_of_reruns_is_that_of_the_run() -> None:
