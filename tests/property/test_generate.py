@@ -12,12 +12,16 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import UnsatisfiedAssumption
-from support import plain_session
+from support import module_of, ops, plain_session
 
 from lwc.calibration.feeds import dim_names, make_feed
 from lwc.core.module import Module
+from lwc.core.printer import print_module
 from lwc.verify.generate.motifs import MOTIFS
+from lwc.verify.generate.mutations import MUTATIONS, Mutant, Mutation
+from lwc.verify.generate.near_misses import mutate, with_near_misses
 from lwc.verify.generate.sketch import Motif, Sketch, sketches
+from lwc.verify.generate.validity import is_valid, restate
 from lwc.verify.structural import verify_structure
 
 if TYPE_CHECKING:
@@ -88,3 +92,70 @@ def test_sketches(opset: int) -> None:
         check(module)
 
     run()
+
+
+@DRAWN
+@given(st.data(), sketches(MOTIFS, steps=(1, 3)))
+def test_near_misses(data: st.DataObject, module: Module) -> None:
+    before = module.fingerprint()
+    twin = mutate(cast("DrawFn", data.draw), module)
+    assert module.fingerprint() == before, "a near miss leaves the graph it comes from alone"
+    check(twin)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
+def test_mutation(mutation: Mutation) -> None:
+    """Each change is made somewhere, changes the graph where it says so, and may be valid."""
+    valid = 0
+
+    @settings(DRAWN, max_examples=60)
+    @given(st.data(), sketches(MOTIFS, steps=(1, 3)))
+    def run(data: st.DataObject, module: Module) -> None:
+        nonlocal valid
+        before = print_module(module)
+        twin = module.clone()
+        change = mutation(Mutant(cast("DrawFn", data.draw), twin))
+        assert print_module(module) == before
+        if change is None:
+            return
+        restate(twin)
+        assert print_module(twin) != before, change
+        valid += is_valid(twin)
+
+    run()
+    assert valid >= 3
+
+
+def test_a_graph_comes_before_its_near_misses() -> None:
+    drawn: list[Module] = []
+
+    @settings(DRAWN, max_examples=20)
+    @given(with_near_misses(st.builds(small)))
+    def run(module: Module) -> None:
+        drawn.append(module)
+
+    run()
+    assert ops(drawn[0]) == ["MatMul", "Add"]
+    assert len({print_module(module) for module in drawn}) > 5
+
+
+def small() -> Module:
+    return module_of(
+        "g (float[N, 3] x) => (float[N, 2] y) <float[3, 2] w = {1, 2, 3, 4, 5, 6}, "
+        "float[2] b = {1, 2}> { p = MatMul(x, w) y = Add(p, b) }"
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "g (float[N] x, float[S] z) => (float[P] y) { y = Add(x, z) }",
+        "g (float[N, 3] x) => (float[N, 3] y) { n = Neg(x) r = Abs(n) y = Log(n) }",
+        "g (float[N, 3] x, double[N, 3] z) => (float[N, 3] y) { y = Add(x, z) }",
+        "g (float[N, 3] x, float[4] z) => (float[N, 3] y) { y = Add(x, z) }",
+    ],
+    ids=["extents", "nan", "types", "shapes"],
+)
+def test_invalid_graphs_are_found_out(text: str) -> None:
+    assert is_valid(small())
+    assert not is_valid(module_of(text))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -14,6 +14,7 @@ from lwc.analysis.shapes import Fact, Shapes
 from lwc.core.dims import Dim, DimShape, equal, is_anonymous
 from lwc.core.module import Module
 from lwc.core.walk import op_name
+from lwc.verify.generate.choices import Choices
 
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn, SearchStrategy
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["Motif", "Sketch", "sketches"]
 
 Array = np.ndarray[Any, Any]
-ItemT = TypeVar("ItemT")
 
 FLOAT, INT64, BOOL = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL
 
@@ -59,7 +59,7 @@ class Motif:
         return f"Motif({self.name})"
 
 
-class Sketch:
+class Sketch(Choices):
     """A graph under construction, every value with its inferred type and symbolic shape.
 
     Whatever is chosen is drawn from hypothesis, so that the same choices give the same graph and
@@ -77,38 +77,16 @@ class Sketch:
     """
 
     def __init__(self, draw: DrawFn, opset: int | None = None) -> None:
-        self.draw = draw
+        super().__init__(draw)
         self.opset = opset or self.choose(*OPSETS)
         graph = ir.Graph([], [], nodes=[], opset_imports={"": self.opset}, name="sketch")
         self.module = Module(ir.Model(graph, ir_version=_IR_VERSION))
         self.shapes = Shapes(self.module)
         self.values: list[ir.Value] = []
-        self.anonymous = self.draw(_RARELY)
+        self.anonymous = self.rarely()
         self._graph = graph
         self._outer: list[ir.Graph] = []
         self._in_function = False
-
-    # Choices
-
-    def choose(self, *options: ItemT) -> ItemT:
-        """Draw one of the options; the first is the simplest."""
-        return self.draw(st.sampled_from(options))
-
-    def integer(self, low: int, high: int) -> int:
-        """Draw an integer from `low` to `high`, both included."""
-        return self.draw(st.integers(low, high))
-
-    def flip(self) -> bool:
-        """Draw true or false; false is the simpler."""
-        return self.draw(_FLIP)
-
-    def rarely(self) -> bool:
-        """Draw true about once in eight times."""
-        return self.draw(_RARELY)
-
-    def permutation(self, count: int) -> list[int]:
-        """Draw an order of the numbers below `count`."""
-        return list(self.draw(st.permutations(range(count))))
 
     # Leaves
 
@@ -256,8 +234,8 @@ class Sketch:
     def parameter(self, name: str, dtype: ir.DataType, shape: DimShape | None = None) -> ir.Value:
         """Make an input for `body`; the node around it may learn less of it than `shape`."""
         value = ir.Value(name=self._fresh(name), type=ir.TensorType(dtype))
-        if shape == ():
-            value.shape = ir.Shape([])  # ONNX Runtime wants to know that a counter is a scalar.
+        if shape is not None:  # ONNX Runtime must know at least the rank.
+            value.shape = ir.Shape([dim if isinstance(dim, int) else None for dim in shape])
         self.shapes.set_fact(value, Fact(dtype, shape))
         return value
 
@@ -470,7 +448,9 @@ class Sketch:
         made = [
             value
             for value in self.values
-            if value.producer() is not None and self.dtype(value) is not None
+            if value.producer() is not None
+            and self.dtype(value) is not None
+            and self.shapes.rank(value) is not None
         ]
         if not made:
             reject()
@@ -494,10 +474,6 @@ class Sketch:
         if shape is None:
             return None
         return ir.Shape([dim if isinstance(dim, int) else _spelled(dim) for dim in shape])
-
-
-_FLIP = st.booleans()
-_RARELY = st.integers(0, 7).map(lambda number: number == 7)
 
 
 def _spelled(dim: Dim) -> str | None:

@@ -147,6 +147,9 @@ def loop(sketch: Sketch) -> list[ir.Value]:
     outputs = sketch.emit_all(
         "Loop", trips, begins, *[x] * carried, outputs=carried + collected, body=body
     )
+    if collected:
+        # What no iteration collected has no shape: ONNX Runtime makes every extent 0.
+        outputs[-1] = sketch.emit("ReduceSum", outputs[-1], keepdims=0)
     return outputs if sketch.flip() else outputs[:1]
 
 
