@@ -24,12 +24,17 @@ class FoldScale(Pass):
         count = 0
         for node in list(module.graph):
             scale = None if node.op_type != "Mul" else constant_tensor(node.inputs[1])
-            product = None if scale is None else node.inputs[0].producer()
+            product = _maker(node, 0)
             if scale is None or product is None or product.op_type != "MatMul":
                 continue
             weight = product.inputs[1]
             tensor = constant_tensor(weight)
-            if tensor is None or scale.size != 1 or len(product.outputs[0].uses()) != 1:
+            if (
+                weight is None
+                or tensor is None
+                or scale.size != 1
+                or len(product.outputs[0].uses()) != 1
+            ):
                 continue
             module.replace_initializer(weight, ir.Tensor(tensor.numpy() * scale.numpy()))
             _replace(node, product.outputs[0], module)
@@ -46,7 +51,7 @@ class ReadAxis(Pass):
     def run(self, module: Module, ctx: PassContext) -> PassResult:
         for node in module.graph:
             if node.op_type == "Softmax":
-                maker = node.inputs[0].producer()
+                maker = _maker(node, 0)
                 if maker is not None and maker.op_type == "Mul":
                     node.attributes["axis"].as_int()
         return PassResult(False)
@@ -80,9 +85,14 @@ class SpellSwish(Pass):
 
 def _swishes(module: Module) -> Iterator[tuple[ir.Node, ir.Node]]:
     for node in list(module.graph):
-        sigmoid = node.inputs[1].producer() if node.op_type == "Mul" else None
+        sigmoid = _maker(node, 1) if node.op_type == "Mul" else None
         if sigmoid is not None and sigmoid.op_type == "Sigmoid":
             yield node, sigmoid
+
+
+def _maker(node: ir.Node, index: int) -> ir.Node | None:
+    value = node.inputs[index] if index < len(node.inputs) else None
+    return None if value is None else value.producer()
 
 
 def _replace(node: ir.Node, value: ir.Value, module: Module) -> None:
