@@ -1,11 +1,12 @@
 """The graphs that a pass is checked on unless others are given.
 
-Most motifs are nothing to most passes. So each motif is first tried alone, and one that makes the
-pass do what few others make it do is drawn the more often.
+Most motifs are nothing to most passes. So each motif is first tried alone, and then every rule
+that was seen to apply, or nearly, gets the same share of the draws, for the motifs that lead to it.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -28,11 +29,11 @@ if TYPE_CHECKING:
 
 __all__ = ["graphs_for"]
 
-_TRIALS = 5
+_TRIALS = 8
 """Graphs of each motif that the pass is tried on."""
 
-_MOST = 12
-"""How much oftener than others a motif is drawn at most."""
+_SHARE = 8
+"""Draws for each rule, where each motif gets one for itself."""
 
 _STEPS = (1, 4)
 
@@ -40,27 +41,30 @@ _STEPS = (1, 4)
 def graphs_for(pass_: Pass) -> SearchStrategy[Module]:
     """Return the strategy of graphs for a pass: random operators and motifs of real models."""
     motifs = (*GRAMMAR, *MOTIFS)
-    return sketches(_weighted(motifs, _interests(pass_, motifs)), steps=_STEPS)
+    return sketches(_weighted(motifs, [_interests(pass_, each) for each in motifs]), steps=_STEPS)
 
 
-def _weighted(motifs: Sequence[Motif], interests: Sequence[frozenset[str]]) -> list[Motif]:
-    """Repeat each motif by how rare the rules are that it makes the pass look at."""
-    common = Counter(rule for rules in interests for rule in rules)
-    scores = [sum(1 / common[rule] for rule in rules) for rules in interests]
-    largest = max(scores, default=0.0)
-    if not largest:
-        return list(motifs)
-    weights = [1 + round((_MOST - 1) * min(1.0, score / (largest / 2))) for score in scores]
-    return [motif for motif, weight in zip(motifs, weights, strict=True) for _ in range(weight)]
+def _weighted(motifs: Sequence[Motif], interests: Sequence[Counter[str]]) -> list[Motif]:
+    """Repeat motifs so that each rule gets an equal share of the draws.
+
+    Args:
+        motifs: The motifs.
+        interests: For each of them, how likely a node of it leads to which rule.
+    """
+    chosen = list(motifs)
+    for rule in sorted(set().union(*interests)):
+        scores = [found[rule] for found in interests]
+        total = sum(scores)
+        best = sorted(range(len(motifs)), key=lambda index: -scores[index])[:_SHARE]
+        for index in best:
+            chosen += [motifs[index]] * round(_SHARE * scores[index] / total)
+    return chosen
 
 
-def _interests(pass_: Pass, motifs: Sequence[Motif]) -> list[frozenset[str]]:
-    """Return the rules that each motif makes the pass apply, or nearly."""
-    return [frozenset(_rules_of(pass_, motif)) for motif in motifs]
-
-
-def _rules_of(pass_: Pass, motif: Motif) -> set[str]:
-    found: set[str] = set()
+def _interests(pass_: Pass, motif: Motif) -> Counter[str]:
+    """Return how often a motif makes the pass apply each rule, or nearly, per node."""
+    found: Counter[str] = Counter()
+    nodes = 1
 
     @hypothesis.settings(
         max_examples=_TRIALS,
@@ -72,21 +76,18 @@ def _rules_of(pass_: Pass, motif: Motif) -> set[str]:
     )
     @hypothesis.given(sketches([motif], steps=(1, 1)))
     def try_alone(module: Module) -> None:
+        nonlocal nodes
+        nodes += module.graph.num_nodes()
+        manager = PassManager([pass_], verify="none", rollback=False)
         try:
-            done = PassManager([pass_], verify="none", rollback=False).run(
-                module, PassContext(AnalysisManager(module))
-            )
+            (record,) = manager.run(module, PassContext(AnalysisManager(module))).passes
         except LwcError:
-            found.add("failure")
+            found["failure"] += 1
             return
-        (record,) = done.passes
-        found.update(record.rewrites)
-        found.update(f"missed {remark.rule}" for remark in record.missed)
-        if record.changed and not record.rewrites:
-            found.add("change")
+        rules = {*record.rewrites, *(f"missed {remark.rule}" for remark in record.missed)}
+        found.update(rules or ({"change"} if record.changed else ()))
 
-    try:
+    with contextlib.suppress(hypothesis.errors.Unsatisfiable):
         try_alone()
-    except hypothesis.errors.Unsatisfiable:
-        return set()
-    return found
+    # By size: a small graph that leads to a rule is checked sooner than a large one.
+    return Counter({rule: count / nodes for rule, count in found.items()})

@@ -532,7 +532,8 @@ def integers(s: Sketch) -> ir.Value:
 
 
 _STEPS: tuple[Step, ...] = (
-    unary, repeated_unary, binary, with_constant, neutral_constant, two_constants, ratio, variadic, clip, comparison,
+    unary, repeated_unary, binary, with_constant, neutral_constant, two_constants, ratio, variadic,
+    clip, comparison,
     constant_choice, reduction, reduction_of_ones, arg_max, softmax, transpose, there_and_back,
     unsqueeze, unsqueeze_and_squeeze, flatten, split_last, computed_reshape, swapped_reshape,
     compared_extents, extent_arithmetic, slices, halves, split_and_concat, concat, empty_operand,
