@@ -61,6 +61,11 @@ class FormalType(NamedTuple):
     variable: str | None
     allowed: frozenset[str]
 
+    @property
+    def tensors_only(self) -> bool:
+        """Whether it takes nothing but tensors."""
+        return all(each.startswith("tensor(") for each in self.allowed)
+
 
 class OperatorTypes(NamedTuple):
     """The formal inputs and outputs of an operator; a variadic last one stands for all the rest."""

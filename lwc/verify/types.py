@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import onnx_ir as ir
 
@@ -26,6 +26,8 @@ from lwc.core.walk import attribute_graphs
 
 __all__ = ["Clash", "TypeState", "check_types", "verify_types"]
 
+_GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+_TENSORS = (ir.AttributeType.TENSOR, ir.AttributeType.SPARSE_TENSOR)
 _CONTAINERS = (ir.SequenceType, ir.OptionalType)
 _Stated: TypeAlias = tuple[object, tuple[int | str | None, ...] | None]
 
@@ -36,7 +38,7 @@ class Clash:
 
     Attributes:
         place: The value it is about, or the first named output of the node.
-        problem: What contradicts what, in one clause.
+        problem: What contradicts what, in one clause that does not name the place.
         node: The node, if there is one.
         operator: Whether the operator is at fault rather than a statement about its output.
         axis: The axis that a statement is wrong about, if it is about one.
@@ -47,6 +49,17 @@ class Clash:
     node: ir.Node | None
     operator: bool = False
     axis: int | None = None
+
+    def __str__(self) -> str:
+        return self.problem if self.operator else f"'{self.place}' {self.problem}"
+
+
+class _Use(NamedTuple):
+    """How a node computes its outputs, as far as it may not fit."""
+
+    op_type: str
+    attributes: tuple[ir.Attr, ...]
+    inputs: tuple[Fact | None, ...]
 
 
 @dataclass
@@ -59,13 +72,13 @@ class TypeState:
         clashes: The contradictions.
         facts: What is inferred, by value name.
         stated: Type and shape that values state, by name.
-        operands: Operator and facts of the inputs of a node, by the name of its first output.
+        uses: Operators with the facts of their inputs, by the name of the first output.
     """
 
     clashes: list[Clash] = field(default_factory=list)
     facts: dict[str, Fact] = field(default_factory=dict)
     stated: dict[str, _Stated] = field(default_factory=dict)
-    operands: dict[str, tuple[str, tuple[Fact | None, ...]]] = field(default_factory=dict)
+    uses: dict[str, _Use] = field(default_factory=dict)
 
     def introduced(self, before: TypeState) -> Iterator[Clash]:
         """Yield the contradictions that `before` neither had nor held already, unnoticed.
@@ -81,17 +94,21 @@ class TypeState:
         for clash in self.clashes:
             if (clash.place, clash.operator, clash.axis) in old or clash.problem in said:
                 continue
-            hidden = self._operands_were if clash.operator else self._statement_was
+            hidden = self._use_was if clash.operator else self._statement_was
             if not hidden(clash, before):
                 yield clash
 
-    def _operands_were(self, clash: Clash, before: TypeState) -> bool:
-        then, now = before.operands.get(clash.place), self.operands.get(clash.place)
-        if then is None or now is None or then[0] != now[0] or len(then[1]) != len(now[1]):
+    def _use_was(self, clash: Clash, before: TypeState) -> bool:
+        then, now = before.uses.get(clash.place), self.uses.get(clash.place)
+        if then is None or now is None or then.op_type != now.op_type:
+            return False
+        if len(then.attributes) != len(now.attributes) or len(then.inputs) != len(now.inputs):
+            return False
+        if not all(map(_same_attribute, then.attributes, now.attributes)):
             return False
         return all(
             a is b or (a is not None and b is not None and _sharpened(a, b))
-            for a, b in zip(then[1], now[1], strict=True)
+            for a, b in zip(then.inputs, now.inputs, strict=True)
         )
 
     def _statement_was(self, clash: Clash, before: TypeState) -> bool:
@@ -136,10 +153,8 @@ def verify_types(
     for clash in found:
         node, file = clash.node, module.source.path
         if node is None:
-            raise VerificationError(clash.problem, file=file)
-        raise VerificationError(
-            f"{clash.problem}\n{neighbourhood(node)}", file=file, node=describe(node)
-        )
+            raise VerificationError(str(clash), file=file)
+        raise VerificationError(f"{clash}\n{neighbourhood(node)}", file=file, node=describe(node))
     return state
 
 
@@ -171,7 +186,8 @@ class _Checker:
         for node in graph:
             given = tuple([None if value is None else fact_of(value) for value in node.inputs])
             place = _place(node)
-            state.operands[place] = (node.op_type, given)
+            attributes = tuple(node.attributes.values()) if node.attributes else ()
+            state.uses[place] = _Use(node.op_type, attributes, given)
             problem = self._operator_problem(node, imports, given)
             if problem is not None:
                 state.clashes.append(Clash(place, problem, node, operator=True))
@@ -203,21 +219,20 @@ class _Checker:
         state.facts[name] = fact
         problem = _kind_problem(kind, fact)
         if problem is not None:
-            state.clashes.append(Clash(name, f"'{name}' is stated as {problem}", node))
+            state.clashes.append(Clash(name, f"is stated as {problem}", node))
         if dims is None or fact.shape is None:
             return
         if len(dims) != len(fact.shape):
-            problem = f"'{name}' is stated with shape {shape}, but it is [{_listed(fact.shape)}]"
+            problem = f"is stated with shape {shape}, but it is [{_listed(fact.shape)}]"
             state.clashes.append(Clash(name, problem, node))
             return
         for axis, (stated, inferred) in enumerate(zip(dims, fact.shape, strict=True)):
             if _differs(stated, inferred, self.names):
                 problem = (
-                    f"axis {axis} of '{name}' is stated as {stated}, but it is {inferred}: "
-                    f"{shape} against [{_listed(fact.shape)}]"
+                    f"is stated with shape {shape}, but it is [{_listed(fact.shape)}]: "
+                    f"{stated} and {inferred} differ"
                 )
                 state.clashes.append(Clash(name, problem, node, axis=axis))
-                return
 
 
 def _place(node: ir.Node) -> str:
@@ -311,7 +326,21 @@ def _sharpened(then: Fact, now: Fact) -> bool:
         return True
     if now.shape is None or len(then.shape) != len(now.shape):
         return False
-    return all(a == b for a, b in zip(then.shape, now.shape, strict=True) if isinstance(a, int))
+    pairs = list(zip(then.shape, now.shape, strict=True))
+    if then.known is not None:
+        if now.known is None or now.known.shape != then.known.shape:
+            return False
+        pairs += zip(then.known.flat, now.known.flat, strict=True)
+    return all(a == b for a, b in pairs if isinstance(a, int | float))
+
+
+def _same_attribute(then: ir.Attr, now: ir.Attr) -> bool:
+    """Tell whether an attribute stayed; a graph is changed in place, so nothing is said of it."""
+    if (then.name, then.type) != (now.name, now.type) or then.type in _GRAPHS:
+        return False
+    if then is now:
+        return True
+    return then.type not in _TENSORS and then.value == now.value
 
 
 def _input_names(module: Module, shapes: Shapes) -> frozenset[str]:
@@ -336,10 +365,14 @@ def _type_problem(node: ir.Node, types: OperatorTypes, given: Sequence[Fact | No
     """Say which input or output has a type that the standard does not allow, or return None."""
     bound: dict[str, tuple[str, str]] = {}
     for index, fact in enumerate(given):
-        written = None if fact is None else _written(fact)
-        if written is None or not types.inputs:
+        if fact is None or not types.inputs:
             continue
         formal = types.inputs[min(index, len(types.inputs) - 1)]
+        if fact.element is not None and formal.tensors_only:
+            return f"input '{formal.name}' cannot be a sequence or optional"
+        written = _written(fact)
+        if written is None:
+            continue
         problem = _operand_problem(formal, f"input '{formal.name}'", written, bound)
         if problem is not None:
             return problem

@@ -139,9 +139,116 @@ def unknown_operator_in_a_branch(module: lwc.Module) -> None:
     find(module, "Relu").op_type = "Relux"
 
 
+def output_of_another_node(module: lwc.Module) -> None:
+    find(module, "Softmax").outputs[0]._producer = find(module, "Mul")
+
+
+def use_that_the_value_does_not_know(module: lwc.Module) -> None:
+    node = find(module, "Softmax")
+    (value,) = node.inputs
+    assert value is not None
+    value._uses.clear()
+
+
+def branch_with_too_many_outputs(module: lwc.Module) -> None:
+    graph = find(module, "If").attributes["else_branch"].as_graph()
+    graph.outputs.append(graph.outputs[0])
+
+
+def branch_with_an_input(module: lwc.Module) -> None:
+    find(module, "If").attributes["then_branch"].as_graph().inputs.append(float_value("extra"))
+
+
+def call_with_too_many_inputs(module: lwc.Module) -> None:
+    call = find(module, "f")
+    call.resize_inputs(2)
+    call.replace_input_with(1, call.inputs[0])
+
+
+def call_with_too_many_outputs(module: lwc.Module) -> None:
+    find(module, "f").resize_outputs(2)
+
+
+def call_of_an_unknown_overload(module: lwc.Module) -> None:
+    find(module, "f").overload = "fast"
+
+
+def function_that_calls_itself(module: lwc.Module) -> None:
+    inner = find(module, "Abs")
+    inner.domain, inner.op_type = "d", "f"
+    (function,) = module.model.functions.values()
+    function.opset_imports["d"] = 1
+
+
+def operator_of_the_dialect_without_meaning(module: lwc.Module) -> None:
+    find(module, "Softmax").domain = "lwc"
+    module.graph.opset_imports["lwc"] = 1
+
+
+def opset_from_the_future(module: lwc.Module) -> None:
+    module.graph.opset_imports[""] = 999
+
+
+def opset_from_the_future_in_a_function(module: lwc.Module) -> None:
+    (function,) = module.model.functions.values()
+    function.opset_imports[""] = 999
+
+
+def function_without_the_opset_it_uses(module: lwc.Module) -> None:
+    (function,) = module.model.functions.values()
+    del function.opset_imports[""]
+
+
+def function_with_initializers(module: lwc.Module) -> None:
+    (function,) = module.model.functions.values()
+    value = float_value("k")
+    value.const_value = ir.tensor(np.ones(4, np.float32), name="k")
+    value.shape = ir.Shape([4])
+    function.graph.initializers.add(value)
+
+
+def reference_outside_of_a_function(module: lwc.Module) -> None:
+    find(module, "Softmax").attributes["axis"] = ir.RefAttr("axis", "ax", ir.AttributeType.INT)
+
+
+def reference_that_the_function_has_not(module: lwc.Module) -> None:
+    find(module, "Abs").attributes.clear()
+    node = find(module, "Abs")
+    node.op_type = "Softmax"
+    node.attributes["axis"] = ir.RefAttr("axis", "ax", ir.AttributeType.INT)
+
+
+def attribute_of_another_name(module: lwc.Module) -> None:
+    find(module, "Softmax").attributes.data["axis"] = ir.AttrInt64("axes", 1)
+
+
+def initializer_of_a_branch_of_another_shape(module: lwc.Module) -> None:
+    value = float_value("k")
+    value.const_value = ir.tensor(np.ones(4, np.float32), name="k")
+    value.shape = ir.Shape([5])
+    find(module, "If").attributes["then_branch"].as_graph().initializers.add(value)
+
+
 @pytest.mark.parametrize(
     ("break_it", "words"),
     [
+        (output_of_another_node, ["'v'", "another node"]),
+        (use_that_the_value_does_not_know, ["Softmax", "'u'", "does not know of this use"]),
+        (branch_with_too_many_outputs, ["If", "else_branch has 2 outputs, 1 expected"]),
+        (branch_with_an_input, ["If", "then_branch has 1 inputs, 0 expected"]),
+        (call_with_too_many_inputs, ["d::f", "has 2 inputs, but the function has 1"]),
+        (call_with_too_many_outputs, ["d::f", "has 2 outputs, but the function has 1"]),
+        (call_of_an_unknown_overload, ["d::f", "overload 'fast'"]),
+        (function_that_calls_itself, ["function 'f' calls itself"]),
+        (operator_of_the_dialect_without_meaning, ["lwc::Softmax", "no meaning"]),
+        (opset_from_the_future, ["the model imports opset 999", "newer than"]),
+        (opset_from_the_future_in_a_function, ["function 'f' imports opset 999"]),
+        (function_without_the_opset_it_uses, ["Abs", "domain 'ai.onnx' is not imported"]),
+        (function_with_initializers, ["function 'f' has initializers"]),
+        (reference_outside_of_a_function, ["Softmax", "'axis' refers to one of a function"]),
+        (reference_that_the_function_has_not, ["'axis' refers to 'ax', which function 'f'"]),
+        (attribute_of_another_name, ["attribute 'axis' calls itself 'axes'"]),
+        (initializer_of_a_branch_of_another_shape, ["'k' of a subgraph of If", "[5]", "[4]"]),
         (use_before_definition, ["Softmax", "'u'", "If", "comes later"]),
         (use_of_a_removed_node, ["'t'", "Mul", "in no graph"]),
         (use_of_a_stranger, ["Softmax", "'stranger'", "neither produced"]),
@@ -199,6 +306,84 @@ def test_absent_optional_inputs_and_outputs_are_fine() -> None:
     dropout.outputs[1].name = ""
     module.graph.append(dropout)
     verify_structure(module)
+
+
+LOOPS = """<ir_version: 9, opset_import: ["" : 17]>
+g (int64 m, bool c, float[2] x, float[3, 2] xs) => (float[2] y, float[2] z, float[3, 2] zs) {
+  y = Loop(m, c, x) <body = b (int64 i, bool k, float[2] v) => (bool k2, float[2] v2)
+    { k2 = Identity(k) v2 = Relu(v) }>
+  z, zs = Scan<num_scan_inputs = 1, body = s (float[2] a, float[2] b) => (float[2] p, float[2] q)
+    { p = Add(a, b) q = Relu(b) }> (x, xs)
+}"""
+
+
+@pytest.mark.parametrize(
+    ("op_type", "change", "words"),
+    [
+        ("Loop", lambda node: node.resize_inputs(4), "has 1 outputs for 2 loop-carried values"),
+        (
+            "Loop",
+            lambda node: node.attributes["body"].as_graph().inputs.append(float_value("extra")),
+            "body has 4 inputs, 3 expected",
+        ),
+        (
+            "Loop",
+            lambda node: node.attributes["body"].as_graph().outputs.pop(0),
+            "body has 1 outputs, 2 expected",
+        ),
+        ("Scan", lambda node: node.resize_inputs(1), "body has 2 inputs, 1 expected"),
+        ("Scan", lambda node: node.resize_inputs(4), "has 2 outputs for 3 state variables"),
+        (
+            "Scan",
+            lambda node: node.attributes.add(ir.AttrInt64("num_scan_inputs", 3)),
+            "scans 3 of its 2 inputs",
+        ),
+        (
+            "Scan",
+            lambda node: node.attributes["body"].as_graph().outputs.pop(),
+            "body has 1 outputs, 2 expected",
+        ),
+    ],
+)
+def test_bodies_fit_their_operator(
+    op_type: str, change: Callable[[ir.Node], object], words: str
+) -> None:
+    module = from_proto(onnx.parser.parse_model(LOOPS))
+    verify_structure(module)
+    node = find(module, op_type)
+    for value in list(module.graph.outputs):
+        if value.producer() is node:
+            module.graph.outputs.remove(value)
+    change(node)
+    with pytest.raises(VerificationError) as caught:
+        verify_structure(module)
+    assert words in str(caught.value)
+
+
+def test_what_onnx_allows_is_allowed() -> None:
+    """Unused inputs, nodes of one name, one value as two outputs, unknown attributes of calls."""
+    module = make_module()
+    for node in module.nodes():
+        node.name = "same"
+    module.graph.inputs.append(float_value("unused"))
+    module.graph.outputs.append(module.graph.outputs[0])
+    find(module, "f").attributes["extra"] = ir.AttrInt64("extra", 1)
+    verify_structure(module)
+
+
+def test_functions_may_call_each_other() -> None:
+    module = from_proto(
+        onnx.parser.parse_model("""<ir_version: 9, opset_import: ["" : 17, "d" : 1]>
+    g (float[2] x) => (float[2] y) { a = d.f(x) y = d.h(a) }
+    <domain: "d", opset_import: ["" : 17, "d" : 1]> f (a) => (b) { s = d.h(a) b = d.h(s) }
+    <domain: "d", opset_import: ["" : 17]> h (a) => (b) { b = Neg(a) }""")
+    )
+    verify_structure(module)
+    inner = next(f for f in module.model.functions.values() if f.name == "h")
+    node = inner.graph.node(0)
+    node.domain, node.op_type = "d", "f"
+    with pytest.raises(VerificationError, match=r"function '[fh]' calls itself"):
+        verify_structure(module)
 
 
 def chain(length: int) -> lwc.Module:
