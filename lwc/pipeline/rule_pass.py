@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import ClassVar, TypeAlias
 
@@ -42,7 +43,10 @@ class RulePass(Pass):
         return self.rules
 
     def run(self, module: Module, ctx: PassContext) -> PassResult:
-        """Rewrite until nothing changes; what a rewrite left without readers goes too.
+        """Rewrite until nothing changes; what nothing reads goes too, and counts as no rewrite.
+
+        That tidying is in the statistics and counts as no rewrite: who requires a match means
+        one of a rule.
 
         Raises:
             PassError: There are no rules, or one is none.
@@ -56,8 +60,10 @@ class RulePass(Pass):
         if not changed:
             ctx.note("nothing to rewrite")
             return PassResult(False)
-        done.hits += remove_unused(module)
-        return PassResult(True, rewrites=dict(sorted(done.hits.items())))
+        tidied = remove_unused(module)
+        if done.erased:
+            tidied["dead-code"] = done.erased
+        return PassResult(True, statistics=_sorted(tidied), rewrites=_sorted(done.hits))
 
 
 def _apply(rules: RuleSet, ctx: PassContext) -> tuple[Rewriting, bool]:
@@ -75,9 +81,11 @@ def _apply(rules: RuleSet, ctx: PassContext) -> tuple[Rewriting, bool]:
             break
         changed = True
         ctx.analyses.invalidate()
-    if total.erased:
-        total.hits["dead-code"] = total.erased
     return total, changed
+
+
+def _sorted(counts: Counter[str]) -> dict[str, int]:
+    return dict(sorted(counts.items()))
 
 
 def _as_rule(given: object, name: str) -> Rule:
