@@ -124,7 +124,8 @@ def _split(
             inspect.Parameter.VAR_KEYWORD,
             inspect.Parameter.POSITIONAL_ONLY,
         ):
-            raise UsageError(f"{title}: '{each}' is no option", remedy=remedy)
+            shown = each.replace(annotation=inspect.Parameter.empty)
+            raise UsageError(f"{title}: '{shown}' is no option", remedy=remedy)
         if each.kind in by_place and _has_no_default(each):
             raise UsageError(
                 f"{title}: '{each.name}' is neither the module, the context nor an option",

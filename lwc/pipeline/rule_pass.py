@@ -43,7 +43,7 @@ class RulePass(Pass):
         return self.rules
 
     def run(self, module: Module, ctx: PassContext) -> PassResult:
-        """Rewrite until nothing changes; what nothing reads goes too, and counts as no rewrite.
+        """Rewrite until nothing changes; what nothing reads any more goes, too.
 
         That tidying is in the statistics and counts as no rewrite: who requires a match means
         one of a rule.

@@ -224,8 +224,10 @@ class Editor:
         domain: str = "",
         outputs: int = 1,
     ) -> ir.Node:
-        """Make a node before the root."""
+        """Make a node before the root; an operator domain not declared yet is, at version 1."""
         root = self._root()
+        if domain and domain not in self.imports(root):
+            self.module.import_opset(domain, 1)
         base = root.outputs[0].name or op_type
         made = ir.Node(
             domain,

@@ -7,8 +7,6 @@ matches; the driver names, records, counts and reports.
 
 from __future__ import annotations
 
-import inspect
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -25,8 +23,15 @@ if TYPE_CHECKING:
 __all__ = ["PatternRule", "pattern_rule"]
 
 
-class PatternRule(ABC):
+def _no_condition(self: PatternRule, edit: Editor, **bindings: Any) -> None:
+    """Every match is legal."""
+
+
+class PatternRule:
     """A rewrite in three methods. Instances hold no state: a match carries what `check` found.
+
+    The methods' parameters after `edit` are named after those of `pattern`; each gets the value
+    (or attribute) that it stands for in the match.
 
     Class attributes:
         name: The rule's name in statistics and remarks; by default the class's in kebab case.
@@ -43,21 +48,16 @@ class PatternRule(ABC):
     A parameter that appears twice must be the same value both times; a number is a constant.
     """
 
+    check: ClassVar[Callable[..., dict[str, Any] | Miss | None]] = _no_condition
+    """Method: returns a `Miss` where the rewrite is not legal, else what else it needs by name."""
+
+    rewrite: ClassVar[Callable[..., ir.Value | Sequence[ir.Value] | Miss]]
+    """Method: builds the replacement of the pattern's outputs through the editor."""
+
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if "name" not in vars(cls):
             cls.name = kebab_case(cls.__name__)
-
-    def check(self, edit: Editor, **bindings: Any) -> dict[str, Any] | Miss | None:
-        """Return a `Miss` where the rewrite is not legal, else what it needs besides the bindings.
-
-        The bindings are the values (or attributes) that the pattern's parameters stand for.
-        """
-        return None
-
-    @abstractmethod
-    def rewrite(self, edit: Editor, **bindings: Any) -> ir.Value | Sequence[ir.Value] | Miss:
-        """Build the replacement of the pattern's outputs through the editor."""
 
 
 def pattern_rule(definition: PatternRule | type[PatternRule]) -> Rule:
@@ -68,7 +68,7 @@ def pattern_rule(definition: PatternRule | type[PatternRule]) -> Rule:
     the furthest node and the condition that failed. With `Editor.explain` less will do.
 
     Raises:
-        PassError: The class is abstract, or its pattern is none that a rule can have.
+        PassError: A method is missing, or the pattern is none that a rule can have.
     """
     made = _instance(definition)
     compiled = _Compiled(made)
@@ -77,14 +77,11 @@ def pattern_rule(definition: PatternRule | type[PatternRule]) -> Rule:
 
 
 def _instance(definition: PatternRule | type[PatternRule]) -> PatternRule:
-    if not isinstance(definition, type):
-        return definition
-    lacking = sorted(getattr(definition, "__abstractmethods__", ()))
-    if not hasattr(definition, "pattern"):
-        lacking.insert(0, "pattern")
-    if lacking or inspect.isabstract(definition):
-        raise PassError(f"rule '{definition.__name__}' has no {' and no '.join(lacking)}")
-    return definition()
+    cls = definition if isinstance(definition, type) else type(definition)
+    lacking = [method for method in ("pattern", "rewrite") if not callable(getattr(cls, method, 0))]
+    if lacking:
+        raise PassError(f"rule '{cls.__name__}' has no method {' and no '.join(lacking)}")
+    return definition() if isinstance(definition, type) else definition
 
 
 class _Compiled:
