@@ -16,6 +16,7 @@ import pytest
 
 import lwc
 from lwc.analysis.manager import Analysis, AnalysisManager
+from lwc.analysis.shapes import Shapes
 from lwc.core.errors import PassError, UsageError, VerificationError
 from lwc.core.module import Module
 from lwc.frontend.load import load
@@ -280,6 +281,105 @@ def test_a_pass_may_declare_another_interface(module: Module) -> None:
     key = acting(rename_output).key
     PassManager([Rename(key)]).run(module)
     assert module.graph.outputs[0].name == "z"
+
+
+def declare(dims: list[int | str | None], *, output: bool = True) -> Act:
+    """Return a pass that declares another shape of the output, or of the input."""
+
+    def run(module: Module, ctx: PassContext) -> PassResult:
+        (value,) = module.graph.outputs if output else module.graph.inputs
+        value.shape = ir.Shape(dims)
+        return PassResult(True)
+
+    return acting(run)
+
+
+@pytest.mark.parametrize("output", [True, False])
+@pytest.mark.parametrize(
+    ("dims", "words"),
+    [
+        (["n", 5], r"declared shape of graph (in|out)put '[xy]' changed: \[n, 4\] to \[n, 5\]"),
+        (["n", 4, 1], r"declared shape of graph (in|out)put '[xy]' changed: \[n, 4\] to"),
+        ([3, 4], None),
+        ([None, 4], None),
+        (["m", 4], None),
+    ],
+)
+def test_declared_shapes_may_only_become_more_or_less_definite(
+    module: Module, dims: list[int | str | None], words: str | None, output: bool
+) -> None:
+    manager = PassManager([declare(dims, output=output)])
+    if words is None:
+        manager.run(module)
+        return
+    before = module.fingerprint()
+    with pytest.raises(VerificationError, match=words):
+        manager.run(module)
+    assert module.fingerprint() == before
+
+
+def test_a_changed_element_type_of_an_input_is_found(module: Module) -> None:
+    def run(module: Module, ctx: PassContext) -> PassResult:
+        module.graph.inputs[0].type = ir.TensorType(ir.DataType.FLOAT16)
+        return PassResult(True)
+
+    with pytest.raises(VerificationError, match=r"type of graph input 'x' changed: .*FLOAT"):
+        PassManager([acting(run)]).run(module)
+
+
+def misstate(module: Module, ctx: PassContext) -> PassResult:
+    (value,) = (v for node in module.graph for v in node.outputs if v.name == "b")
+    value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["n", 5])
+    return PassResult(True)
+
+
+def test_a_stated_shape_that_contradicts_inference_is_found(module: Module) -> None:
+    before = module.fingerprint()
+    with pytest.raises(VerificationError, match=r"pass 'act': 'b' is stated with shape \[n,5\]"):
+        PassManager([acting(misstate)]).run(module)
+    assert module.fingerprint() == before
+    PassManager([acting(misstate)], verify="none").run(module)
+
+
+def test_a_stated_shape_that_the_file_got_wrong_is_not_the_pass_s_fault(module: Module) -> None:
+    misstate(module, PassContext(AnalysisManager(module)))
+    record = PassManager([DropRelu(), LossyScale(by=2.0)]).run(module)
+    assert [each.changed for each in record.passes] == [True, True]
+
+
+def test_the_shapes_of_the_check_are_there_for_the_next_pass(
+    module: Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = []
+    build = Shapes.build.__func__  # type: ignore[attr-defined]
+
+    def counted(cls: type[Shapes], module: Module, analyses: AnalysisManager | None = None) -> Any:
+        built.append(1)
+        return build(cls, module, analyses)
+
+    monkeypatch.setattr(Shapes, "build", classmethod(counted))
+
+    def look(module: Module, ctx: PassContext) -> PassResult:
+        ctx.analyses.get(Shapes)
+        return PassResult(False)
+
+    passes = [acting(look), DropRelu(), acting(look), acting(look)]
+    PassManager(passes).run(module)
+    assert len(built) == 2
+    built.clear()
+    PassManager([], verify="structural").run(module)
+    PassManager([Scale(by=2.0)], verify="none").run(module)
+    assert built == []
+
+
+def test_notes_beside_the_graph_count_as_changes(module: Module) -> None:
+    def note(module: Module, ctx: PassContext) -> PassResult:
+        module.graph.metadata_props["seen"] = "yes"
+        return PassResult(ctx.seed == 1)
+
+    with pytest.raises(VerificationError, match="it reports no change, but the module differs"):
+        PassManager([acting(note)]).run(module)
+    PassManager([acting(note)]).run(module, PassContext(AnalysisManager(module), seed=1))
 
 
 @pytest.mark.parametrize("rollback", [True, False])
