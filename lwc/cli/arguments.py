@@ -231,6 +231,12 @@ def _add_action_options(group: argparse._ArgumentGroup) -> None:
         help="make a model and pipeline that fail as small as possible; write the model",
     )
     group.add_argument(
+        "--check-contract",
+        action="store_true",
+        help="hold each pass to its whole contract on this model, run again and again; "
+        "write nothing",
+    )
+    group.add_argument(
         "--report",
         metavar="FILE",
         action="append",

@@ -51,6 +51,8 @@ def _act(options: argparse.Namespace) -> int:
         return session.bisect()
     if options.reduce:
         return session.reduce()
+    if options.check_contract:
+        return session.check_contract()
     return session.optimize()
 
 

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Session", "settings_of"]
 
+_ACTIONS = ("plan", "explain", "bisect", "reduce", "check_contract")
+
 
 class Session:
     """Carries out one action of the command line.
@@ -128,6 +130,17 @@ class Session:
             return 0
         print(printable(found_lines(found, failure, path, options.load_pass_plugin)))
         return 1
+
+    def check_contract(self) -> int:
+        """Hold each pass to its whole contract; 1 if one breaks it."""
+        from lwc.cli.check import check_lines
+
+        module = self._load()
+        held = True
+        for line, kept in check_lines(module, self.config):
+            print(printable(line))
+            held = held and kept
+        return 0 if held else 1
 
     def optimize(self) -> int:
         """Run the pipeline and write what was asked for."""
@@ -344,7 +357,8 @@ def settings_of(options: argparse.Namespace) -> PipelineConfig:
 
 
 def _check_outputs(options: argparse.Namespace) -> None:
-    actions = [name for name in ("plan", "explain", "bisect", "reduce") if getattr(options, name)]
+    actions = [name for name in _ACTIONS if getattr(options, name)]
+    actions = [name.replace("_", "-") for name in actions]
     if len(actions) > 1:
         raise UsageError(f"--{actions[0]} and --{actions[1]} do not go together")
     for name in ("output", "report", "require_match"):

@@ -58,6 +58,9 @@ Clause: TypeAlias = Literal[
 """
 
 _ODD, _LARGE = (3, 5, 7, 9, 11, 13), (4, 6, 8, 10, 12, 14)
+_SMALL = 256
+"""Nodes up to which a module is tried at every extent and edge."""
+
 _NOISE_MARGIN = 4.0
 """An output may move this many times as far as under the stated noise: it is drawn a few times,
 and rounding errors are less alike than the draws."""
@@ -86,8 +89,6 @@ class ContractSettings:
         granted: Assumptions to grant; see `PassContext`. With none granted the pass must do
             without, or refuse.
         seed: Seed of feeds and names.
-        generated: The module comes from a generator: its dimensions may have any extent, and its
-            integer inputs any value.
         thorough: Tells from the rewrites of a run whether the clauses that run the pass again
             (`repetition`, `names`, `idempotence`, `round trip`, `cost`) are checked too.
     """
@@ -95,7 +96,6 @@ class ContractSettings:
     feeds: FeedSpec = field(default_factory=FeedSpec)
     granted: frozenset[str] = frozenset()
     seed: int = 0
-    generated: bool = False
     thorough: Callable[[Mapping[str, int]], bool] = lambda rewrites: True
 
 
@@ -224,11 +224,11 @@ class _Check:
     def _choose_feeds(self, module: Module, runner: Runner, spec: FeedSpec) -> ChosenFeeds:
         """Choose feeds at extents of 1, odd and larger ones, and at every edge.
 
-        Each dimension gets an extent of its own. A module that runs at none of them gets extents
-        by trial.
+        Each dimension gets an extent of its own. A large module, and one that runs at none of
+        them, gets extents by trial.
         """
         seed = self.settings.seed
-        if not self.settings.generated:
+        if sum(1 for _ in module.nodes()) > _SMALL:
             return choose_feeds(module, runner, seed=seed, spec=spec)
         names = [name for name in dim_names(module) if name not in spec.dims]
         odd = dict(zip(names, _ODD * len(names), strict=False))

@@ -21,7 +21,7 @@ from lwc.verify.contract import (
     ContractViolation,
     check_contract,
 )
-from lwc.verify.reproducer import Reproducer, write_reproducer
+from lwc.verify.counterexample import Counterexample, write_counterexample
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -90,24 +90,24 @@ class PassBrokenError(AssertionError):
 
     Attributes:
         violation: The clause and how it was broken.
-        reproducer: The smallest graph that shows it, with the command that replays it.
+        counterexample: The smallest graph that shows it, with the command that replays it.
         examples: Graphs drawn until one showed it.
     """
 
     def __init__(
-        self, spec: str, violation: ContractViolation, reproducer: Reproducer, examples: int
+        self, spec: str, violation: ContractViolation, counterexample: Counterexample, examples: int
     ) -> None:
         rules = ", ".join(f"{rule} x{count}" for rule, count in violation.rewrites.items())
         super().__init__(
             f"{spec} breaks its contract ({violation.clause})\n"
             f"  {violation.message}\n"
             + (f"  its rewrites: {rules}\n" if rules else "")
-            + f"  found after {examples} graphs; the smallest has {reproducer.nodes} nodes:\n"
-            + "".join(f"    {line}\n" for line in reproducer.text.splitlines())
-            + f"  replay: {reproducer.command}"
+            + f"  found after {examples} graphs; the smallest has {counterexample.nodes} nodes:\n"
+            + "".join(f"    {line}\n" for line in counterexample.text.splitlines())
+            + f"  replay: {counterexample.command}"
         )
         self.violation = violation
-        self.reproducer = reproducer
+        self.counterexample = counterexample
         self.examples = examples
 
 
@@ -141,7 +141,7 @@ def check_pass(
         grant: Assumptions to grant, by their first words, or `all`.
         seconds: Time after which no further graph is drawn.
         seed: Seed of everything random.
-        folder: Where reproducers go; a folder of the system's temporary folder by default.
+        folder: Where counterexamples go; a folder of the system's temporary folder by default.
         must_change: Fail where the pass changes none of the graphs: nothing was checked then.
 
     Returns:
@@ -157,7 +157,7 @@ def check_pass(
     granted = frozenset([grant] if isinstance(grant, str) else grant)
     start = time.perf_counter()
     strategy = _default_graphs(chosen) if graphs is None else graphs
-    plain = ContractSettings(seed=seed, generated=True)
+    plain = ContractSettings(seed=seed)
     if not chosen.contract.assumptions:
         phases = [replace(plain, feeds=feeds or FeedSpec())]
     elif granted:
@@ -278,19 +278,17 @@ class _Search:
     def _report_broken(self, module: Module, violation: ContractViolation) -> None:
         from lwc.verify.reduce import reduce_module
 
-        # Reduced graphs may have inputs that take not any value, so feeds are found by trial.
-        for settings in (self.settings, replace(self.settings, generated=False)):
-            fails = functools.partial(_breaks, self.pass_, settings, violation)
-            if fails(module):
-                break
+        fails = functools.partial(_breaks, self.pass_, self.settings, violation)
         small = reduce_module(module, fails, seconds=_REDUCTION_SECONDS)
         try:
-            check_contract(self.pass_, small, settings)
+            check_contract(self.pass_, small, self.settings)
         except ContractViolation as smaller:
             violation = smaller
-        reproducer = write_reproducer(self.pass_, small, violation, settings, self.folder)
+        counterexample = write_counterexample(
+            self.pass_, small, violation, self.settings, self.folder
+        )
         raise PassBrokenError(
-            self.report.spec, violation, reproducer, self.report.examples + 1
+            self.report.spec, violation, counterexample, self.report.examples + 1
         ) from violation
 
 

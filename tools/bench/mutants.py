@@ -80,8 +80,8 @@ def check(spec: str, seed: int, examples: int | None, seconds: float | None) -> 
             "clause": broken.violation.clause,
             "message": broken.violation.message.splitlines()[0],
             "graphs": broken.examples,
-            "nodes": broken.reproducer.nodes,
-            "command": broken.reproducer.command,
+            "nodes": broken.counterexample.nodes,
+            "command": broken.counterexample.command,
             "seconds": time.perf_counter() - start,
         }
     return {
@@ -106,13 +106,13 @@ def run_child(arguments: list[str], timeout: float) -> dict[str, Any]:
 
 
 def run_mutants(
-    chosen: list[Mutation], jobs: int, seed: int, console: Console
+    chosen: list[Mutation], jobs: int, extra: list[str], console: Console
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Plant each fault and show what became of it."""
 
     def one(mutation: Mutation) -> dict[str, Any]:
         index = str(MUTATIONS.index(mutation))
-        result = run_child(["--child", index, "--seed", str(seed)], 4 * LIMIT)
+        result = run_child(["--child", index, *extra], 1200.0)
         print(f"{mutation.name}: {result}", file=sys.stderr)
         return {"name": mutation.name, "kind": mutation.kind, "pass": mutation.spec, **result}
 
@@ -185,6 +185,9 @@ def main() -> None:
     parser.add_argument("--clean", action="store_true", help="check the passes without a fault")
     parser.add_argument("--examples", type=int, default=2000, help="graphs per pass with --clean")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument(
+        "--seconds", type=float, help="time for drawing graphs; check_pass's default otherwise"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", type=Path)
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
@@ -193,7 +196,7 @@ def main() -> None:
     if arguments.child is not None:
         mutation = MUTATIONS[arguments.child]
         plant(mutation)
-        print(json.dumps(check(mutation.spec, arguments.seed, None, None)))
+        print(json.dumps(check(mutation.spec, arguments.seed, None, arguments.seconds)))
         return
     if arguments.clean_child is not None:
         result = check(arguments.clean_child, arguments.seed, arguments.examples, 3600.0)
@@ -207,7 +210,10 @@ def main() -> None:
         )
     else:
         chosen = [m for m in MUTATIONS if not arguments.only or arguments.only in m.name]
-        summary, rows = run_mutants(chosen, arguments.jobs, arguments.seed, console)
+        extra = ["--seed", str(arguments.seed)]
+        if arguments.seconds is not None:
+            extra += ["--seconds", str(arguments.seconds)]
+        summary, rows = run_mutants(chosen, arguments.jobs, extra, console)
     if arguments.json:
         arguments.json.write_text(json.dumps({"summary": summary, "rows": rows}, indent=2))
 

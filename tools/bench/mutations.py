@@ -75,8 +75,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "    if len(node.outputs) > 1 and (node.outputs[1].uses() "
         "or node.outputs[1].is_graph_output()):\n"
         '        return Miss("its mask is used")\n',
-        "    if len(node.outputs) > 1:\n"
-        "        return [node.inputs[0], edit.constant(np.array(True))]\n",
+        "",
     ),
     Mutation(
         "duplicates by operator and inputs only", "dropped legality check",

@@ -1,4 +1,4 @@
-"""Reproducers of broken contracts: a small graph in a file, and the command that replays it."""
+"""Counterexamples: a graph on which a pass breaks its contract, in a file, and how to replay it."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from lwc.core.module import Module
     from lwc.pipeline.passes import Pass
 
-__all__ = ["Reproducer", "write_reproducer"]
+__all__ = ["Counterexample", "write_counterexample"]
 
-FOLDER_VARIABLE = "LWC_REPRODUCERS"
-"""Environment variable that names the folder of reproducers."""
+FOLDER_VARIABLE = "LWC_COUNTEREXAMPLES"
+"""Environment variable that names the folder of counterexamples."""
 
 
 @dataclass(frozen=True)
-class Reproducer:
+class Counterexample:
     """A graph on which a pass breaks its contract.
 
     Attributes:
@@ -44,13 +44,13 @@ class Reproducer:
     command: str
 
 
-def write_reproducer(
+def write_counterexample(
     pass_: Pass,
     module: Module,
     violation: ContractViolation,
     settings: ContractSettings,
     folder: str | os.PathLike[str] | None = None,
-) -> Reproducer:
+) -> Counterexample:
     """Write a graph and say how to replay it.
 
     The file is text where text shows the failure, and a binary `.onnx` file where it does not.
@@ -60,7 +60,7 @@ def write_reproducer(
         module: The graph.
         violation: What it showed.
         settings: How it was checked.
-        folder: Where the file goes; `$LWC_REPRODUCERS`, or a folder of the system's temporary
+        folder: Where the file goes; `$LWC_COUNTEREXAMPLES`, or a folder of the system's temporary
             folder, by default.
     """
     nodes = sum(1 for _ in module.nodes())
@@ -73,14 +73,16 @@ def write_reproducer(
         try:
             place.mkdir(parents=True, exist_ok=True)
             if _replays(pass_, module, violation, settings, path):
-                return Reproducer(path, nodes, text, _command(pass_, path, settings))
+                return Counterexample(path, nodes, text, _command(pass_, path, settings))
         except OSError as error:
-            return Reproducer(None, nodes, text, f"not written: {error}")
-    return Reproducer(path, nodes, text, f"{_command(pass_, path, settings)}  # may not show it")
+            return Counterexample(None, nodes, text, f"not written: {error}")
+    return Counterexample(
+        path, nodes, text, f"{_command(pass_, path, settings)}  # may not show it"
+    )
 
 
 def _default_folder() -> Path:
-    return Path(tempfile.gettempdir()) / "lwc-reproducers"
+    return Path(tempfile.gettempdir()) / "lwc-counterexamples"
 
 
 def _replays(
@@ -94,12 +96,9 @@ def _replays(
     from lwc.frontend.load import load
     from lwc.frontend.onnx_writer import save
 
-    replayed = ContractSettings(
-        feeds=settings.feeds, granted=settings.granted, seed=settings.seed, generated=True
-    )
     try:
         save(module, path)
-        check_contract(pass_, load(path), replayed)
+        check_contract(pass_, load(path), settings)
     except ContractViolation as found:
         return found.clause == violation.clause
     except LwcError:
