@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -70,9 +70,10 @@ def bisect(
     """Find the first pass after which the outputs differ from the input's, and its rewrite.
 
     A lossy pass changes the outputs by design, so the search starts anew after it: the passes
-    behind it are compared with its result. Between two lossy passes the number of checks grows
-    with the logarithm of the number of passes, within a pass the number of runs and checks with
-    that of its rewrites. Outputs that differ and later agree again are not seen.
+    behind it are compared with its result. Of the lossy pass itself `check` sees whether the
+    model still runs and gives outputs of the same shapes. Between two lossy passes the number of
+    checks grows with the logarithm of the number of passes, within a pass the number of runs and
+    checks with that of its rewrites. Outputs that differ and later agree again are not seen.
 
     A pass at which the run ended because it did not pass verification is searched as well.
 
@@ -86,9 +87,7 @@ def bisect(
     """
     make_context = make_context or (lambda module: PassContext(AnalysisManager(module)))
     done = len(history.modules) - 1
-    lossy = [i for i in range(done) if isinstance(history.passes[i].contract, Lossy)]
-    start = 0
-    for end in (*lossy, done):
+    for start, end in _segments(history.passes[:done]):
         culprit = _search(history, start, end, check)
         if culprit is not None:
 
@@ -98,7 +97,6 @@ def bisect(
                 check(history.modules[start], after, contract)
 
             return _refine(culprit, _Rerun(history, culprit.index, make_context, differs))
-        start = end + 1
     error = history.failure
     if not isinstance(error, VerificationError):
         return None
@@ -108,8 +106,22 @@ def bisect(
     return _refine(culprit, _Rerun(history, done, make_context, None))
 
 
+def _segments(passes: Sequence[Pass]) -> Iterator[tuple[int, int]]:
+    """Yield the first pass of each stretch to search, and the one after its last.
+
+    A lossy pass is a stretch of its own.
+    """
+    start = 0
+    for index, pass_ in enumerate(passes):
+        if isinstance(pass_.contract, Lossy):
+            yield start, index
+            yield index, index + 1
+            start = index + 1
+    yield start, len(passes)
+
+
 def _search(history: History, start: int, end: int, check: NumericCheck) -> Culprit | None:
-    """Bisect among the passes `start` to `end - 1`, none of them lossy."""
+    """Bisect among the passes `start` to `end - 1`: a lossy one, or some of which none is."""
     failure = _difference(history, start, end, check)
     if failure is None:
         return None
@@ -138,7 +150,9 @@ def _difference(
 
 
 def _sum_contract(passes: Sequence[Pass]) -> Contract:
-    """Add up the errors that approximate passes state."""
+    """Add up the errors that approximate passes state; a lossy pass stands alone."""
+    if len(passes) == 1:
+        return passes[0].contract
     stated = [p.contract for p in passes if isinstance(p.contract, Approximate)]
     if not stated:
         return Exact()

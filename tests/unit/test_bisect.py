@@ -248,6 +248,25 @@ def test_the_search_starts_anew_behind_a_lossy_pass() -> None:
     assert run_and_bisect([Rough(), Swap()], chains(4)) is None
 
 
+def test_a_lossy_pass_after_which_nothing_runs_is_found() -> None:
+    def out_of_range(node: ir.Node, edit: Editor) -> Outcome:
+        index = 9 if node.name == "n2" else 0
+        return edit.op("Gather", [node.inputs[0], edit.constant([index])], {"axis": 0})
+
+    class Loses(RulePass):
+        """Changes outputs by design, and one of them so that no runtime takes it."""
+
+        contract: ClassVar[Lossy] = Lossy()
+        rules = (Rule("gather", ("Neg",), out_of_range),)
+
+    found = run_and_bisect([Idle(), Loses(), Idle()], chains(6))
+    assert found is not None
+    assert (found.index, found.broken) == (1, False)
+    assert "does not run after it" in found.message
+    assert found.rewrite is not None
+    assert (found.rewrite.number, found.rewrite.node) == (3, "Neg 'n2'")
+
+
 def test_a_rule_that_raises_is_named_with_its_node() -> None:
     history = History()
     passes = [faulty_at(3, "raise")]
