@@ -3,7 +3,7 @@
 from lwc.rewrite.driver import Missed, Rewriting, rewrite, without_collections
 from lwc.rewrite.editor import MIN_OPSET, Editor, attribute, producer_of, use_count
 from lwc.rewrite.limit import RewriteLimit, Step
-from lwc.rewrite.rules import ANY, EDITED, Edited, Miss, Outcome, Rule, RuleSet, rule
+from lwc.rewrite.rules import ANY, EDITED, Edited, Miss, Outcome, Rule, RuleSet, first_line, rule
 from lwc.rewrite.unused import remove_unused
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "RuleSet",
     "Step",
     "attribute",
+    "first_line",
     "producer_of",
     "remove_unused",
     "rewrite",

@@ -103,6 +103,7 @@ def rewrite(
             break
         worklist.push(editor.touched)
         editor.touched = {}
+    run.result.applied = editor.applied
     run.result.missed = [each for each in run.missed.values() if each.node.graph is not None]
     return run.result
 
@@ -140,8 +141,8 @@ class _Run:
         """
         editor = self._editor
         if editor.is_dead(node):
-            if editor.explain is not None and editor.asks_about(node):
-                self.result.applied.append(Step("dead-code", describe(node)))
+            if editor.explain is not None:
+                editor.note_applied("dead-code", node)
             self.result.erased += editor.erase(node)
             return
         if any(each.is_ref() for each in node.attributes.values()):
@@ -179,9 +180,7 @@ class _Run:
     ) -> None:
         editor = self._editor
         self.result.hits[rule.name] += 1
-        editor.limit.spend(rule.name, node)
-        if editor.explain is not None and editor.asks_about(node):
-            self.result.applied.append(Step(rule.name, describe(node)))
+        editor.spend(rule.name, node)
         if isinstance(outcome, Edited):
             self._edits[node] += 1
             if self._edits[node] > _EDITS_PER_NODE:

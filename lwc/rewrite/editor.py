@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from lwc.core.diagnostics import answers_to
+from lwc.core.diagnostics import answers_to, describe
 from lwc.core.dims import Dim, DimShape
 from lwc.core.module import Module
 from lwc.core.walk import attribute_graphs, constant_tensor, graph_and_subgraphs
-from lwc.rewrite.limit import RewriteLimit
+from lwc.rewrite.limit import RewriteLimit, Step
 
 if TYPE_CHECKING:
     from lwc.analysis.shapes import Shapes
@@ -82,6 +82,7 @@ class Editor:
         self.source = source
         self.limit = RewriteLimit() if limit is None else limit
         self.explain = explain
+        self.applied: list[Step] = []
         self.root: ir.Node | None = None
         self.changed = False
         self.touched: dict[ir.Node, bool] = {}
@@ -102,6 +103,17 @@ class Editor:
     def asks_about(self, node: ir.Node) -> bool:
         """Tell whether the user asks what rules see at a node; see `explain`."""
         return self.explain is not None and answers_to(node, self.explain)
+
+    def spend(self, rule: str, node: ir.Node | None = None) -> None:
+        """Count a rewrite, before the graph changes; the driver does it for rules."""
+        self.limit.spend(rule, node)
+        if self.explain is not None and node is not None:
+            self.note_applied(rule, node)
+
+    def note_applied(self, what: str, node: ir.Node) -> None:
+        """Keep in `applied` what happened at a node that the user asks about."""
+        if self.explain is not None and answers_to(node, self.explain):
+            self.applied.append(Step(what, describe(node)))
 
     # Facts
 
@@ -293,7 +305,7 @@ class Editor:
                 continue
             if self.limit.exhausted:
                 break
-            self.limit.spend("shared-constants")
+            self.spend("shared-constants")
             self.redirect(value, first)
             gone += 1
         return gone

@@ -22,6 +22,7 @@ from lwc.rewrite import (
     Rule,
     RuleSet,
     attribute,
+    first_line,
     producer_of,
     remove_unused,
     rewrite,
@@ -78,9 +79,11 @@ def _rules(folder: LinearFolder) -> list[Rule]:
         return _fold_scalar(node, edit, folder)
 
     return [
-        Rule("affine-after-linear", AFFINE_OPS, after_linear),
-        Rule("affine-before-linear", _LINEAR_OPS, before_linear),
-        Rule("scalar-through-views", ("Mul", "Div"), scalar_through_views),
+        Rule("affine-after-linear", AFFINE_OPS, after_linear, first_line(_fold_after)),
+        Rule("affine-before-linear", _LINEAR_OPS, before_linear, first_line(_fold_before)),
+        Rule(
+            "scalar-through-views", ("Mul", "Div"), scalar_through_views, first_line(_fold_scalar)
+        ),
         Rule("affine-after-affine", AFFINE_OPS, _merge_affine),
         *PADDING_RULES,
     ]

@@ -75,7 +75,7 @@ def _merge(editor: Editor, node: ir.Node, rule: str, earlier: list[ir.Value]) ->
     for old, new in zip(node.outputs, earlier, strict=False):
         if old.is_graph_output() and not editor.may_become_output(new, graph):
             return False
-    editor.limit.spend(rule, node)
+    editor.spend(rule, node)
     for old, new in zip(node.outputs, earlier, strict=False):
         editor.replace(old, new)
     editor.touch(node)

@@ -46,7 +46,9 @@ class Folding:
 
     def rule(self) -> Rule:
         """Return the rule for the driver."""
-        return Rule("fold-constants", (ANY,), self.apply)
+        return Rule(
+            "fold-constants", (ANY,), self.apply, "a node whose inputs are all constant: its result"
+        )
 
     def apply(self, node: ir.Node, edit: Editor) -> Outcome:
         """Fold a node, or say why not."""
