@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ from lwc.core.walk import constant_tensor, is_random
 from lwc.pipeline.manager import PassManager
 from lwc.pipeline.passes import Lossy, Pass, PassContext
 from lwc.pipeline.record import PassRecord, take_snapshot
+from lwc.rewrite.limit import RewriteLimit
 from lwc.verify.isomorphism import renamed, structure
 from lwc.verify.numeric import ChosenFeeds, Comparer, TestFeed, choose_feeds, fitted
 from lwc.verify.sensitivity import Sensitivity
@@ -186,11 +188,13 @@ class _Check:
 
         A run that only repeats another (`again`) is not verified a second time.
         """
+        limit = RewriteLimit(record=True)
         ctx = PassContext(
             AnalysisManager(module),
             make_runner=make_runner,
             seed=self.settings.seed,
             granted=self.settings.granted,
+            limit=limit,
         )
         fingerprint = None if again else module.fingerprint()
         try:
@@ -199,12 +203,12 @@ class _Check:
             )
             record = manager.run(module, ctx).passes[0]
         except VerificationError as error:
-            self.rewrites = _rewrites_of(module)
+            self.rewrites = _by_rule(limit)
             raise ContractViolation("structure", error.message, self.rewrites) from error
         except LwcError as error:
             cause = error.__cause__
             if isinstance(error, PassError) and cause and not isinstance(cause, LwcError):
-                raise ContractViolation("crash", error.message, self.rewrites) from error
+                raise ContractViolation("crash", error.message, _by_rule(limit)) from error
             if (
                 not again
                 and module.fingerprint() != fingerprint
@@ -368,12 +372,8 @@ def _free_integers(module: Module, spec: FeedSpec) -> dict[str, tuple[float, flo
 _UNSIGNED = {ir.DataType.UINT8, ir.DataType.UINT16, ir.DataType.UINT32, ir.DataType.UINT64}
 
 
-def _rewrites_of(module: Module) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for remark in module.remarks:
-        if remark.kind == "applied" and remark.rule:
-            found[remark.rule] = found.get(remark.rule, 0) + 1
-    return found
+def _by_rule(limit: RewriteLimit) -> dict[str, int]:
+    return dict(Counter(step.rule for step in limit.steps))
 
 
 def _digest(tensor: ir.TensorProtocol) -> str:

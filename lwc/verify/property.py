@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -100,7 +101,7 @@ class PassBrokenError(AssertionError):
         rules = ", ".join(f"{rule} x{count}" for rule, count in violation.rewrites.items())
         super().__init__(
             f"{spec} breaks its contract ({violation.clause})\n"
-            f"  {violation.message}\n"
+            f"{textwrap.indent(violation.message, '  ')}\n"
             + (f"  its rewrites: {rules}\n" if rules else "")
             + f"  found after {examples} graphs; the smallest has {counterexample.nodes} nodes:\n"
             + "".join(f"    {line}\n" for line in counterexample.text.splitlines())
