@@ -1,0 +1,314 @@
+"""Every clause of a pass's contract: a pass that breaks just that one is named for it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from support import module_of
+
+from lwc.calibration.feeds import FeedSpec
+from lwc.core.errors import LwcError, PassError
+from lwc.core.module import Module
+from lwc.passes.cleanup.canonicalize import Canonicalize
+from lwc.passes.quantization.quantize_weights import QuantizeWeights
+from lwc.pipeline.passes import Contract, Exact, Lossy, Pass, PassContext, PassResult
+from lwc.verify.contract import ContractSettings, ContractViolation, check_contract
+from lwc.verify.isomorphism import renamed, structure
+
+GRAPH = """g (float[N, 4] x) => (float[N, 4] y)
+<float[4] w = {1, 2, 3, 4}, float[4] v = {4, 3, 2, 1}>
+{ a = Mul(x, w) b = Add(a, v) c = Identity(b) y = Relu(c) }"""
+
+
+def example() -> Module:
+    """Return the graph, its weights in memory that may be written to."""
+    module = module_of(GRAPH)
+    for _, value in module.initializers():
+        assert value.const_value is not None
+        value.const_value = ir.Tensor(value.const_value.numpy().copy(), name=value.name)
+    return module
+
+
+def drop_identity(module: Module) -> bool:
+    """Remove the Identity, as a right pass would; tell whether it was there."""
+    for node in list(module.graph):
+        if node.op_type == "Identity":
+            for user, index in list(node.outputs[0].uses()):
+                user.replace_input_with(index, node.inputs[0])
+            module.graph.remove(node, safe=True)
+            return True
+    return False
+
+
+def node_of(module: Module, op: str) -> ir.Node:
+    return next(node for node in module.graph if node.op_type == op)
+
+
+def broken(change: Callable[[Module], Any], **attributes: Any) -> Pass:
+    """Make a pass of a change; other class attributes by keyword."""
+
+    def run(self: Pass, module: Module, ctx: PassContext) -> PassResult:
+        if change(module) is False:
+            return PassResult(False)
+        return PassResult(True)
+
+    members = {"name": "broken", "run": run, "__doc__": "Broken.", **attributes}
+    return dataclass(frozen=True)(type("Broken", (Pass,), members))()  # type: ignore[no-any-return]
+
+
+def right(module: Module) -> bool:
+    return drop_identity(module)
+
+
+def wrong_operator(module: Module) -> bool:
+    done = drop_identity(module)
+    if done:
+        node_of(module, "Relu").op_type = "Abs"
+    return done
+
+
+def crash(module: Module) -> None:
+    drop_identity(module)
+    raise ZeroDivisionError("half way")
+
+
+def undeclared(module: Module) -> None:
+    node_of(module, "Relu").op_type = "Reluu"
+
+
+def write_weight(module: Module) -> bool:
+    done = drop_identity(module)
+    if done:
+        tensor = module.graph.initializers["w"].const_value
+        assert tensor is not None
+        tensor.numpy()[:] *= 2
+    return done
+
+
+def copy_weight(module: Module) -> bool:
+    done = drop_identity(module)
+    if done:
+        value = module.graph.initializers["w"]
+        assert value.const_value is not None
+        value.const_value = ir.Tensor(value.const_value.numpy().copy(), name="w")
+    return done
+
+
+COUNTER = itertools.count()
+
+
+def count_up(module: Module) -> bool:
+    done = drop_identity(module)
+    if done:
+        node_of(module, "Relu").name = f"number{next(COUNTER)}"
+    return done
+
+
+def by_name(module: Module) -> bool:
+    node = next((node for node in module.graph if node.op_type == "Identity"), None)
+    return drop_identity(module) if node and node.outputs[0].name == "c" else False
+
+
+def again_and_again(module: Module) -> bool:
+    relu = node_of(module, "Relu")
+    made = ir.node("Relu", [relu.inputs[0]])
+    made.outputs[0].name = module.fresh_name("again")
+    module.graph.insert_before(relu, made)
+    relu.replace_input_with(0, made.outputs[0])
+    return True
+
+
+CASES: list[tuple[str, Pass, str]] = [
+    ("outputs", broken(wrong_operator), "times its bound"),
+    ("crash", broken(crash), "ZeroDivisionError: half way"),
+    ("structure", broken(undeclared), "operator Reluu does not exist"),
+    ("structure", broken(lambda module: True), "reports a change, but the module is the same"),
+    ("weights", broken(write_weight), "writes into a weight"),
+    ("weights", broken(copy_weight), "makes a new tensor of 'w'"),
+    ("repetition", broken(count_up), "gives another result"),
+    ("names", broken(by_name), "depends on the names"),
+    ("idempotence", broken(again_and_again), "changes it again"),
+    (
+        "cost",
+        broken(again_and_again, never_more=frozenset({"nodes"}), changes_again="it adds"),
+        "nodes grow from 4 to 5",
+    ),
+]
+
+
+@pytest.mark.parametrize(("clause", "pass_", "words"), CASES, ids=[f"{c}-{w}" for c, _, w in CASES])
+def test_each_clause_is_named(clause: str, pass_: Pass, words: str) -> None:
+    with pytest.raises(ContractViolation) as caught:
+        check_contract(pass_, example())
+    assert caught.value.clause == clause
+    assert words in caught.value.message
+
+
+def test_a_right_pass_holds() -> None:
+    outcome = check_contract(broken(right), module_of(GRAPH))
+    assert outcome.changed
+    assert outcome.float64
+    assert outcome.feeds == 6
+
+
+def test_a_pass_may_say_that_it_changes_again() -> None:
+    assert check_contract(
+        broken(again_and_again, changes_again="it adds"), module_of(GRAPH)
+    ).changed
+
+
+def test_nothing_to_do() -> None:
+    module = module_of("g (float[N, 4] x) => (float[N, 4] y) { y = Relu(x) }")
+    outcome = check_contract(broken(right), module)
+    assert not outcome.changed
+    assert outcome.record is not None
+
+
+def test_the_module_is_not_changed() -> None:
+    module = module_of(GRAPH)
+    before = module.fingerprint()
+    check_contract(broken(right), module)
+    assert module.fingerprint() == before
+
+
+ASSUMPTION = "x is not negative"
+
+
+@dataclass(frozen=True)
+class DropRelu(Pass):
+    """Drop Relu, which is right where the input is not negative."""
+
+    asks: bool = True
+
+    name: ClassVar[str] = "drop-relu"
+    contract: ClassVar[Contract] = Exact((ASSUMPTION,))
+
+    def run(self, module: Module, ctx: PassContext) -> PassResult:
+        relu = next((node for node in module.graph if node.op_type == "Relu"), None)
+        if relu is None:
+            return PassResult(False)
+        if self.asks:
+            ctx.assume(ASSUMPTION)
+        relu.op_type = "Identity"
+        return PassResult(True)
+
+
+RELU = "g (float[N, 4] x) => (float[N, 4] y) { y = Relu(x) }"
+
+
+def test_outside_its_assumptions_a_pass_refuses() -> None:
+    outcome = check_contract(DropRelu(), module_of(RELU))
+    assert outcome.refused is not None
+    assert ASSUMPTION in outcome.refused
+
+
+def test_a_pass_that_does_not_ask_is_caught_outside_its_assumptions() -> None:
+    with pytest.raises(ContractViolation, match="times its bound"):
+        check_contract(DropRelu(asks=False), module_of(RELU))
+
+
+def test_inside_its_assumptions_the_outputs_agree() -> None:
+    settings = ContractSettings(FeedSpec(ranges={"x": (0, 5)}), frozenset({"all"}))
+    assert check_contract(DropRelu(), module_of(RELU), settings).changed
+    with pytest.raises(ContractViolation, match="times its bound"):
+        check_contract(DropRelu(), module_of(RELU), ContractSettings(granted=frozenset({"all"})))
+
+
+def test_a_refusal_that_leaves_a_change_is_none_under_the_manager() -> None:
+    def refuse(module: Module) -> None:
+        drop_identity(module)
+        raise PassError("not today")
+
+    assert check_contract(broken(refuse), module_of(GRAPH)).refused is not None
+
+
+def matmul() -> Module:
+    graph = module_of("g (float[N, 64] x) => (float[N, 64] y) { y = Identity(x) }").graph
+    module = Module(ir.Model(graph, ir_version=8))
+    weights = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+    node = node_of(module, "Identity")
+    node.op_type = "MatMul"
+    node.resize_inputs(2)
+    node.replace_input_with(1, module.add_initializer("w", weights))
+    return module
+
+
+@dataclass(frozen=True)
+class Shrink(Pass):
+    """A lossy pass that makes every weight smaller by a tenth."""
+
+    name: ClassVar[str] = "shrink"
+    contract: ClassVar[Contract] = Lossy(noise=0.01)
+    changes_again: ClassVar[str | None] = "it shrinks again"
+
+    def run(self, module: Module, ctx: PassContext) -> PassResult:
+        value = module.graph.initializers["w"]
+        assert value.const_value is not None
+        module.replace_initializer(value, ir.Tensor(value.const_value.numpy() * np.float32(0.9)))
+        return PassResult(True)
+
+
+def test_a_lossy_pass_is_held_to_the_noise_it_states() -> None:
+    with pytest.raises(ContractViolation) as caught:
+        check_contract(Shrink(), matmul())
+    assert caught.value.clause == "noise"
+
+
+def test_quantization_is_within_the_noise_it_states() -> None:
+    outcome = check_contract(QuantizeWeights(), matmul())
+    assert outcome.changed
+
+
+def test_a_model_that_does_not_run_is_no_example() -> None:
+    module = module_of(
+        "g (float[N, 4] x) => (float[N, 4] y) <float[3, 4] w = {1,2,3,4,5,6,7,8,9,1,2,3}>\n"
+        "{ a = MatMul(x, w) y = Identity(a) }"
+    )
+    with pytest.raises(LwcError):
+        check_contract(Canonicalize(), module)
+
+
+def test_random_nodes_are_not_compared() -> None:
+    module = module_of(
+        "g (float[N, 4] x) => (float[N, 4] y)\n"
+        "{ r = RandomNormalLike(x) a = Identity(r) y = Add(x, a) }"
+    )
+    outcome = check_contract(Canonicalize(), module)
+    assert outcome.changed
+    assert outcome.feeds == 0
+
+
+def test_structure_is_blind_to_names_and_nothing_else() -> None:
+    module = module_of(GRAPH)
+    other = renamed(module, 3)
+    assert {node.name for node in other.graph}.isdisjoint({"a", "b"})
+    assert set(other.graph.initializers).isdisjoint({"w", "v"})
+    assert [v.name for v in other.graph.outputs] == ["y"]
+    assert structure(other) == structure(module)
+    for change in (wrong_operator, drop_identity, undeclared):
+        changed = module.clone()
+        change(changed)
+        assert structure(changed) != structure(module)
+
+
+def test_renaming_reaches_into_bodies() -> None:
+    module = module_of(
+        """g (bool c, float[N] x) => (float[N] y) <float[1] k = {2}>
+        { y = If(c) <then_branch = t () => (float[N] a) { a = Mul(x, k) },
+                     else_branch = e () => (float[N] b) { b = Neg(x) }> }"""
+    )
+    other = renamed(module)
+    names = {value.name for node in other.nodes() for value in node.outputs}
+    assert "a" not in names
+    assert "y" in names
+    assert structure(other) == structure(module)
+    (node,) = other.graph
+    body = node.attributes["then_branch"].as_graph()
+    next(iter(body)).op_type = "Div"
+    assert structure(other) != structure(module)
