@@ -106,7 +106,7 @@ def print_specs(specs: Iterable[PassSpec]) -> str:
 
 def print_scalar(scalar: Scalar) -> str:
     """Print one value, in quotes where it must have them."""
-    if not scalar.quoted and is_safe(scalar.text):
+    if not scalar.quoted and _BARE.fullmatch(scalar.text):
         return scalar.text
     return '"' + "".join(_UNESCAPES.get(char, char) for char in scalar.text) + '"'
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from support import Idle
 
@@ -173,6 +173,7 @@ def test_every_value_is_read_back(data: st.DataObject, option: Any) -> None:
 
 @settings(max_examples=500, deadline=None)
 @given(st.text(st.sampled_from("ab-1,{}= \"'\\\n"), max_size=24))
+@example("1{\\}")
 def test_any_text_is_read_or_refused_with_a_caret(text: str) -> None:
     try:
         specs = parse_specs(text)
