@@ -143,9 +143,10 @@ def perturbed(
         found = changed.get(id(tensor))
         if found is None:
             array = tensor.numpy()
-            whole = array == np.round(array)
-            moved = np.where(whole, array, _changed(np.where(whole, 0, array), rng, size))
-            found = ir.Tensor(moved.astype(array.dtype), name=tensor.name)
+            with np.errstate(over="ignore"):
+                moved = _changed(array, rng, size)
+            np.copyto(moved, array, where=np.rint(array) == array)
+            found = ir.Tensor(moved, name=tensor.name)
             changed[id(tensor)] = found
         return found
 
@@ -188,9 +189,16 @@ def _shake_results(module: Module, rng: np.random.Generator, size: float) -> Non
 
 def _changed(array: Array, rng: np.random.Generator, size: float) -> Array:
     if np.asarray(array).dtype.kind != "f":
-        return array
-    noise = 1.0 + size * rng.standard_normal(np.shape(array))
-    return np.asarray(array * noise).astype(array.dtype)
+        return np.array(array)
+    if array.dtype != np.float32:
+        noise = 1.0 + size * rng.standard_normal(np.shape(array))
+        return np.asarray(array * noise).astype(array.dtype)
+    # Large weights mostly: x + x·c in place takes a fourth of the time.
+    moved: Array = np.asarray(rng.standard_normal(np.shape(array), dtype=np.float32))
+    moved *= np.float32(size)
+    moved *= array
+    moved += array
+    return moved
 
 
 def _distance(a: Array, b: Array) -> Array:
