@@ -112,18 +112,19 @@ class TypeState:
         )
 
     def _statement_was(self, clash: Clash, before: TypeState) -> bool:
-        name = clash.place
+        name, axis = clash.place, clash.axis
         then, now = before.facts.get(name), self.facts.get(name)
-        if then is None or now is None or before.stated.get(name) != self.stated[name]:
+        said, says = before.stated.get(name), self.stated[name]
+        if then is None or now is None or said is None or not _sharpened(then, now):
             return False
-        if not _sharpened(then, now):
+        if said != says and not _bound(said, says):
             return False
-        if clash.axis is None or then.shape is None:
-            return True
-        shape = self.stated[name][1]
-        assert shape is not None
+        if axis is None or then.shape is None or said[1] is None:
+            return said == says
+        if said != says and isinstance(then.shape[axis], int):
+            return False
         # What inference bore out before was right then.
-        return not _confirmed(shape[clash.axis], then.shape[clash.axis])
+        return not _confirmed(said[1][axis], then.shape[axis])
 
 
 def verify_types(
@@ -314,6 +315,16 @@ def _confirmed(stated: int | str | None, inferred: Dim) -> bool:
     if isinstance(stated, int) or isinstance(inferred, int):
         return stated == inferred
     return stated is not None and not is_anonymous(stated) and parse_dim(stated) == inferred
+
+
+def _bound(then: _Stated, now: _Stated) -> bool:
+    """Tell whether a statement is what it was, but for names that have become numbers."""
+    if then[0] != now[0] or then[1] is None or now[1] is None or len(then[1]) != len(now[1]):
+        return False
+    return all(
+        a == b or (isinstance(a, str) and isinstance(b, int) and not is_anonymous(a))
+        for a, b in zip(then[1], now[1], strict=True)
+    )
 
 
 def _sharpened(then: Fact, now: Fact) -> bool:

@@ -88,14 +88,7 @@ def test_an_anonymous_extent_is_equal_to_no_other() -> None:
 
 def test_equal_at_what_operators_require_is_no_contradiction() -> None:
     """Concat requires h to be even; there, and only there, the two extents are equal."""
-    module = module_of(
-        """g (float[1, 1, h, 4] x, float[1, 1, h, 4] s) => (float[1, 2, ?, 4] y) {
-            p = MaxPool<kernel_shape=[2, 1], strides=[2, 1]>(x)
-            half = Constant<value_floats=[1.0, 1.0, 2.0, 1.0]>()
-            r = Resize<mode="nearest">(p, , half)
-            y = Concat<axis=1>(r, s)
-        }"""
-    )
+    module = module_of(HALVES)
     state(module, "r", [1, 1, "h", 4])
     assert problems(module) == []
 
@@ -290,6 +283,32 @@ def test_what_a_binding_brings_to_light_is_forgiven() -> None:
     bind_first(module)
     assert len(problems(module)) == 1
     assert after(misfit, bind_first) == []
+
+
+HALVES = """
+g (float[1, 1, h, 4] x, float[1, 1, h, 4] s) => (float[1, 2, ?, 4] y) {
+    p = MaxPool<kernel_shape=[2, 1], strides=[2, 1]>(x)
+    half = Constant<value_floats=[1.0, 1.0, 2.0, 1.0]>()
+    r = Resize<mode="nearest">(p, , half)
+    y = Concat<axis=1>(r, s)
+}
+"""
+
+
+@pytest.mark.parametrize(("stated", "forgiven"), [("h", True), ("2*floor(h/2)", False)])
+def test_a_bound_statement_is_as_wrong_as_it_was(stated: str, forgiven: bool) -> None:
+    """At h = 3 the model cannot run, which is not the binding's fault; a wrong number is."""
+    module = module_of(HALVES)
+    state(module, "r", [1, 1, stated, 4])
+    before = check_types(module, Shapes.build(module))
+    assert before.clashes == []
+    for each in module.graph.inputs:
+        each.shape = ir.Shape([1, 1, 3, 4])
+    state(module, "r", [1, 1, 3, 4])
+    now = check_types(module, Shapes.build(module))
+    assert any(str(clash).startswith("'r' is stated") for clash in now.clashes)
+    introduced = [str(clash) for clash in now.introduced(before)]
+    assert any(each.startswith("'r'") for each in introduced) != forgiven
 
 
 def replace_op(op_type: str, **attributes: Any) -> Callable[[Module], None]:
