@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -10,6 +12,7 @@ from support import module_of
 from lwc.core.errors import VerificationError
 from lwc.core.module import Module
 from lwc.verify.numeric import compare
+from lwc.verify.sensitivity import Sensitivity
 
 
 def normalized(power: str) -> Module:
@@ -39,3 +42,23 @@ def test_an_exponent_and_a_mask_do_not_excuse_a_difference() -> None:
     wrong.replace_initializer(eps, ir.Tensor(np.array(0.5, np.float32)))
     with pytest.raises(VerificationError, match="times its bound"):
         compare(right, wrong)
+
+
+def test_infinite_inputs_stay_infinite() -> None:
+    module = module_of("g (float[2] x) => (float[2] y) { y = Neg(x) }")
+    feed = {"x": np.array([-np.inf, np.inf], np.float32)}
+    runs = {"y": -feed["x"]}
+
+    class Runner:
+        def __enter__(self) -> Runner:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def run(self, moved: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+            np.testing.assert_array_equal(moved["x"], feed["x"])
+            return runs
+
+    found = Sensitivity.measure(module, feed, runs, lambda _: Runner())
+    assert found.movement["y"].tolist() == [0, 0]
