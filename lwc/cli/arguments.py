@@ -223,7 +223,8 @@ def _add_action_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--bisect",
         action="store_true",
-        help="find the first pass that changes the outputs; write nothing",
+        help="find the first pass, and the first of its rewrites, after which outputs differ or "
+        "verification fails; write nothing",
     )
     group.add_argument(
         "--reduce",

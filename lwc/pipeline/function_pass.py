@@ -44,7 +44,8 @@ def function_pass(
     The function takes the module and, where it has a second positional parameter, the
     `PassContext`. Its other parameters are the pass's options; they need a type. It returns how
     many rewrites it did, or whether it changed anything, or a `PassResult`. The docstring becomes
-    that of the pass, its `Args:` the help of the options.
+    that of the pass, its `Args:` the help of the options. For `--bisect` to find a single rewrite
+    the function stops at `ctx.limit.exhausted` and calls `ctx.limit.spend` before each.
 
     Args:
         function: The function.

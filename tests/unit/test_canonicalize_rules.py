@@ -294,6 +294,30 @@ def test_short_loops_are_inlined(trips: int, left: list[str]) -> None:
     np.testing.assert_array_equal(run_plain(module, {"x": x})[0], x * 2**trips)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        # Of two scans each would need an Unsqueeze; the Loop is one node.
+        """g (float[4] x) => (float[1, 4] y, float[1, 4] z) <int64 n = {1}, bool t = {1}> {
+            y, z = Loop(n, t) <body = b (int64 i, bool c) => (bool c, float[4] v, float[4] w) {
+                v = Abs(x)
+                w = Neg(x)
+            }>
+        }""",
+        # Of two constants each would need an Identity; the Split is one node.
+        """g (float[4] x) => (float[1] y, float[1] z, float[4] u) <float[2] w = {1, 2}> {
+            y, z = Split <axis = 0> (w)
+            u = Exp(x)
+        }""",
+    ],
+)
+def test_what_would_take_more_nodes_stays(text: str) -> None:
+    module = module_of(text, opset=13)
+    before = ops(module)
+    canonicalize(module)
+    assert ops(module) == before
+
+
 def test_branches_with_equal_names_can_both_be_inlined() -> None:
     branch = """If (t) <then_branch = a () => (float[4] v) { k = Exp(x) v = Neg(k) },
                         else_branch = b () => (float[4] v) { v = Abs(x) }>"""

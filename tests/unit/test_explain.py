@@ -146,6 +146,24 @@ def test_a_pattern_that_no_rule_can_have_is_refused(body: Any, reason: str) -> N
         pattern_rule(Odd)
 
 
+def test_declared_roots_must_be_where_the_pattern_ends() -> None:
+    class Elsewhere(PatternRule):
+        """Says that it starts at Exp."""
+
+        roots = ("Exp",)
+
+        def pattern(self, op: Any, x: Any) -> Any:
+            return op.Neg(op.Exp(x))
+
+        def rewrite(self, edit: Editor, **bindings: Any) -> ir.Value:
+            raise AssertionError("not reached")
+
+    module = module_of("g (float[2] x) => (float[2] y) { a = Exp(x)\n y = Neg(a) }")
+    context = PassContext(AnalysisManager(module))
+    with pytest.raises(PassError, match="starts at Exp, but its pattern ends in Neg"):
+        rewrite(context.editor(), RuleSet([pattern_rule(Elsewhere)]))
+
+
 def test_constants_of_nodes_count_and_defaults_of_inputs_do_not() -> None:
     class Twice(PatternRule):
         """x * 2 = x + x."""
