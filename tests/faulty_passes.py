@@ -83,6 +83,35 @@ class SpellSwish(Pass):
         return PassResult(True, rewrites={"swish": count})
 
 
+@dataclass(frozen=True)
+class SpellSoftmax(Pass):
+    """Writes every Softmax as exp(x) / sum(exp(x)); sums along the wrong axis at one place.
+
+    Attributes:
+        at: What the name of the Softmax's output contains there.
+    """
+
+    name: ClassVar[str] = "faulty-spell-softmax"
+    at: str = ""
+
+    def run(self, module: Module, ctx: PassContext) -> PassResult:
+        count = 0
+        for node in [node for node in module.graph if node.op_type == "Softmax"]:
+            (old,) = node.outputs
+            axis = node.attributes.get_int("axis", -1)
+            wrong = self.at in (old.name or "")
+            axes = module.add_initializer("axes", np.array([axis - wrong], np.int64))
+            power = ir.node("Exp", [node.inputs[0]])
+            total = ir.node("ReduceSum", [power.outputs[0], axes], attributes={"keepdims": 1})
+            share = ir.node("Div", [power.outputs[0], total.outputs[0]])
+            for each in (power, total, share):
+                each.outputs[0].name = module.fresh_name("share")
+            module.graph.insert_before(node, [power, total, share])
+            _replace(node, share.outputs[0], module)
+            count += 1
+        return PassResult(count > 0, rewrites={"softmax": count})
+
+
 def _swishes(module: Module) -> Iterator[tuple[ir.Node, ir.Node]]:
     for node in list(module.graph):
         sigmoid = _maker(node, 1) if node.op_type == "Mul" else None

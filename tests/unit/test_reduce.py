@@ -214,13 +214,13 @@ def test_time_bounds_the_search_and_the_best_is_returned() -> None:
     def slow(candidate: Module) -> bool:
         nonlocal calls
         calls += 1
-        time.sleep(0.05)
+        time.sleep(0.5)
         return "Softmax" in ops(candidate)
 
     start = time.monotonic()
-    reduced = reduce_module(module, slow, seconds=0.2)
-    assert time.monotonic() - start < 5
-    assert 1 < calls < 10
+    reduced = reduce_module(module, slow, seconds=3)
+    assert time.monotonic() - start < 20
+    assert 1 < calls < 9
     assert "Softmax" in ops(reduced)
     assert count_nodes(reduce_module(module, slow, seconds=0)) == count_nodes(module)
 
