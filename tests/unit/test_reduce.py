@@ -539,3 +539,18 @@ def test_wrong_usage(words: list[str], message: str, tmp_path: Path) -> None:
     done = lwc_opt(str(model), *words)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def test_the_replay_repeats_every_setting() -> None:
+    from lwc.cli.reduce import replay_command
+
+    trial = Trial(threads=1, seed=3, max_memory=1000, granted=frozenset(["the mask is 0/1"]))
+    found = reproduce(module_of(CHAIN), [Mark(4), Crashing()], trial)
+    assert found is not None
+    words = shlex.split(replay_command(found, "a b.onnxtxt", ["plugin.py", "other"]))
+    assert words == [
+        *("lwc-opt", "a b.onnxtxt", "-p", "crashing", "--verify=numeric"),
+        *("--load-pass-plugin", "plugin.py", "--load-pass-plugin", "other"),
+        *("--grant", "the mask is 0/1"),
+        *("--seed", "3", "--threads", "1", "--max-memory", "1000"),
+    ]
