@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -87,6 +87,10 @@ class Sketch(Choices):
         self._graph = graph
         self._outer: list[ir.Graph] = []
         self._in_function = False
+
+    def drop(self) -> NoReturn:
+        """Drop the example: what was drawn does not fit together."""
+        reject()
 
     # Leaves
 
@@ -265,7 +269,7 @@ class Sketch(Choices):
             return list(node.outputs[:outputs])
         self.shapes.infer(node)
         if len(self.shapes.misfits) > misfits:
-            reject()
+            self.drop()
         for value in node.outputs:
             fact = self.shapes.fact(value)
             if fact.dtype is not None:
@@ -284,7 +288,7 @@ class Sketch(Choices):
         """Return the inferred shape; where even the rank is not known the example is dropped."""
         shape = self.shapes.shape(value)
         if shape is None:
-            reject()
+            self.drop()
         return shape
 
     def rank(self, value: ir.Value) -> int:
@@ -342,7 +346,7 @@ class Sketch(Choices):
         if not self._fits(value, rank, least, where):
             value = self.input(self._plain_shape(wanted), dtype)
             if not self._fits(value, rank, least, where):
-                reject()
+                self.drop()
         return value
 
     def partner(self, value: ir.Value, dtype: ir.DataType | None = None) -> ir.Value:
@@ -394,7 +398,7 @@ class Sketch(Choices):
         """Draw an axis of a value, counted from the front or from the back."""
         rank = self.rank(value)
         if rank < least_rank:
-            reject()
+            self.drop()
         axis = self.integer(0, rank - 1)
         return axis - rank if self.flip() else axis
 
@@ -453,7 +457,7 @@ class Sketch(Choices):
             and self.shapes.rank(value) is not None
         ]
         if not made:
-            reject()
+            self.drop()
         ends = [value for value in made if not value.uses()]
         outputs = [made[-1]]
         for value in reversed(ends):
