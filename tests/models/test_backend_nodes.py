@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+from bench.backend_cases import VARIANTS
 from bench.backend_check import Outcome
 from bench.backend_nodes import outcomes, summarize
+
+PIPELINE = "canonicalize,fold-linear,canonicalize"
 
 
 def failures(rows: list[Outcome]) -> list[str]:
@@ -20,9 +23,7 @@ def test_every_node_case_holds() -> None:
     assert not failures(rows)
     assert max(Counter((row.case, row.variant) for row in rows).values()) == 1
     counts = summarize(rows)
-    written, constant, half = (
-        counts[f"node, {name}"] for name in ("as it is", "all constant", "half constant")
-    )
+    written, constant, half, _ = (counts[f"node, {name}"] for name in VARIANTS)
     for each in counts.values():
         assert each["cases"] >= 1800
         assert each["correct"] >= 0.85 * each["cases"]
@@ -33,15 +34,23 @@ def test_every_node_case_holds() -> None:
 
 
 @pytest.mark.slow
-def test_light_models_hold() -> None:
-    rows = list(outcomes(["light"], "canonicalize"))
+@pytest.mark.parametrize("only", ["conv", "batchnorm", "gemm", "matmul"])
+def test_fold_linear_holds_on_linear_operators(only: str) -> None:
+    rows = list(outcomes(["node"], PIPELINE, only))
     assert not failures(rows)
-    assert len(rows) == 27
+    assert sum(row.before == "correct" for row in rows) >= 4 * len(VARIANTS)
+
+
+@pytest.mark.slow
+def test_light_models_hold() -> None:
+    rows = list(outcomes(["light"], PIPELINE))
+    assert not failures(rows)
+    assert len(rows) == 9 * len(VARIANTS)
     assert all(row.before == "correct" and row.changed for row in rows)
 
 
 @pytest.mark.slow
 def test_models_older_than_the_passes_hold() -> None:
-    rows = list(outcomes(["simple", "pytorch-operator", "pytorch-converted"], "canonicalize"))
+    rows = list(outcomes(["simple", "pytorch-operator", "pytorch-converted"], PIPELINE))
     assert not failures(rows)
-    assert sum(row.before == "correct" for row in rows) >= 250
+    assert sum(row.before == "correct" for row in rows) >= 300

@@ -12,6 +12,7 @@ import pytest
 BENCH = Path(__file__).parents[2] / "tools" / "bench"
 
 SMALL = {
+    "backend_nodes": ["--kinds", "node", "--only", "scan"],
     "cost_model": ["--only", "flops", "--models", "magika"],
     "quantize_weights": ["--variants", "8 bits", "--tokens", "33"],
     "scale": [

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
@@ -21,8 +21,9 @@ from onnx.backend.test import loader
 
 __all__ = ["KINDS", "VARIANTS", "Case", "Variant", "VariantName", "cases_of", "variant_of"]
 
-VariantName: TypeAlias = Literal["as it is", "all constant", "half constant"]
+VariantName: TypeAlias = Literal["as it is", "all constant", "half constant", "unknown extents"]
 VARIANTS: tuple[VariantName, ...] = get_args(VariantName)
+"""`unknown extents` is `half constant` with no shapes declared but the ranks of the inputs."""
 
 KINDS = ("node", "light", "simple", "pytorch-operator", "pytorch-converted")
 """`light` are whole networks whose weights are ConstantOfShape; the others lie in folders."""
@@ -95,15 +96,17 @@ def variant_of(case: Case, name: VariantName) -> Variant:
     chosen: tuple[str, ...] = ()
     if name == "all constant":
         chosen = tuple(tensors)
-    elif name == "half constant":
+    elif name != "as it is":
         random = np.random.default_rng(zlib.crc32(case.name.encode()))
         count = (len(tensors) + int(random.integers(2))) // 2
         picked = set(random.permutation(len(tensors))[:count].tolist())
         chosen = tuple(key for index, key in enumerate(tensors) if index in picked)
-    if not chosen:
+    if name == "as it is":
         return Variant(name, case.model, case.feed, ())
     model = onnx.ModelProto()
     model.CopyFrom(case.model)
+    if name == "unknown extents":
+        _forget_extents(model.graph, chosen)
     for key in chosen:
         model.graph.initializer.append(_initializer(key, case.feed[key]))
     if model.ir_version >= _IR_WITH_CONSTANTS:
@@ -112,6 +115,17 @@ def variant_of(case: Case, name: VariantName) -> Variant:
         model.graph.input.extend(kept)
     feed = {key: given for key, given in case.feed.items() if key not in chosen}
     return Variant(name, model, feed, chosen)
+
+
+def _forget_extents(graph: onnx.GraphProto, constants: Collection[str]) -> None:
+    del graph.value_info[:]
+    for value in graph.input:
+        if value.name not in constants:
+            for dim in value.type.tensor_type.shape.dim:
+                dim.Clear()
+    for value in graph.output:
+        if value.type.HasField("tensor_type"):
+            value.type.tensor_type.ClearField("shape")
 
 
 def _initializer(name: str, array: np.ndarray[Any, Any]) -> onnx.TensorProto:

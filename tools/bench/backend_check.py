@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 from bench.backend_cases import Case, Variant
+from onnx import helper, numpy_helper
 
 from lwc.core.errors import InputError
 from lwc.frontend.load import load
@@ -24,6 +25,9 @@ __all__ = ["Close", "Outcome", "check", "difference", "run"]
 Before: TypeAlias = Literal["correct", "other result", "cannot run"]
 Status: TypeAlias = Literal["held", "refused", "failed"]
 Array: TypeAlias = np.ndarray[Any, Any]
+
+ODD_TYPES = ("bfloat16", "float8", "float4", "int4", "int2")
+"""Parts of the names of types that numpy lacks."""
 
 AS_WRITTEN = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
 OPTIMIZED = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -129,7 +133,8 @@ def check(kind: str, case: Case, variant: Variant, passes: tuple[Pass, ...], at:
     except Exception as error:
         return outcome("failed", changed, named(error))
     if results is None:
-        return outcome("held", changed)
+        problem = _runs_wrong(case, variant.feed, target)
+        return outcome("failed" if problem else "held", changed, problem or "")
     problem = broken(case, variant.feed, source, target, results, correct=before == "correct")
     return outcome("failed" if problem else "held", changed, problem or "")
 
@@ -169,6 +174,19 @@ def broken(
     return None
 
 
+def _runs_wrong(case: Case, feed: Mapping[str, Any], target: Path) -> str | None:
+    """Say what is wrong with the results of a model that ran only after the passes, if it did.
+
+    Folding may replace an operator that ONNX Runtime lacks, and reading raises old opsets.
+    """
+    try:
+        found = run(target, feed)
+    except Exception:
+        return None
+    wrong = difference(found, case.expected, stated(case))
+    return wrong and f"runs only after the passes, with another result: {wrong}"
+
+
 def _optimizer_breaks(source: Path, feed: Mapping[str, Any], results: list[Any]) -> bool:
     """Return whether ONNX Runtime's own optimizations break the file before already."""
     try:
@@ -189,27 +207,24 @@ def run(path: Path, feed: Mapping[str, Any], level: Any = AS_WRITTEN) -> list[An
     options.log_severity_level = 4
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     kinds = {value.type for value in (*session.get_inputs(), *session.get_outputs())}
-    if not any("bfloat16" in kind or "float8" in kind for kind in kinds):
+    if not any(odd in kind for kind in kinds for odd in ODD_TYPES):
         return list(session.run(None, dict(feed)))
-    given = {}
-    for name, array in feed.items():
-        kind = ir.DataType.from_numpy(array.dtype)
-        raw = np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}") if _odd(kind) else array
-        given[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(raw, int(kind))
+    given = {name: _to_memory(array) for name, array in feed.items()}
     return [_from_memory(value) for value in session.run_with_ort_values(None, given)]
 
 
-def _odd(kind: ir.DataType) -> bool:
-    return kind == ir.DataType.BFLOAT16 or kind.name.startswith("FLOAT8")
+def _to_memory(array: Array) -> Any:
+    tensor = ir.tensor(array)
+    value = ort.OrtValue.ortvalue_from_shape_and_type(list(array.shape), int(tensor.dtype))
+    content = tensor.tobytes()
+    ctypes.memmove(value.data_ptr(), content, len(content))
+    return value
 
 
 def _from_memory(value: Any) -> Array:
-    kind = ir.DataType(value.element_type())
-    if not _odd(kind):
-        return np.asarray(value.numpy())
-    shape, dtype = tuple(value.shape()), kind.numpy()
-    content = ctypes.string_at(value.data_ptr(), dtype.itemsize * int(np.prod(shape)))
-    return np.frombuffer(content, dtype).reshape(shape)
+    content = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
+    tensor = helper.make_tensor("", value.element_type(), value.shape(), content, raw=True)
+    return numpy_helper.to_array(tensor)
 
 
 def difference(found: Any, wanted: Any, close: Close | None) -> str | None:

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Run ONNX's own backend tests before and after passes: what ran correctly must still do so.
 
-Each case goes three ways: as it is, with all inputs turned into initializers, so that constants
-fold, and with a random half of them. ONNX Runtime runs the file before the passes and the file
-after, on one thread, as written and with its own optimizations.
+Each case goes four ways: as it is, with all inputs turned into initializers, so that constants
+fold, with a random half of them, and with that half and no extents declared. ONNX Runtime runs the
+file before the passes and the file after, on one thread, as written and with its own optimizations.
 
     python tools/bench/backend_nodes.py [--kinds node light] [--only SUBSTRING]
         [--passes PIPELINE] [--json FILE]
