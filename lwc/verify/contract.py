@@ -220,7 +220,8 @@ class _Check:
             raise ContractViolation(
                 "crash", f"{type(error).__name__}: {error}", self.rewrites
             ) from error
-        self.rewrites = dict(record.rewrites)
+        if not again:
+            self.rewrites = dict(record.rewrites)
         return record
 
     # Feeds
