@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import textwrap
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lwc.calibration.feeds import FeedSpec
 from lwc.core.errors import LwcError, MissingExtraError, UsageError
 from lwc.pipeline.passes import Pass
+from lwc.pipeline.rule_pass import RulePass
 from lwc.pipeline.spec import to_spec
 from lwc.verify.contract import (
     ContractOutcome,
@@ -143,14 +145,14 @@ def check_pass(
         seconds: Time after which no further graph is drawn.
         seed: Seed of everything random.
         folder: Where counterexamples go; a folder of the system's temporary folder by default.
-        must_change: Fail where the pass changes none of the graphs: nothing was checked then.
+        must_change: Fail where the pass rewrites none of the graphs: nothing was checked then.
 
     Returns:
         What was seen.
 
     Raises:
         PassBrokenError: The pass broke its contract.
-        UsageError: The pass changed no graph, or needs options that have no default.
+        UsageError: The pass rewrote no graph, or needs options that have no default.
         MissingExtraError: hypothesis is not installed.
     """
     chosen = _instance(pass_)
@@ -170,10 +172,12 @@ def check_pass(
         search = _Search(chosen, settings, report, start + seconds, folder)
         search.run(strategy, max(1, examples // len(phases)), seed)
     report.seconds = time.perf_counter() - start
-    if must_change and not report.changed:
+    # A pass of rules that only tidied up has shown none of its rules.
+    worked = report.rewrites if isinstance(chosen, RulePass) else report.changed
+    if must_change and not worked:
         reasons = "; ".join(reason for reason, _ in report.refused.most_common(2))
         raise UsageError(
-            f"pass '{chosen.name}' changed none of {report.examples} graphs"
+            f"pass '{chosen.name}' rewrote none of {report.examples} graphs"
             + (f" (it refused: {reasons})" if reasons else ""),
             remedy="give graphs= that it should change, or must_change=False",
         )
@@ -211,6 +215,10 @@ def passes_hold(
     return wrap
 
 
+class _Enough(BaseException):
+    """Ends a search. No Exception, which hypothesis would take for a failure and try again."""
+
+
 class _Search:
     """Draws graphs until one breaks the contract, the number is reached or time is up."""
 
@@ -244,19 +252,20 @@ class _Search:
             report_multiple_bugs=False,
         )
         test = hypothesis.given(graphs)(self._try)
-        hypothesis.seed(seed)(settings(test))()
+        with contextlib.suppress(_Enough):
+            hypothesis.seed(seed)(settings(test))()
         if self.found is not None:
             self._report_broken(*self.found)
 
     def _try(self, module: Module) -> None:
-        if self.found is not None or time.perf_counter() > self.deadline:
-            return
+        if time.perf_counter() > self.deadline:
+            raise _Enough
         settings = replace(self.settings, thorough=self._is_new)
         try:
             outcome = check_contract(self.pass_, module, settings)
         except ContractViolation as violation:
             self.found = module, violation
-            return
+            raise _Enough from violation
         except LwcError:
             import hypothesis
 

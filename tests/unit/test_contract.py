@@ -58,8 +58,10 @@ def broken(change: Callable[[Module], Any], **attributes: Any) -> Pass:
             return PassResult(False)
         return PassResult(True)
 
-    members = {"name": "broken", "run": run, "__doc__": "Broken.", **attributes}
-    return dataclass(frozen=True)(type("Broken", (Pass,), members))()  # type: ignore[no-any-return]
+    members: dict[str, Any] = {"name": "broken", "run": run, "__doc__": "Broken.", **attributes}
+    made: Any = type("Broken", (Pass,), members)
+    pass_: Pass = dataclass(frozen=True)(made)()
+    return pass_
 
 
 def right(module: Module) -> bool:

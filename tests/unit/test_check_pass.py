@@ -1,0 +1,212 @@
+"""check_pass: it finds what is wrong with a pass, makes it small, and can show it again."""
+
+from __future__ import annotations
+
+import inspect
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from hypothesis import strategies as st
+from rules_to_check import (
+    Double,
+    DoubleForgetsConsumers,
+    DoubleIgnoresOrder,
+    DoubleOfAnything,
+)
+from support import module_of
+
+import lwc
+from lwc.cli.opt import main
+from lwc.core.errors import UsageError
+from lwc.core.module import Module
+from lwc.passes.cleanup.bind_dims import BindDims
+from lwc.pipeline.passes import Contract, Exact, Pass, PassContext, PassResult
+from lwc.verify import FeedSpec, Motif, PassBrokenError, Sketch, passes_hold, sketches
+from lwc.verify.property import CheckReport, check_pass
+
+
+def sums(s: Sketch) -> Any:
+    """Values added to themselves and to others."""
+    x = s.pick()
+    return s.emit(s.choose("Add", "Sub"), x, x if s.flip() else s.partner(x))
+
+
+SUMS = sketches([Motif("sums", sums)], steps=(1, 4))
+
+
+def test_a_right_pass_holds() -> None:
+    report = check_pass(Double, graphs=SUMS, examples=60)
+    assert report.examples == 60
+    assert report.rewrites["add-itself"] > 20
+    assert report.float64 == report.changed
+    assert "holds on 60 graphs" in str(report)
+    assert "add-itself" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("pass_", "clause", "rule"),
+    [
+        (DoubleOfAnything, "outputs", "add-anything"),
+        (DoubleIgnoresOrder, "outputs", "subtract-itself"),
+        (DoubleForgetsConsumers, "structure", ""),
+    ],
+)
+def test_a_fault_is_reported_by_name_and_replays(
+    pass_: type[Pass],
+    clause: str,
+    rule: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(PassBrokenError) as caught:
+        check_pass(pass_, graphs=SUMS, examples=200, folder=tmp_path)
+    broken = caught.value
+    assert broken.violation.clause == clause
+    assert rule in str(broken)
+    assert pass_.name in str(broken)
+    assert broken.counterexample.nodes <= 2
+    assert broken.counterexample.path is not None
+    assert broken.counterexample.path.suffix == ".onnxtxt"
+    program, *words = shlex.split(broken.counterexample.command)
+    assert program == "lwc-opt"
+    assert main(words) == 1
+    assert f"BROKEN, {clause}" in capsys.readouterr().out
+
+
+def test_the_default_graphs_find_a_fault_of_a_rule_pass(tmp_path: Path) -> None:
+    with pytest.raises(PassBrokenError) as caught:
+        check_pass(DoubleOfAnything, folder=tmp_path, seconds=60)
+    assert caught.value.counterexample.nodes <= 3
+
+
+def test_the_same_seed_finds_the_same(tmp_path: Path) -> None:
+    found = []
+    for _ in range(2):
+        with pytest.raises(PassBrokenError) as caught:
+            check_pass(DoubleOfAnything, graphs=SUMS, seed=5, folder=tmp_path)
+        found.append((caught.value.examples, caught.value.counterexample.text))
+    assert found[0] == found[1]
+
+
+def test_a_pass_that_never_changes_anything_was_not_checked() -> None:
+    only_neg = sketches([Motif("neg", lambda s: s.emit("Neg", s.pick()))])
+    with pytest.raises(UsageError, match="rewrote none of 10 graphs"):
+        check_pass(Double, graphs=only_neg, examples=10)
+    report = check_pass(Double, graphs=only_neg, examples=10, must_change=False)
+    assert not report.rewrites
+
+
+def test_graphs_that_do_not_run_are_not_counted() -> None:
+    good = module_of("g (float[N] x) => (float[N] y) { y = Add(x, x) }")
+    bad = module_of(
+        "g (float[N, 4] x) => (float[N, 4] y) <float[3, 4] w = {1,2,3,4,5,6,7,8,9,1,2,3}>\n"
+        "{ y = MatMul(x, w) }"
+    )
+    report = check_pass(Double, graphs=st.sampled_from([good, bad]), examples=20)
+    assert 0 < report.examples <= 20
+    assert report.changed == report.examples
+
+
+def test_time_is_bounded() -> None:
+    report = check_pass(Double, graphs=SUMS, examples=10**6, seconds=1.0)
+    assert 0 < report.examples < 10**5
+
+
+NOT_NEGATIVE = "x is not negative"
+
+
+@dataclass(frozen=True)
+class DropAbs(Pass):
+    """Drop Abs where its input is not negative."""
+
+    name: ClassVar[str] = "drop-abs"
+    contract: ClassVar[Contract] = Exact((NOT_NEGATIVE,))
+
+    def run(self, module: Module, ctx: PassContext) -> PassResult:
+        found = [node for node in module.graph if node.op_type == "Abs"]
+        if not found:
+            return PassResult(False)
+        ctx.assume(NOT_NEGATIVE)
+        for node in found:
+            node.op_type = "Identity"
+        return PassResult(True)
+
+
+ABS = st.just(module_of("g (float[N] x) => (float[N] y) { y = Abs(x) }"))
+
+
+def test_assumptions_are_checked_from_both_sides(tmp_path: Path) -> None:
+    inside = FeedSpec(ranges={"x": (0, 9)})
+    report = check_pass(DropAbs, graphs=ABS, grant="all", feeds=inside, examples=2)
+    assert report.refused.total() == 1
+    assert report.changed == 1
+    with pytest.raises(PassBrokenError):
+        check_pass(DropAbs, graphs=ABS, grant="all", folder=tmp_path)
+    report = check_pass(DropAbs, graphs=ABS, must_change=False)
+    assert any("no assumption was granted" in note for note in report.notes)
+
+
+def test_options_without_defaults_ask_for_an_instance() -> None:
+    @dataclass(frozen=True)
+    class Needs(Pass):
+        """Need an option."""
+
+        count: int
+
+        name: ClassVar[str] = "needs"
+
+        def run(self, module: Module, ctx: PassContext) -> PassResult:
+            return PassResult(False)
+
+    with pytest.raises(UsageError, match="give an instance"):
+        check_pass(Needs)
+
+
+def test_a_pass_whose_option_is_its_assumption() -> None:
+    report = check_pass(BindDims((("N", 3),)), graphs=SUMS, examples=40)
+    assert report.changed > 10
+
+
+@passes_hold(Double, graphs=SUMS, examples=20)
+def test_the_decorator(report: CheckReport) -> None:
+    assert report.examples == 20
+
+
+@passes_hold(Double, graphs=SUMS, examples=5)
+def test_the_decorator_leaves_fixtures(tmp_path: Path) -> None:
+    assert tmp_path.exists()
+
+
+def test_the_decorator_hides_the_report_from_pytest() -> None:
+    @passes_hold(Double, graphs=SUMS, examples=5)
+    def check(report: CheckReport, tmp_path: Path) -> None:
+        """Say something."""
+
+    assert list(inspect.signature(check).parameters) == ["tmp_path"]
+    assert check.__doc__ == "Say something."
+
+    @passes_hold(DoubleOfAnything, graphs=SUMS)
+    def fails() -> None:
+        raise AssertionError("not reached")
+
+    with pytest.raises(PassBrokenError):
+        fails()
+
+
+def test_the_fixture_keeps_counterexamples_with_the_test(
+    check_pass: Callable[..., CheckReport], tmp_path: Path
+) -> None:
+    assert check_pass(Double, graphs=SUMS, examples=5).examples == 5
+    with pytest.raises(PassBrokenError):
+        check_pass(DoubleOfAnything, graphs=SUMS)
+    assert list(tmp_path.glob("double-of-anything-outputs-*.onnxtxt"))
+
+
+def test_the_facade() -> None:
+    assert lwc.verify.check_pass is check_pass
+    for name in lwc.verify.__all__:
+        assert getattr(lwc.verify, name) is not None
