@@ -172,6 +172,9 @@ def check_pass(
         search = _Search(chosen, settings, report, start + seconds, folder)
         search.run(strategy, max(1, examples // len(phases)), seed)
     report.seconds = time.perf_counter() - start
+    for rule in chosen.find_rules() if isinstance(chosen, RulePass) else ():
+        if not report.rewrites[rule.name]:
+            report.notes.append(f"rule '{rule.name}' was never applied")
     # A pass of rules that only tidied up has shown none of its rules.
     worked = report.rewrites if isinstance(chosen, RulePass) else report.changed
     if must_change and not worked:

@@ -12,13 +12,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import hypothesis
+from hypothesis import strategies as st
 
 from lwc.analysis.manager import AnalysisManager
 from lwc.core.errors import LwcError
 from lwc.pipeline.manager import PassManager
 from lwc.pipeline.passes import PassContext
+from lwc.pipeline.rule_pass import RulePass
+from lwc.rewrite.patterns import PatternRule
 from lwc.verify.generate.grammar import GRAMMAR
 from lwc.verify.generate.motifs import MOTIFS
+from lwc.verify.generate.near_misses import with_near_misses
+from lwc.verify.generate.patterns import is_matchable, matching, pattern_motif
 from lwc.verify.generate.sketch import Motif, sketches
 
 if TYPE_CHECKING:
@@ -39,9 +44,24 @@ _STEPS = (1, 4)
 
 
 def graphs_for(pass_: Pass) -> SearchStrategy[Module]:
-    """Return the strategy of graphs for a pass: random operators and motifs of real models."""
-    motifs = (*GRAMMAR, *MOTIFS)
-    return sketches(_weighted(motifs, [_interests(pass_, each) for each in motifs]), steps=_STEPS)
+    """Return the strategy of graphs for a pass, near misses among them.
+
+    The graphs are made of random operators and motifs of real models; two of three for a pass
+    made of pattern rules are made from its patterns.
+    """
+    patterns = [rule for rule in _pattern_rules(pass_) if is_matchable(rule)]
+    motifs = [*GRAMMAR, *MOTIFS, *map(pattern_motif, patterns)]
+    interests = [_interests(pass_, each) for each in motifs]
+    usual = with_near_misses(sketches(_weighted(motifs, interests), steps=_STEPS), most=1)
+    matches = [matching(rule) for rule in patterns]
+    return st.one_of(*matches, *matches, *([usual] * max(1, len(matches))))
+
+
+def _pattern_rules(pass_: Pass) -> list[PatternRule]:
+    """Return the pattern rules of a pass, if it is made of rules."""
+    rules = pass_.find_rules() if isinstance(pass_, RulePass) else ()
+    made = [rule() if isinstance(rule, type) else rule for rule in rules]
+    return [rule for rule in made if isinstance(rule, PatternRule)]
 
 
 def _weighted(motifs: Sequence[Motif], interests: Sequence[Counter[str]]) -> list[Motif]:

@@ -19,7 +19,7 @@ from lwc.verify.generate.sketch import OPSETS, Motif, Sketch
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn, SearchStrategy
 
-__all__ = ["matching", "pattern_motif"]
+__all__ = ["is_matchable", "matching", "pattern_motif"]
 
 FLOAT = ir.DataType.FLOAT
 
@@ -44,6 +44,15 @@ def matching(
     """
     strategy = _matches(_Found(rule), opset)
     return with_near_misses(strategy, most=near_misses) if near_misses else strategy
+
+
+def is_matchable(rule: PatternRule) -> bool:
+    """Tell whether `matching` finds a graph for a rule."""
+    try:
+        _Found(rule).opset(OPSETS[0], OPSETS)
+    except LwcError:
+        return False
+    return True
 
 
 def pattern_motif(rule: PatternRule | type[PatternRule]) -> Motif:
