@@ -30,6 +30,11 @@ __all__ = ["Missed", "Rewriting", "rewrite", "without_collections"]
 _EDITS_PER_NODE = 64
 """A node edited this often in one run means that rules undo each other."""
 
+_REWRITES_PER_NODE = 32
+_REWRITES_AT_LEAST = 1000
+"""More rewrites than this for a graph of that many nodes mean that rules undo each other through
+nodes that they make; the built-in passes need less than two."""
+
 
 @dataclass(frozen=True)
 class Missed:
@@ -83,10 +88,10 @@ def rewrite(
     Once the editor's limit is exhausted only dead nodes go.
 
     Raises:
-        PassError: Rules keep changing the same node, or one raises or returns nonsense.
+        PassError: Rules come to no end, or one raises or returns nonsense.
     """
     worklist = _Worklist(_in_order(editor))
-    run = _Run(editor, rules)
+    run = _Run(editor, rules, len(worklist))
     while True:
         for node, inputs_changed in worklist:
             if inputs_changed and _facts_improved(node, editor):
@@ -127,7 +132,9 @@ def without_collections() -> Iterator[None]:
 class _Run:
     """Applies rules at nodes and keeps the books."""
 
-    def __init__(self, editor: Editor, rules: RuleSet) -> None:
+    def __init__(self, editor: Editor, rules: RuleSet, nodes: int) -> None:
+        most = max(_REWRITES_AT_LEAST, _REWRITES_PER_NODE * nodes)
+        self._last = editor.limit.count + most
         self.result = Rewriting()
         self.missed: dict[tuple[str, ir.Node], Missed] = {}
         self._editor = editor
@@ -181,6 +188,8 @@ class _Run:
         editor = self._editor
         self.result.hits[rule.name] += 1
         editor.spend(rule.name, node)
+        if editor.limit.count > self._last:
+            raise PassError(f"rule '{rule.name}' comes to no end", node=describe(node))
         if isinstance(outcome, Edited):
             self._edits[node] += 1
             if self._edits[node] > _EDITS_PER_NODE:
@@ -274,6 +283,9 @@ class _Worklist:
     def __init__(self, nodes: Iterator[ir.Node]) -> None:
         self._queue = deque(nodes)
         self._waiting = dict.fromkeys(self._queue, False)
+
+    def __len__(self) -> int:
+        return len(self._queue)
 
     def push(self, nodes: dict[ir.Node, bool]) -> None:
         for node, inputs_changed in nodes.items():

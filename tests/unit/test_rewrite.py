@@ -153,6 +153,21 @@ def test_rules_that_never_end_are_an_error() -> None:
         rewrite(editor_of(module), RuleSet([restless]))
 
 
+def test_rules_that_undo_each_other_through_new_nodes_are_an_error() -> None:
+    there = Rule("there", ("Neg",), lambda node, edit: edit.op("Abs", [node.inputs[0]]))
+    back = Rule("back", ("Abs",), lambda node, edit: edit.op("Neg", [node.inputs[0]]))
+    module = module_of("g (float[2] x) => (float[2] y) { y = Neg(x) }")
+    with pytest.raises(PassError, match=r"rule '(there|back)' comes to no end"):
+        rewrite(editor_of(module), RuleSet([there, back]))
+
+
+def test_a_rule_that_leaves_its_root_alive_and_matches_it_again_is_an_error() -> None:
+    again = Rule("again", ("TopK",), lambda node, edit: [edit.op("Exp", [node.inputs[0]]), None])
+    module = module_of("g (float[2] x) => (int64[k] i) <int64[1] n = {1}> { y, i = TopK(x, n) }")
+    with pytest.raises(PassError, match="rule 'again' comes to no end"):
+        rewrite(editor_of(module), RuleSet([again]))
+
+
 def test_constants_are_shared_in_graphs_and_nodes_in_functions() -> None:
     @rule("Relu")
     def add_ones(node: ir.Node, edit: Editor) -> Outcome:
