@@ -213,6 +213,22 @@ def test_the_axes_are_an_input_only_where_the_opset_has_it() -> None:
     assert min(opsets) >= 18
 
 
+def test_an_operator_that_only_onnx_runtime_has_is_left_out() -> None:
+    class NormalizedSum(PatternRule):
+        def pattern(self, op: Any, x: Any, y: Any, scale: Any) -> Any:
+            return op.LayerNormalization(op.Add(x, y), scale, axis=-1)
+
+        def rewrite(self, edit: Editor, **bindings: Any) -> Miss:
+            return Miss("only found")
+
+    @DRAWN
+    @given(matching(NormalizedSum, near_misses=0))
+    def run(module: Module) -> None:
+        assert module.opset >= 17
+
+    run()
+
+
 def test_a_pattern_is_a_motif() -> None:
     found: Counter[bool] = Counter()
 

@@ -297,9 +297,11 @@ class Searcher:
         """
         legal: dict[str, Plan] = {}
         others: dict[str, Plan] = {}
+        if self._impossible():
+            return [], []
         for plan in known:
             self._sort(plan, legal, others)
-        searching = not legal and not others and not self._impossible()
+        searching = not legal and not others
         plan, completed = {}, 0
         while searching and len(legal) < _WANTED and completed < _COMPLETED:
             fits = self._complete(plan, _ENOUGH if legal else _MOST)

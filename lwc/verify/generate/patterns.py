@@ -15,6 +15,7 @@ from lwc.verify.generate.leaves import Leaf
 from lwc.verify.generate.near_misses import with_near_misses
 from lwc.verify.generate.pattern_search import Plan, Searcher, plainly
 from lwc.verify.generate.sketch import OPSETS, Motif, Sketch
+from lwc.verify.generate.validity import is_valid
 
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn, SearchStrategy
@@ -111,7 +112,10 @@ def _matches(found: _Found, opset: int | None) -> SearchStrategy[Module]:
             results = motif(sketch)
             if sketch.flip():
                 _after(sketch, results)
-        return sketch.finish()
+        module = sketch.finish()
+        if not is_valid(module):
+            sketch.drop()  # Such as the root of what another node made negative.
+        return module
 
     return grow()
 

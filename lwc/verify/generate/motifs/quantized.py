@@ -96,7 +96,9 @@ def double(sketch: Sketch) -> ir.Value:
     y = sketch.cast(x, DOUBLE)
     if sketch.flip():
         y = either(sketch, "Mul", y, sketch.constant(np.array(0.5), DOUBLE))
-    return sketch.cast(y, FLOAT)
+        return sketch.cast(y, FLOAT)
+    # ONNX Runtime removes the two casts, but not from the branches of an If that read the second.
+    return sketch.emit(sketch.choose("Tanh", "Neg"), sketch.cast(y, FLOAT))
 
 
 MOTIFS = (
