@@ -52,8 +52,9 @@ def graphs_for(pass_: Pass) -> SearchStrategy[Module]:
     patterns = [rule for rule in _pattern_rules(pass_) if is_matchable(rule)]
     motifs = [*GRAMMAR, *MOTIFS, *map(pattern_motif, patterns)]
     interests = [_interests(pass_, each) for each in motifs]
-    usual = with_near_misses(sketches(_weighted(motifs, interests), steps=_STEPS), most=1)
-    matches = [matching(rule) for rule in patterns]
+    sketched = sketches(_weighted(motifs, interests), steps=_STEPS, evenly=True)
+    usual = with_near_misses(sketched, most=1, evenly=True)
+    matches = [matching(rule, evenly=True) for rule in patterns]
     return st.one_of(*matches, *matches, *([usual] * max(1, len(matches))))
 
 
@@ -94,7 +95,7 @@ def _interests(pass_: Pass, motif: Motif) -> Counter[str]:
         database=None,
         derandomize=True,
     )
-    @hypothesis.given(sketches([motif], steps=(1, 1)))
+    @hypothesis.given(sketches([motif], steps=(1, 1), evenly=True))
     def try_alone(module: Module) -> None:
         nonlocal nodes
         nodes += module.graph.num_nodes()

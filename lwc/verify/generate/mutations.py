@@ -6,6 +6,7 @@ change. What it makes need not be valid: `near_misses` judges that.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -33,11 +34,12 @@ class Mutant(Choices):
 
     Args:
         draw: What `hypothesis.strategies.composite` hands in.
+        source: See `Choices`.
         module: Changed in place.
     """
 
-    def __init__(self, draw: DrawFn, module: Module) -> None:
-        super().__init__(draw)
+    def __init__(self, draw: DrawFn, module: Module, source: random.Random | None = None) -> None:
+        super().__init__(draw, source)
         self.module = module
         self.shapes = Shapes.build(module)
 

@@ -6,6 +6,7 @@ graph computes.
 
 from __future__ import annotations
 
+import random
 from typing import TYPE_CHECKING
 
 from hypothesis import note
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.control import currently_in_test_context
 
 from lwc.core.module import Module
+from lwc.verify.generate.choices import Choices, even_source
 from lwc.verify.generate.mutations import MUTATIONS, Mutant
 from lwc.verify.generate.validity import is_valid, restate
 
@@ -24,7 +26,7 @@ __all__ = ["mutate", "with_near_misses"]
 _TRIES = 5
 
 
-def mutate(draw: DrawFn, module: Module) -> Module:
+def mutate(draw: DrawFn, module: Module, source: random.Random | None = None) -> Module:
     """Return a near miss of a module: the same graph with one small change, and valid.
 
     The module itself is not touched; where no change that was drawn leaves the graph valid, it is
@@ -33,13 +35,14 @@ def mutate(draw: DrawFn, module: Module) -> Module:
     Args:
         draw: What `hypothesis.strategies.composite` hands in.
         module: A valid module.
+        source: Where the choices come from; see `Choices`.
     """
     mutations = list(MUTATIONS)
     for _ in range(_TRIES):
-        mutation = draw(st.sampled_from(mutations))
+        mutation = Choices(draw, source).choose(*mutations)
         mutations.remove(mutation)
         twin = module.clone()
-        change = mutation(Mutant(draw, twin))
+        change = mutation(Mutant(draw, twin, source))
         if change is None:
             continue
         twin.forget_names()
@@ -51,19 +54,23 @@ def mutate(draw: DrawFn, module: Module) -> Module:
     return module
 
 
-def with_near_misses(strategy: SearchStrategy[Module], *, most: int = 2) -> SearchStrategy[Module]:
+def with_near_misses(
+    strategy: SearchStrategy[Module], *, most: int = 2, evenly: bool = False
+) -> SearchStrategy[Module]:
     """Return a strategy of the graphs of another one and of their near misses.
 
     Args:
         strategy: Draws valid modules.
         most: The largest number of changes.
+        evenly: See `sketches`.
     """
 
     @st.composite
     def changed(draw: DrawFn) -> Module:
         module = draw(strategy)
-        for _ in range(draw(st.integers(0, most))):
-            module = mutate(draw, module)
+        source = even_source(draw, evenly)
+        for _ in range(Choices(draw, source).integer(0, most)):
+            module = mutate(draw, module, source)
         return module
 
     return changed()

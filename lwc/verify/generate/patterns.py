@@ -11,6 +11,7 @@ from lwc.core.dims import equal, parse_dim
 from lwc.core.errors import LwcError
 from lwc.core.module import Module
 from lwc.rewrite.patterns import PatternRule, pattern_rule
+from lwc.verify.generate.choices import Choices, even_source
 from lwc.verify.generate.leaves import Leaf
 from lwc.verify.generate.near_misses import with_near_misses
 from lwc.verify.generate.pattern_search import Plan, Searcher, plainly
@@ -26,7 +27,11 @@ FLOAT = ir.DataType.FLOAT
 
 
 def matching(
-    rule: PatternRule | type[PatternRule], *, near_misses: int = 2, opset: int | None = None
+    rule: PatternRule | type[PatternRule],
+    *,
+    near_misses: int = 2,
+    opset: int | None = None,
+    evenly: bool = False,
 ) -> SearchStrategy[Module]:
     """Return a strategy of graphs in which a rule's pattern is found, and of near misses.
 
@@ -39,12 +44,15 @@ def matching(
         rule: The rule, or its class.
         near_misses: The largest number of small changes to a graph; 0 gives matches only.
         opset: Version of the standard operator set; drawn by default.
+        evenly: See `sketches`.
 
     Raises:
         LwcError: No graph is found, when the strategy is drawn from.
     """
-    strategy = _matches(_Found(rule), opset)
-    return with_near_misses(strategy, most=near_misses) if near_misses else strategy
+    strategy = _matches(_Found(rule), opset, evenly)
+    if not near_misses:
+        return strategy
+    return with_near_misses(strategy, most=near_misses, evenly=evenly)
 
 
 def is_matchable(rule: PatternRule) -> bool:
@@ -96,14 +104,15 @@ class _Found:
         )
 
 
-def _matches(found: _Found, opset: int | None) -> SearchStrategy[Module]:
+def _matches(found: _Found, opset: int | None, evenly: bool) -> SearchStrategy[Module]:
     @st.composite
     def grow(draw: DrawFn) -> Module:
+        source = even_source(draw, evenly)
         if opset is None:
-            chosen = found.opset(draw(st.sampled_from(OPSETS)), OPSETS)
+            chosen = found.opset(Choices(draw, source).choose(*OPSETS), OPSETS)
         else:
             chosen = found.opset(opset, ())
-        sketch = Sketch(draw, chosen)
+        sketch = Sketch(draw, chosen, source)
         motif = Motif(found.rule.name, found.grow)
         results = motif(sketch)
         if sketch.flip():

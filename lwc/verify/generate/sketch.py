@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
@@ -14,7 +15,7 @@ from lwc.analysis.shapes import Fact, Shapes
 from lwc.core.dims import Dim, DimShape, equal, is_anonymous
 from lwc.core.module import Module
 from lwc.core.walk import op_name
-from lwc.verify.generate.choices import Choices
+from lwc.verify.generate.choices import Choices, even_source
 
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn, SearchStrategy
@@ -69,6 +70,7 @@ class Sketch(Choices):
     Args:
         draw: What `hypothesis.strategies.composite` hands in.
         opset: Version of the standard operator set; drawn by default.
+        source: Where the choices come from; see `Choices`.
 
     Attributes:
         module: The module so far.
@@ -76,8 +78,10 @@ class Sketch(Choices):
         values: What later pieces may build on, in the order it came.
     """
 
-    def __init__(self, draw: DrawFn, opset: int | None = None) -> None:
-        super().__init__(draw)
+    def __init__(
+        self, draw: DrawFn, opset: int | None = None, source: random.Random | None = None
+    ) -> None:
+        super().__init__(draw, source)
         self.opset = opset or self.choose(*OPSETS)
         graph = ir.Graph([], [], nodes=[], opset_imports={"": self.opset}, name="sketch")
         self.module = Module(ir.Model(graph, ir_version=_IR_VERSION))
@@ -487,7 +491,11 @@ def _spelled(dim: Dim) -> str | None:
 
 
 def sketches(
-    motifs: Iterable[Motif], *, steps: tuple[int, int] = (1, 8), opset: int | None = None
+    motifs: Iterable[Motif],
+    *,
+    steps: tuple[int, int] = (1, 8),
+    opset: int | None = None,
+    evenly: bool = False,
 ) -> SearchStrategy[Module]:
     """Return a strategy of modules grown from motifs.
 
@@ -495,12 +503,14 @@ def sketches(
         motifs: What to choose from at each step; more than once makes one likelier.
         steps: The least and the largest number of steps.
         opset: Version of the standard operator set; drawn by default.
+        evenly: Draw all choices of a graph from one seed: several times as fast and without
+            hypothesis's bias to the first options, but hypothesis cannot shrink the graph.
     """
     choices = tuple(motifs)
 
     @st.composite
     def grow(draw: DrawFn) -> Module:
-        sketch = Sketch(draw, opset)
+        sketch = Sketch(draw, opset, even_source(draw, evenly))
         for _ in range(sketch.integer(*steps)):
             sketch.choose(*choices)(sketch)
         return sketch.finish()
