@@ -3,17 +3,47 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
-from bench.backend_cases import VARIANTS
-from bench.backend_check import Outcome
+from bench.backend_cases import VARIANTS, cases_of, variant_of
+from bench.backend_check import Outcome, check
 from bench.backend_nodes import outcomes, summarize
+
+from lwc.core.module import Module
+from lwc.pipeline.passes import Exact, Pass, PassContext, PassResult
 
 PIPELINE = "canonicalize,fold-linear,canonicalize"
 
 
 def failures(rows: list[Outcome]) -> list[str]:
     return [f"{r.case}, {r.variant}: {r.reason}" for r in rows if r.status == "failed"]
+
+
+@dataclass(frozen=True)
+class SwapOperands(Pass):
+    name: ClassVar[str] = "swap-operands"
+    contract: ClassVar[Exact] = Exact()
+
+    def run(self, module: Module, ctx: PassContext) -> PassResult:
+        for node in module.graph:
+            first, second = node.inputs
+            node.replace_input_with(0, second)
+            node.replace_input_with(1, first)
+        return PassResult(True)
+
+
+@pytest.mark.slow
+def test_a_wrong_pass_fails(tmp_path: Path) -> None:
+    (case,) = cases_of("node", "test_sub_example")
+    for name in VARIANTS:
+        variant = variant_of(case, name)
+        wrong = check("node", case, variant, (SwapOperands(),), tmp_path)
+        assert (wrong.before, wrong.status) == ("correct", "failed")
+        assert "values differ" in wrong.reason
+        assert check("node", case, variant, (), tmp_path).status == "held"
 
 
 @pytest.mark.slow
