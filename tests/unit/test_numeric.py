@@ -358,3 +358,21 @@ def test_outputs_of_the_last_module_are_the_reference_of_the_next(
     assert compiled == [first, second, third]
     comparer(first, second)
     assert len(compiled) == 5
+
+
+def test_the_float64_reference_is_not_asked_where_it_is_wrong() -> None:
+    """onnx's evaluator adds the bias of a grouped transposed convolution wrongly."""
+
+    def convolution(tail: str) -> Module:
+        weights = ", ".join(str(each / 8) for each in range(16))
+        return parse(
+            f"""g (float[n, 4, 2, 2] x) => (float[n, 4, 3, 3] y)
+            <float[4, 1, 2, 2] w = {{{weights}}}, float[4] b = {{1, 2, 3, 4}},
+             float[4, 1, 1] c = {{1, 2, 3, 4}}> {{ {tail} }}"""
+        )
+
+    report = compare(
+        convolution("z = ConvTranspose<group = 4>(x, w) y = Add(z, c)"),
+        convolution("y = ConvTranspose<group = 4>(x, w, b)"),
+    )
+    assert report.feeds == 6
