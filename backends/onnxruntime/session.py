@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
@@ -62,6 +63,7 @@ class OnnxRuntimeBackend:
         arena: bool = True,
         memory_pattern: bool = True,
         config: Mapping[str, str] = MappingProxyType({}),
+        time_limit: float | None = None,
     ) -> OnnxRuntimeExecutable:
         """Compile `module` into a session.
 
@@ -74,6 +76,7 @@ class OnnxRuntimeBackend:
             memory_pattern: Plan activation memory per input shape.
             config: Session configuration entries, over lwc's own: MatMulNBits that ONNX Runtime
                 makes of DequantizeLinear + MatMul stays float32 exact.
+            time_limit: Seconds after which a run fails: for loops that may never end.
 
         Raises:
             LwcError: ONNX Runtime refuses the module; the message names the node.
@@ -92,7 +95,9 @@ class OnnxRuntimeBackend:
                 made.add_session_config_entry(key, text)
             return made
 
-        return OnnxRuntimeExecutable(packed, options, _inputs(module), module.source.path)
+        executable = OnnxRuntimeExecutable(packed, options, _inputs(module), module.source.path)
+        executable.time_limit = time_limit
+        return executable
 
 
 def make_runner(module: Module, expose: Sequence[str] = ()) -> OnnxRuntimeExecutable:
@@ -114,6 +119,7 @@ class OnnxRuntimeExecutable:
         self._options = options
         self._inputs = inputs
         self._file = file
+        self.time_limit: float | None = None
         self._session: ort.InferenceSession | None = self._open(options())
         self.output_names: tuple[str, ...] = tuple(
             output.name for output in self._session.get_outputs()
@@ -138,10 +144,23 @@ class OnnxRuntimeExecutable:
         arrays = self._checked(feed)
         session = self._opened()
         try:
-            results = session.run(names, arrays)
+            results = self._run_in_time(session, names, arrays)
         except _ORT_ERRORS as error:
             raise _translated(error, self._file) from error
         return dict(zip(names, results, strict=True))
+
+    def _run_in_time(
+        self, session: ort.InferenceSession, names: list[str], arrays: dict[str, Any]
+    ) -> list[Any]:
+        if self.time_limit is None:
+            return list(session.run(names, arrays))
+        settings = ort.RunOptions()
+        timer = threading.Timer(self.time_limit, setattr, (settings, "terminate", True))
+        timer.start()
+        try:
+            return list(session.run(names, arrays, settings))
+        finally:
+            timer.cancel()
 
     def warm_up(self, feed: Feed, runs: int = 3) -> None:
         """Run `feed` a few times, so that caches, pools and lazily packed weights are ready."""

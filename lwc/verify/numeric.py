@@ -50,6 +50,9 @@ Array = np.ndarray[Any, Any]
 _SMALL = 256
 """Nodes up to which a graph is run in float64 too, and at every edge."""
 
+_LOOP_SECONDS = 30.0
+"""Time for one run of a module with loops: a pass may have lost what ends one."""
+
 _ROUGH = (2e-3, 1e-4)
 """Relative and absolute bound within which the reference and ONNX Runtime mean the same."""
 
@@ -479,4 +482,7 @@ def fitted(feed: Mapping[str, Array], module: Module) -> dict[str, Array]:
 
 
 def _compiled(module: Module, threads: int | None) -> OnnxRuntimeExecutable:
-    return OnnxRuntimeBackend().compile(module, threads=threads, optimize="none")
+    loops = any(node.op_type == "Loop" for node in module.nodes())
+    return OnnxRuntimeBackend().compile(
+        module, threads=threads, optimize="none", time_limit=_LOOP_SECONDS if loops else None
+    )

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from support import module_of
 
 from lwc.backends.base import Backend, Executable
 from lwc.backends.onnxruntime.packing import pack
@@ -354,3 +355,16 @@ def test_executable_and_backend_satisfy_the_protocols(weight: Array) -> None:
         kept: Executable = executable
     with pytest.raises(LwcError):
         kept.run({})
+
+
+def test_a_loop_that_never_ends_fails_in_time() -> None:
+    module = module_of(
+        """g (float[N] x) => (float[N] y) <bool go = {1}>
+        { y = Loop(, go, x) <body = b (int64 i, bool c, float[N] s) => (bool d, float[N] t)
+          { d = Identity(c) t = Neg(s) }> }"""
+    )
+    with (
+        OnnxRuntimeBackend().compile(module, optimize="none", time_limit=0.5) as executable,
+        pytest.raises(LwcError),
+    ):
+        executable.run({"x": np.ones(3, np.float32)})
