@@ -583,3 +583,15 @@ def test_a_long_chain_of_slices_has_a_short_shape() -> None:
     assert ops(module) == ["Slice"]
     feed = {"v0": np.zeros((70, 3), np.float32), "z": np.zeros((1, 3), np.float32)}
     assert run_plain(module, feed)[0].shape == (10, 3)
+
+
+def test_keepdims_is_only_one() -> None:
+    """Runtimes keep the axes at 1 only; 2 once read as true, and the rank was inferred wrongly."""
+    module = module_of(
+        """g (float[N, S, 2] x) => (int64[1] y) <int64[1] last = {-1}, int64[1] end = {99}>
+        { m = ReduceMean<axes = [-1], keepdims = 2>(x) s = Shape(m) y = Slice(s, last, end) }""",
+        opset=13,
+    )
+    run_pass(Canonicalize(), module)
+    (found,) = run_plain(module, {"x": np.ones((3, 5, 2), np.float32)})
+    assert found.tolist() == [5]

@@ -223,7 +223,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     # Attributes
     Mutation(
         "keepdims ignored", "missing keepdims", CANONICAL + "identities",
-        '    if attribute(node, "keepdims", 1):\n        return None\n',
+        '    if attribute(node, "keepdims", 1) == 1:\n        return None\n',
         '    if attribute(node, "keepdims", 1) == 7:\n        return None\n',
     ),
     Mutation(

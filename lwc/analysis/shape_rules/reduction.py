@@ -37,7 +37,7 @@ _FOLDS: dict[str, tuple[Callable[[Any, Any], Any], int | None]] = {
 @rule(_REDUCTIONS)
 def _reduce(site: Site) -> Outcome:
     source, dtype = site.shape(0), site.dtype(0)
-    keep = bool(site.attribute("keepdims", 1))
+    keep = site.attribute("keepdims", 1) == 1
     axes = site.axes(1)
     if source is None:
         whole = axes == [] and not site.attribute("noop_with_empty_axes", 0) and not keep
@@ -86,7 +86,7 @@ def _arg_extreme(site: Site) -> Outcome:
     if source is None:
         return Fact(ir.DataType.INT64)
     axis = axis_of(site.attribute("axis", 0), len(source))
-    return Fact(ir.DataType.INT64, _reduced(source, {axis}, bool(site.attribute("keepdims", 1))))
+    return Fact(ir.DataType.INT64, _reduced(source, {axis}, site.attribute("keepdims", 1) == 1))
 
 
 @rule("LayerNormalization")

@@ -11,7 +11,7 @@ import onnxruntime as ort
 
 from lwc.analysis.shapes import Shapes
 from lwc.calibration.feeds import dim_names, make_feed
-from lwc.core.dims import Dim
+from lwc.core.dims import Dim, DimShape
 from lwc.core.errors import LwcError
 from lwc.core.module import Module
 from lwc.core.walk import graph_and_subgraphs
@@ -59,7 +59,8 @@ def stated_shape(module: Module, shapes: Shapes, value: ir.Value) -> ir.Shape | 
 def is_valid(module: Module) -> bool:
     """Tell whether a module is well formed, its operators fit their inputs, and it runs.
 
-    ONNX wants graph outputs of a known rank.
+    ONNX wants graph outputs of a known rank. A value without elements is none of ours: ONNX
+    Runtime joins it with anything and leaves the result to chance.
     """
     try:
         verify_structure(module)
@@ -68,7 +69,13 @@ def is_valid(module: Module) -> bool:
     shapes = Shapes.build(module)
     if shapes.misfits or any(shapes.rank(value) is None for value in module.graph.outputs):
         return False
+    if any(_is_empty(shapes.shape(value)) for node in module.nodes() for value in node.outputs):
+        return False
     return runs(module)
+
+
+def _is_empty(shape: DimShape | None) -> bool:
+    return shape is not None and any(isinstance(dim, int) and dim == 0 for dim in shape)
 
 
 def runs(module: Module) -> bool:

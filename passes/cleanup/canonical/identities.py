@@ -157,7 +157,7 @@ def reduce_nothing(node: ir.Node, edit: Editor) -> Outcome:
         return None
     if edit.same_shape(node.inputs[0], node.outputs[0]):
         return node.inputs[0]
-    if attribute(node, "keepdims", 1):
+    if attribute(node, "keepdims", 1) == 1:
         return None
     axes = attribute(node, "axes")
     if len(node.inputs) > 1 and node.inputs[1] is not None:
