@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lwc.pipeline.instruments import Instrument
     from lwc.pipeline.passes import Contract, Runner
     from lwc.report.data import Report
-    from lwc.verify.numeric import Comparer
+    from lwc.verify.numeric.comparer import Comparer
 
 __all__ = [
     "OptimizeResult",
@@ -368,7 +368,7 @@ def numeric_check(*, seed: int = 0, threads: int | None = None) -> NumericCheck:
     comparer: Comparer | None = None
 
     def check(before: Module, after: Module, contract: Contract) -> str:
-        from lwc.verify.numeric import Comparer
+        from lwc.verify.numeric.comparer import Comparer
 
         nonlocal comparer
         comparer = comparer or Comparer(seed=seed, threads=threads)

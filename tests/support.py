@@ -13,7 +13,7 @@ import onnxruntime as ort
 from lwc.analysis.manager import AnalysisManager
 from lwc.core.module import Module
 from lwc.pipeline.passes import Pass, PassContext, PassResult
-from lwc.verify.structural import verify_structure
+from lwc.verify.structure.well_formed import verify_structure
 
 
 def module_of(text: str, opset: int = 17, ir_version: int = 8) -> Module:

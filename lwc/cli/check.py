@@ -11,7 +11,7 @@ from lwc.pipeline.spec import to_spec
 if TYPE_CHECKING:
     from lwc.core.module import Module
     from lwc.pipeline.config import PipelineConfig
-    from lwc.verify.contract import ContractOutcome
+    from lwc.verify.contract.clauses import ContractOutcome
 
 __all__ = ["check_lines"]
 
@@ -32,7 +32,7 @@ def check_lines(module: Module, config: PipelineConfig) -> Iterator[tuple[str, b
     from lwc.optimizer import bind_pass
     from lwc.pipeline.manager import PassManager
     from lwc.pipeline.passes import PassContext
-    from lwc.verify.contract import ContractSettings, ContractViolation, check_contract
+    from lwc.verify.contract.clauses import ContractSettings, ContractViolation, check_contract
 
     passes = (*bind_pass(config.bind), *config.passes)
     if not passes:

@@ -12,8 +12,8 @@ from lwc.pipeline.spec import to_text
 if TYPE_CHECKING:
     from lwc.core.module import Module
     from lwc.pipeline.config import PipelineConfig
-    from lwc.verify.failure import Failure
-    from lwc.verify.reproduce import Reproducer
+    from lwc.verify.reduction.failure import Failure
+    from lwc.verify.reduction.reproduce import Reproducer
 
 __all__ = ["SECONDS", "find_reproducer", "found_lines", "replay_command"]
 
@@ -30,8 +30,8 @@ def find_reproducer(
         UsageError: There are no passes, or no checks.
     """
     from lwc.optimizer import bind_pass
-    from lwc.verify.failure import Trial
-    from lwc.verify.reproduce import reproduce
+    from lwc.verify.reduction.failure import Trial
+    from lwc.verify.reduction.reproduce import reproduce
 
     passes = (*bind_pass(config.bind), *config.passes)
     if not passes:

@@ -11,7 +11,7 @@ from lwc.core.errors import PassError, VerificationError
 from lwc.pipeline.manager import PassManager
 from lwc.pipeline.passes import Approximate, Contract, Exact, Lossy, Pass, PassContext, Verify
 from lwc.pipeline.spec import to_spec
-from lwc.verify.structural import verify_structure
+from lwc.verify.structure.well_formed import verify_structure
 
 if TYPE_CHECKING:
     from lwc.core.module import Module

@@ -24,10 +24,10 @@ from lwc.pipeline.record import (
     take_snapshot,
 )
 from lwc.pipeline.spec import to_spec, to_text
-from lwc.verify.interface import Interface
-from lwc.verify.preserved import verify_preserved
-from lwc.verify.structural import verify_structure
-from lwc.verify.types import TypeState, check_types, verify_types
+from lwc.verify.structure.interface import Interface
+from lwc.verify.structure.preserved import verify_preserved
+from lwc.verify.structure.types import TypeState, check_types, verify_types
+from lwc.verify.structure.well_formed import verify_structure
 
 if TYPE_CHECKING:
     from lwc.core.module import Fingerprint, Module

@@ -13,40 +13,40 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lwc.calibration.feeds import FeedSpec
     from lwc.core.errors import VerificationError
-    from lwc.verify.contract import ContractSettings, ContractViolation, check_contract
+    from lwc.verify.contract.clauses import ContractSettings, ContractViolation, check_contract
+    from lwc.verify.contract.property import CheckReport, PassBrokenError, check_pass, passes_hold
     from lwc.verify.generate.default import graphs_for
     from lwc.verify.generate.grammar import GRAMMAR
     from lwc.verify.generate.motifs import MOTIFS
     from lwc.verify.generate.near_misses import with_near_misses
     from lwc.verify.generate.patterns import matching
     from lwc.verify.generate.sketch import Motif, Sketch, sketches
-    from lwc.verify.numeric import compare
-    from lwc.verify.property import CheckReport, PassBrokenError, check_pass, passes_hold
-    from lwc.verify.reduce import reduce_module
-    from lwc.verify.structural import verify_structure
-    from lwc.verify.types import verify_types
+    from lwc.verify.numeric.comparer import compare
+    from lwc.verify.reduction.reduce import reduce_module
+    from lwc.verify.structure.types import verify_types
+    from lwc.verify.structure.well_formed import verify_structure
 
 _HOME = {
-    "CheckReport": "lwc.verify.property",
-    "ContractSettings": "lwc.verify.contract",
-    "ContractViolation": "lwc.verify.contract",
+    "CheckReport": "lwc.verify.contract.property",
+    "ContractSettings": "lwc.verify.contract.clauses",
+    "ContractViolation": "lwc.verify.contract.clauses",
     "FeedSpec": "lwc.calibration.feeds",
     "GRAMMAR": "lwc.verify.generate.grammar",
     "MOTIFS": "lwc.verify.generate.motifs",
     "Motif": "lwc.verify.generate.sketch",
-    "PassBrokenError": "lwc.verify.property",
+    "PassBrokenError": "lwc.verify.contract.property",
     "Sketch": "lwc.verify.generate.sketch",
     "VerificationError": "lwc.core.errors",
-    "check_contract": "lwc.verify.contract",
-    "check_pass": "lwc.verify.property",
-    "compare": "lwc.verify.numeric",
+    "check_contract": "lwc.verify.contract.clauses",
+    "check_pass": "lwc.verify.contract.property",
+    "compare": "lwc.verify.numeric.comparer",
     "graphs_for": "lwc.verify.generate.default",
     "matching": "lwc.verify.generate.patterns",
-    "passes_hold": "lwc.verify.property",
-    "reduce_module": "lwc.verify.reduce",
+    "passes_hold": "lwc.verify.contract.property",
+    "reduce_module": "lwc.verify.reduction.reduce",
     "sketches": "lwc.verify.generate.sketch",
-    "verify_structure": "lwc.verify.structural",
-    "verify_types": "lwc.verify.types",
+    "verify_structure": "lwc.verify.structure.well_formed",
+    "verify_types": "lwc.verify.structure.types",
     "with_near_misses": "lwc.verify.generate.near_misses",
 }
 

@@ -13,7 +13,7 @@ from lwc.backends.onnxruntime.session import OnnxRuntimeBackend
 from lwc.calibration.feeds import dim_names, working_feeds
 from lwc.evaluate.perplexity import perplexity
 from lwc.frontend.load import load
-from lwc.verify.numeric import compare
+from lwc.verify.numeric.comparer import compare
 
 ModelFile = Callable[[str], Path]
 

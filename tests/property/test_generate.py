@@ -22,7 +22,7 @@ from lwc.verify.generate.mutations import MUTATIONS, Mutant, Mutation
 from lwc.verify.generate.near_misses import mutate, with_near_misses
 from lwc.verify.generate.sketch import Motif, Sketch, sketches
 from lwc.verify.generate.validity import is_valid, restate
-from lwc.verify.structural import verify_structure
+from lwc.verify.structure.well_formed import verify_structure
 
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn

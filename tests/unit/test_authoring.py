@@ -25,7 +25,7 @@ from lwc.pipeline.registry import Registry, default_registry, describe_pass
 from lwc.pipeline.rule_pass import AnyRule
 from lwc.pipeline.spec import to_spec
 from lwc.rewrite import Editor, Outcome
-from lwc.verify.structural import verify_structure
+from lwc.verify.structure.well_formed import verify_structure
 
 
 class QuickGelu(lwc.PatternRule):

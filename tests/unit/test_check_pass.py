@@ -26,7 +26,7 @@ from lwc.core.module import Module
 from lwc.passes.cleanup.bind_dims import BindDims
 from lwc.pipeline.passes import Contract, Exact, Pass, PassContext, PassResult
 from lwc.verify import FeedSpec, Motif, PassBrokenError, Sketch, passes_hold, sketches
-from lwc.verify.property import CheckReport, check_pass
+from lwc.verify.contract.property import CheckReport, check_pass
 
 
 def sums(s: Sketch) -> Any:

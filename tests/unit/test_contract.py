@@ -18,8 +18,8 @@ from lwc.core.module import Module
 from lwc.passes.cleanup.canonicalize import Canonicalize
 from lwc.passes.quantization.quantize_weights import QuantizeWeights
 from lwc.pipeline.passes import Contract, Exact, Lossy, Pass, PassContext, PassResult
-from lwc.verify.contract import ContractSettings, ContractViolation, check_contract
-from lwc.verify.isomorphism import renamed, structure
+from lwc.verify.contract.clauses import ContractSettings, ContractViolation, check_contract
+from lwc.verify.contract.isomorphism import renamed, structure
 
 GRAPH = """g (float[N, 4] x) => (float[N, 4] y)
 <float[4] w = {1, 2, 3, 4}, float[4] v = {4, 3, 2, 1}>

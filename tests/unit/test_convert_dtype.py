@@ -17,7 +17,7 @@ from lwc.core.module import Module
 from lwc.frontend.onnx_reader import from_proto
 from lwc.passes.quantization.convert_dtype import ConvertDtype
 from lwc.pipeline.passes import PassContext, PassResult
-from lwc.verify.structural import verify_structure
+from lwc.verify.structure.well_formed import verify_structure
 
 HEAD = '<ir_version: 10, opset_import: ["" : 21]>\n'
 

@@ -14,9 +14,9 @@ from support import module_of, ops
 
 from lwc.backends.onnxruntime.session import OnnxRuntimeBackend
 from lwc.core.module import Module
-from lwc.verify.extract import ExtractError, extract
-from lwc.verify.observe import observe
-from lwc.verify.structural import verify_structure
+from lwc.verify.reduction.extract import ExtractError, extract
+from lwc.verify.reduction.observe import observe
+from lwc.verify.structure.well_formed import verify_structure
 
 Array = np.ndarray[Any, Any]
 

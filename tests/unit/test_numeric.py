@@ -14,7 +14,7 @@ from lwc.backends.onnxruntime.session import OnnxRuntimeExecutable
 from lwc.core.errors import LwcError, VerificationError
 from lwc.core.module import Module
 from lwc.pipeline.passes import Approximate, Exact, Lossy
-from lwc.verify.numeric import Comparer, compare, depth, exact_rtol
+from lwc.verify.numeric.comparer import Comparer, compare, depth, exact_rtol
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>\n'
 
@@ -341,7 +341,7 @@ def test_masked_rows_are_an_edge() -> None:
 def test_outputs_of_the_last_module_are_the_reference_of_the_next(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from lwc.verify import numeric
+    from lwc.verify.numeric import comparer as numeric
 
     compiled: list[Module] = []
     original = numeric._compiled

@@ -18,7 +18,7 @@ from lwc.core.errors import InputError
 from lwc.core.weights import FileTensor
 from lwc.frontend.onnx_reader import MIN_OPSET, from_proto
 from lwc.frontend.outline import outline
-from lwc.verify.structural import verify_structure
+from lwc.verify.structure.well_formed import verify_structure
 
 
 def parse(text: str) -> onnx.ModelProto:

@@ -19,7 +19,7 @@ from lwc.core.module import Module
 from lwc.passes.cleanup.infer_shapes import InferShapes
 from lwc.pipeline.manager import PassManager
 from lwc.pipeline.passes import Exact, Pass, PassContext, PassResult
-from lwc.verify.preserved import verify_preserved
+from lwc.verify.structure.preserved import verify_preserved
 
 TEXT = """
 g (float[N, 4] x, bool[N] keep) => (float[?, 8] y) <float[4, 1] w = {1, 2, 3, 4}> {

@@ -23,7 +23,7 @@ from lwc.passes.quantization.quantize_weights import QuantizeWeights
 from lwc.passes.quantization.rounding import Grid, TileRounder, widen
 from lwc.passes.quantization.streaming import WeightSpec, quantize
 from lwc.pipeline.passes import PassContext, PassResult
-from lwc.verify.structural import verify_structure
+from lwc.verify.structure.well_formed import verify_structure
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 

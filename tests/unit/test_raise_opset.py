@@ -12,7 +12,7 @@ from support import run_pass, run_plain
 from lwc.core.errors import InputError
 from lwc.frontend.onnx_reader import MIN_OPSET, from_proto
 from lwc.passes.cleanup.canonicalize import Canonicalize
-from lwc.verify.structural import verify_structure
+from lwc.verify.structure.well_formed import verify_structure
 
 SCAN = """<ir_version: 3, opset_import: ["" : 8]>
 g (float[B, 2] start, float[B, 3, 2] x, float[B, 3, 2] w)

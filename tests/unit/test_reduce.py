@@ -23,9 +23,9 @@ from lwc.core.errors import InputError, LwcError, PassError
 from lwc.core.module import Module
 from lwc.frontend.load import load
 from lwc.pipeline.passes import Pass, PassContext, PassResult
-from lwc.verify.failure import Failure, Trial
-from lwc.verify.reduce import count_nodes, minimize, reduce_module, reduce_pipeline
-from lwc.verify.reproduce import reproduce
+from lwc.verify.reduction.failure import Failure, Trial
+from lwc.verify.reduction.reduce import count_nodes, minimize, reduce_module, reduce_pipeline
+from lwc.verify.reduction.reproduce import reproduce
 
 CHAIN = """
     g (float[n, 4] x) => (float[n, 4] y) {
@@ -184,7 +184,7 @@ def test_symbolic_dimensions_stay_where_the_failure_needs_them() -> None:
 
 
 def test_each_candidate_is_well_formed_and_its_own() -> None:
-    from lwc.verify.structural import verify_structure
+    from lwc.verify.structure.well_formed import verify_structure
 
     module = Module(ir.from_proto(transformer(60)))
     before = module.fingerprint()

@@ -14,7 +14,7 @@ from lwc.core.errors import PassError
 from lwc.core.module import Module
 from lwc.rewrite import ANY, EDITED, Editor, Miss, Outcome, Rule, RuleSet, rewrite, rule
 from lwc.rewrite.patterns import PatternRule, pattern_rule
-from lwc.verify.structural import verify_structure
+from lwc.verify.structure.well_formed import verify_structure
 
 
 def editor_of(module: Module) -> Editor:

@@ -14,7 +14,7 @@ from lwc.passes.quantization.convert_dtype import ConvertDtype
 from lwc.passes.quantization.quantize_weights import QuantizeWeights
 from lwc.pipeline.passes import Pass, PassContext, PassResult
 from lwc.rewrite import RewriteLimit, Step
-from lwc.verify.structural import verify_structure
+from lwc.verify.structure.well_formed import verify_structure
 
 WIDTH = 32
 

@@ -11,8 +11,8 @@ from support import module_of
 
 from lwc.core.errors import VerificationError
 from lwc.core.module import Module
-from lwc.verify.numeric import compare
-from lwc.verify.sensitivity import Sensitivity
+from lwc.verify.numeric.comparer import compare
+from lwc.verify.numeric.sensitivity import Sensitivity
 
 
 def normalized(power: str) -> Module:

@@ -14,7 +14,7 @@ import pytest
 import lwc
 from lwc.core.errors import VerificationError
 from lwc.frontend.onnx_reader import from_proto
-from lwc.verify.structural import verify_structure
+from lwc.verify.structure.well_formed import verify_structure
 
 TEXT = """<ir_version: 9, opset_import: ["" : 17, "d" : 1]>
 main (bool c, float[n, 4] x) => (float[n, 4] y) <float[4] w = {1, 2, 3, 4}> {

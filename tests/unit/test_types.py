@@ -18,8 +18,8 @@ from lwc.analysis.shapes import Shapes
 from lwc.core.errors import VerificationError
 from lwc.core.module import Module
 from lwc.frontend.onnx_reader import from_proto
-from lwc.verify.structural import verify_structure
-from lwc.verify.types import check_types, verify_types
+from lwc.verify.structure.types import check_types, verify_types
+from lwc.verify.structure.well_formed import verify_structure
 
 
 def problems(module: Module) -> list[str]:

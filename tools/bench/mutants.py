@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import importlib.util
+import importlib
+import importlib.abc
+import importlib.machinery
 import json
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from rich.console import Console
@@ -37,34 +39,60 @@ LIMIT = 60.0
 CLEAN = ("canonicalize", "fold-linear", "infer-shapes", "quantize-weights", "bind-dims{N=3}")
 
 
-def plant(mutation: Mutation) -> ModuleType:
-    """Import the changed module under its own name, before anything else imports it.
+class Planter(importlib.abc.MetaPathFinder):
+    """Finds one module as usual and loads it with changed source."""
+
+    def __init__(self, mutation: Mutation) -> None:
+        self.mutation = mutation
+
+    def find_spec(
+        self, fullname: str, path: Any, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self.mutation.module:
+            return None
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            if spec is not None:
+                assert spec.origin is not None
+                spec.loader = Changed(fullname, spec.origin, self.mutation)
+                return spec
+        return None
+
+
+class Changed(importlib.machinery.SourceFileLoader):
+    """Loads a module from its source with the fault in it."""
+
+    def __init__(self, name: str, path: str, mutation: Mutation) -> None:
+        super().__init__(name, path)
+        self.mutation = mutation
+
+    def get_code(self, fullname: str) -> CodeType:
+        source = Path(self.path).read_text(encoding="utf-8")
+        count = source.count(self.mutation.old)
+        if count != 1:
+            raise ValueError(
+                f"'{self.mutation.name}': its text occurs {count} times in {self.mutation.module}"
+            )
+        changed = source.replace(self.mutation.old, self.mutation.new)
+        return compile(changed, self.path, "exec")
+
+
+def plant(mutation: Mutation) -> None:
+    """Let the changed module be imported in place of the right one, by whoever imports it first.
 
     Raises:
-        ValueError: The text to replace does not occur exactly once.
+        ValueError: The module was imported before, or the text to replace is not there once.
     """
-    spec = importlib.util.find_spec(mutation.module)
-    assert spec is not None
-    assert spec.origin is not None
-    source = Path(spec.origin).read_text(encoding="utf-8")
-    if source.count(mutation.old) != 1:
-        raise ValueError(
-            f"'{mutation.name}': its text occurs {source.count(mutation.old)} times in "
-            f"{mutation.module}"
-        )
-    changed = source.replace(mutation.old, mutation.new)
-    loaded = sys.modules.get(mutation.module)
-    if loaded is None:
-        loaded = importlib.util.module_from_spec(spec)
-        sys.modules[mutation.module] = loaded
-    exec(compile(changed, spec.origin, "exec"), loaded.__dict__)
-    return loaded
+    if mutation.module in sys.modules:
+        raise ValueError(f"{mutation.module} is imported already")
+    sys.meta_path.insert(0, Planter(mutation))
+    importlib.import_module(mutation.module)
 
 
 def check(spec: str, seed: int, examples: int | None, seconds: float | None) -> dict[str, Any]:
     """Check a pass and return what was found as plain data."""
     from lwc.pipeline.spec import resolve
-    from lwc.verify.property import PassBrokenError, check_pass
+    from lwc.verify.contract.property import PassBrokenError, check_pass
 
     settings: dict[str, Any] = {"seed": seed}
     if examples is not None:

@@ -180,11 +180,6 @@ MUTATIONS: tuple[Mutation, ...] = (
         "    end = min(inner.end, outer.end)\n",
     ),
     Mutation(
-        "negative axis of a gather", "axis off by one", CANONICAL + "slices",
-        'axis = attribute(gather, "axis", 0) % rank\n',
-        'axis = attribute(gather, "axis", 0)\n',
-    ),
-    Mutation(
         "unsqueezed gather on another axis", "axis off by one", CANONICAL + "slices",
         "    if len(axes) != 1 or axes[0] % rank != axis or not edit.single_use(value):\n",
         "    if len(axes) != 1 or not edit.single_use(value):\n",
@@ -221,11 +216,6 @@ MUTATIONS: tuple[Mutation, ...] = (
         "fold-linear",
     ),
     # Attributes
-    Mutation(
-        "keepdims ignored", "missing keepdims", CANONICAL + "identities",
-        '    if attribute(node, "keepdims", 1) == 1:\n        return None\n',
-        '    if attribute(node, "keepdims", 1) == 7:\n        return None\n',
-    ),
     Mutation(
         "reduction of ones keeps the axis", "missing keepdims", CANONICAL + "identities",
         '    return edit.op("Squeeze", [node.inputs[0], edit.constant(list(axes), "axes")])\n',
@@ -266,15 +256,15 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     # Consumers and outputs
     Mutation(
-        "last consumer not redirected", "lost consumer", "lwc.rewrite.editor",
-        "        for user, index in list(old.uses()):\n"
-        "            user.replace_input_with(index, new)\n"
-        "            self.touch(user, inputs_changed=True)\n"
-        "        self.changed = True\n",
-        "        for user, index in list(old.uses())[: max(1, len(old.uses()) - 1)]:\n"
-        "            user.replace_input_with(index, new)\n"
-        "            self.touch(user, inputs_changed=True)\n"
-        "        self.changed = True\n",
+        "node erased though one of its outputs is still read", "lost consumer",
+        "lwc.rewrite.driver",
+        "        if node.graph is not None and editor.is_dead(node):\n            editor.erase(node)\n",
+        "        if node.graph is not None:\n            editor.erase(node)\n",
+    ),
+    Mutation(
+        "axis of a gather without its sign", "axis off by one", CANONICAL + "slices",
+        'axis = attribute(gather, "axis", 0) % rank\n',
+        'axis = abs(attribute(gather, "axis", 0))\n',
     ),
     Mutation(
         "graph output left behind", "graph output dropped", "lwc.rewrite.editor",

@@ -22,7 +22,7 @@ from lwc.rewrite.rules import RuleSet
 from lwc.verify.generate.leaves import Hint, Leaf, attribute_options
 from lwc.verify.generate.sketch import Sketch
 from lwc.verify.generate.validity import is_valid
-from lwc.verify.types import check_types
+from lwc.verify.structure.types import check_types
 
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn

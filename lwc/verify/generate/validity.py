@@ -15,7 +15,7 @@ from lwc.core.dims import Dim, DimShape
 from lwc.core.errors import LwcError
 from lwc.core.module import Module
 from lwc.core.walk import graph_and_subgraphs
-from lwc.verify.structural import verify_structure
+from lwc.verify.structure.well_formed import verify_structure
 
 __all__ = ["is_valid", "restate", "runs", "stated_shape"]
 

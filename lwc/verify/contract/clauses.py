@@ -27,9 +27,9 @@ from lwc.pipeline.manager import PassManager
 from lwc.pipeline.passes import Lossy, Pass, PassContext
 from lwc.pipeline.record import PassRecord, take_snapshot
 from lwc.rewrite.limit import RewriteLimit
-from lwc.verify.isomorphism import renamed, structure
-from lwc.verify.numeric import ChosenFeeds, Comparer, TestFeed, choose_feeds, fitted
-from lwc.verify.sensitivity import Sensitivity
+from lwc.verify.contract.isomorphism import renamed, structure
+from lwc.verify.numeric.comparer import ChosenFeeds, Comparer, TestFeed, choose_feeds, fitted
+from lwc.verify.numeric.sensitivity import Sensitivity
 
 if TYPE_CHECKING:
     from lwc.core.module import Module

@@ -11,7 +11,7 @@ from lwc.core.dims import Dim, as_ir_dim, bind, is_anonymous, parse_dim
 from lwc.core.errors import LwcError
 from lwc.core.module import Module
 from lwc.core.walk import attribute_graphs, constant_tensor, graph_and_subgraphs
-from lwc.verify.observe import Observation, Observed
+from lwc.verify.reduction.observe import Observation, Observed
 
 __all__ = [
     "ExtractError",

@@ -9,7 +9,7 @@ import pytest
 
 if TYPE_CHECKING:
     from lwc.pipeline.passes import Pass
-    from lwc.verify.property import CheckReport
+    from lwc.verify.contract.property import CheckReport
 
 __all__ = ["PassChecker", "check_pass"]
 
@@ -26,7 +26,7 @@ def check_pass(tmp_path: Path) -> PassChecker:
     """Return `lwc.verify.check_pass`; its counterexamples go into the test's own folder."""
 
     def check(pass_: Pass | type[Pass], **settings: Any) -> CheckReport:
-        from lwc.verify.property import check_pass
+        from lwc.verify.contract.property import check_pass
 
         return check_pass(pass_, **{"folder": tmp_path, **settings})
 

@@ -139,7 +139,7 @@ def verify_types(
     inputs' dimensions. Unnamed extents state nothing.
 
     Args:
-        module: A well-formed module; see `lwc.verify.structural`.
+        module: A well-formed module; see `lwc.verify.structure.well_formed`.
         shapes: The module's analysis, built here unless it is given.
         before: What the module was before a pass; contradictions of that time are forgiven.
 

@@ -14,7 +14,7 @@ from lwc.core.errors import VerificationError
 from lwc.core.module import Module
 from lwc.core.schemas import STANDARD_DOMAINS, newest_opset, signature_problem
 from lwc.core.walk import attribute_graphs
-from lwc.verify.bodies import BODIES, body_problem, call_problem, recursion
+from lwc.verify.structure.bodies import BODIES, body_problem, call_problem, recursion
 
 __all__ = ["verify_structure"]
 

@@ -14,8 +14,8 @@ import onnx_ir as ir
 from lwc.core.module import Module
 from lwc.core.schemas import find_schema
 from lwc.core.walk import attribute_graphs, graph_and_subgraphs, is_default_domain
-from lwc.verify.extract import ExtractError, detach
-from lwc.verify.observe import Observed
+from lwc.verify.reduction.extract import ExtractError, detach
+from lwc.verify.reduction.observe import Observed
 
 __all__ = [
     "Edit",

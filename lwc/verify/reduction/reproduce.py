@@ -13,9 +13,9 @@ from lwc.frontend.load import load
 from lwc.frontend.onnx_writer import save
 from lwc.pipeline.manager import PassManager
 from lwc.pipeline.passes import Pass
-from lwc.verify.failure import Failure, Trial
-from lwc.verify.reduce import count_nodes, reduce_module, reduce_pipeline
-from lwc.verify.structural import verify_structure
+from lwc.verify.reduction.failure import Failure, Trial
+from lwc.verify.reduction.reduce import count_nodes, reduce_module, reduce_pipeline
+from lwc.verify.structure.well_formed import verify_structure
 
 if TYPE_CHECKING:
     from lwc.core.module import Module

@@ -13,10 +13,10 @@ import onnx_ir as ir
 
 from lwc.core.errors import LwcError
 from lwc.core.module import Module
-from lwc.verify import edits
-from lwc.verify.extract import Usage, bind_extents, extract, nodes_within, owners, sweep
-from lwc.verify.observe import Observed, observe
-from lwc.verify.structural import verify_structure
+from lwc.verify.reduction import edits
+from lwc.verify.reduction.extract import Usage, bind_extents, extract, nodes_within, owners, sweep
+from lwc.verify.reduction.observe import Observed, observe
+from lwc.verify.structure.well_formed import verify_structure
 
 if TYPE_CHECKING:
     from lwc.pipeline.passes import Pass

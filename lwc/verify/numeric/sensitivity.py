@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from lwc.core.errors import LwcError
 from lwc.core.walk import is_default_domain, op_name
-from lwc.verify.bounds import OutputError, difference
+from lwc.verify.numeric.bounds import OutputError, difference
 
 if TYPE_CHECKING:
     from lwc.core.module import Module

@@ -15,7 +15,7 @@ from lwc.core.errors import LwcError
 from lwc.core.printer import print_module
 from lwc.pipeline.registry import default_registry
 from lwc.pipeline.spec import to_spec
-from lwc.verify.contract import ContractSettings, ContractViolation, check_contract
+from lwc.verify.contract.clauses import ContractSettings, ContractViolation, check_contract
 
 if TYPE_CHECKING:
     from lwc.core.module import Module

@@ -15,8 +15,8 @@ from lwc.core.errors import LwcError, UsageError, VerificationError
 from lwc.pipeline.instruments import Instrument
 from lwc.pipeline.manager import PassManager
 from lwc.pipeline.passes import Contract, Pass, PassContext, Runner
-from lwc.verify.numeric import compare
-from lwc.verify.structural import verify_structure
+from lwc.verify.numeric.comparer import compare
+from lwc.verify.structure.well_formed import verify_structure
 
 if TYPE_CHECKING:
     from lwc.core.module import Module

@@ -24,9 +24,16 @@ from lwc.core.diagnostics import describe
 from lwc.core.errors import LwcError, VerificationError
 from lwc.core.walk import is_random
 from lwc.pipeline.passes import Contract, Exact, Lossy
-from lwc.verify.bounds import OutputError, contract_bounds, depth, difference, exact_rtol, shown
-from lwc.verify.reference import Float64Reference, runs_in_float64
-from lwc.verify.sensitivity import ROUNDING, Sensitivity
+from lwc.verify.numeric.bounds import (
+    OutputError,
+    contract_bounds,
+    depth,
+    difference,
+    exact_rtol,
+    shown,
+)
+from lwc.verify.numeric.reference import Float64Reference, runs_in_float64
+from lwc.verify.numeric.sensitivity import ROUNDING, Sensitivity
 
 if TYPE_CHECKING:
     from lwc.core.module import Fingerprint, Module

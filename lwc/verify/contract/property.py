@@ -18,13 +18,13 @@ from lwc.core.errors import LwcError, MissingExtraError, UsageError
 from lwc.pipeline.passes import Pass
 from lwc.pipeline.rule_pass import RulePass
 from lwc.pipeline.spec import to_spec
-from lwc.verify.contract import (
+from lwc.verify.contract.clauses import (
     ContractOutcome,
     ContractSettings,
     ContractViolation,
     check_contract,
 )
-from lwc.verify.counterexample import Counterexample, write_counterexample
+from lwc.verify.contract.counterexample import Counterexample, write_counterexample
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -128,8 +128,8 @@ def check_pass(
 ) -> CheckReport:
     """Draw graphs, run a pass on each, and check every clause of its contract.
 
-    The clauses are those of `lwc.verify.contract`. A graph that breaks one is reduced to the
-    smallest that breaks the same clause, and written down.
+    The clauses are those of `lwc.verify.contract.clauses`. A graph that breaks one is reduced to
+    the smallest that breaks the same clause, and written down.
 
     A pass whose contract has assumptions is checked twice, on half of the examples each: with
     none granted, where it must do without them or refuse; and with those in `grant`, on `feeds`
@@ -289,7 +289,7 @@ class _Search:
         return True
 
     def _report_broken(self, module: Module, violation: ContractViolation) -> None:
-        from lwc.verify.reduce import reduce_module
+        from lwc.verify.reduction.reduce import reduce_module
 
         fails = functools.partial(_breaks, self.pass_, self.settings, violation)
         small = reduce_module(module, fails, seconds=_REDUCTION_SECONDS)

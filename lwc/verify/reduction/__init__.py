@@ -1,0 +1,1 @@
+"""The smallest module, and the fewest passes, that still fail."""
