@@ -43,7 +43,7 @@ class FoldLinear(Pass):
 
     name: ClassVar[str] = "fold-linear"
     contract: ClassVar[Exact] = Exact()
-    never_more: ClassVar[frozenset[str]] = frozenset({"nodes"})
+    never_more: ClassVar[frozenset[str]] = frozenset({"nodes", "flops"})
 
     def run(self, module: Module, ctx: PassContext) -> PassResult:
         """Rewrite until nothing changes."""

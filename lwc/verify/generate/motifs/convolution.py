@@ -104,6 +104,19 @@ def padded(sketch: Sketch) -> ir.Value:
     return _pooled(sketch, y, axes, op)
 
 
+def shifted(sketch: Sketch) -> ir.Value:
+    """A constant added, subtracted or multiplied right before a convolution, padded or not."""
+    axes = sketch.choose(1, 2)
+    x = _image(sketch, axes)
+    channels = (CHANNELS, *[1] * axes)
+    rng = np.random.default_rng(sketch.integer(0, 7))
+    form = sketch.choose(channels, (), (1,))
+    constant = sketch.constant((rng.random(form) + 0.5).astype(np.float32))
+    op = sketch.choose("Add", "Sub", "Mul", "Div")
+    x = sketch.emit(op, x, constant)
+    return _convolved(sketch, x, axes, sketch.choose("Conv", "Conv", "ConvTranspose"))
+
+
 def _pooled(sketch: Sketch, x: ir.Value, axes: int, op: str) -> ir.Value:
     kernel = sketch.choose(1, 2, 3)
     pads = None if kernel == 1 else [1] * axes + [1] * axes
@@ -170,6 +183,7 @@ def patches(sketch: Sketch) -> ir.Value:
 MOTIFS = (
     Motif("convolution", convolution),
     Motif("pad-window", padded),
+    Motif("shifted-convolution", shifted),
     Motif("pooling", pooled),
     Motif("transposed-convolution", transposed),
     Motif("separable-convolution", separable),

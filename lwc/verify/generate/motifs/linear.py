@@ -194,6 +194,25 @@ def normalized_gemm(sketch: Sketch) -> ir.Value:
     return sketch.emit("Relu", y) if sketch.flip() else y
 
 
+def scaled_gemm(sketch: Sketch) -> ir.Value:
+    """A Gemm over a known number of rows, its bias by row or by column, then a constant."""
+    rows, count = 3, sketch.choose(WIDTH, 3)
+    x = sketch.input([rows, WIDTH])
+    rng = np.random.default_rng(sketch.integer(0, 7))
+    form = sketch.choose((count,), (rows, 1), (rows, count), (1, count), ())
+    bias = sketch.constant(rng.standard_normal(form).astype(np.float32), name="bias")
+    product = sketch.emit("Gemm", x, sketch.weight(WIDTH, count), bias)
+    return sketch.emit(sketch.choose("Mul", "Add"), product, sketch.constant_for(product))
+
+
+def normalized_states(sketch: Sketch) -> ir.Value:
+    """A MatMul, then a batch norm, whose channels are another axis than the features."""
+    x = sketch.pick(
+        3, where=lambda s: s[1] == WIDTH and s[2] == WIDTH, otherwise=["N", WIDTH, WIDTH]
+    )
+    return batch_normalized(sketch, sketch.emit("MatMul", x, sketch.weight(WIDTH, WIDTH)), WIDTH)
+
+
 def scaled_heads(sketch: Sketch) -> ir.Value:
     """A linear layer whose scale comes only after Reshape and Transpose into heads."""
     y = weighted(sketch, hidden(sketch))
@@ -238,6 +257,8 @@ MOTIFS = (
     Motif("weights-first", weights_first),
     Motif("scaled-linear", scaled),
     Motif("normalized-gemm", normalized_gemm),
+    Motif("scaled-gemm", scaled_gemm),
+    Motif("normalized-states", normalized_states),
     Motif("scaled-heads", scaled_heads),
     Motif("chained-linears", chained),
     Motif("parallel-linears", parallel),
