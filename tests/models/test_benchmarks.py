@@ -14,6 +14,7 @@ BENCH = Path(__file__).parents[2] / "tools" / "bench"
 SMALL = {
     "backend_nodes": ["--kinds", "node", "--only", "scan"],
     "cost_model": ["--only", "flops", "--models", "magika"],
+    "mutants": ["--only", "branches of a decided if"],
     "quantize_weights": ["--variants", "8 bits", "--tokens", "33"],
     "scale": [
         "--layers",
@@ -30,6 +31,7 @@ SMALL = {
         "512",
     ],
     "simplify": ["--only", "magika", "--repeats", "1"],
+    "verification": ["--models", "magika", "--repeats", "1"],
 }
 
 

@@ -377,3 +377,17 @@ def test_the_float64_reference_is_not_asked_where_it_is_wrong() -> None:
     )
     assert not report.float64
     assert report.feeds == 3
+
+
+def test_the_root_mean_square_of_huge_elements_is_finite() -> None:
+    """Their squares overflow; an infinite bound would let everything pass."""
+
+    def scaled(factor: str) -> Module:
+        return parse(
+            f"""g (double[3] x) => (double[3] y) <double[3] huge = {{1e200, 1e200, 1e200}},
+            double f = {{{factor}}}> {{ y0 = Mul(huge, f) y = Add(y0, x) }}"""
+        )
+
+    compare(scaled("2"), scaled("2"))
+    with pytest.raises(VerificationError, match="times its bound"):
+        compare(scaled("2"), scaled("3"))

@@ -28,6 +28,7 @@ from lwc.pipeline.passes import Lossy, Pass, PassContext
 from lwc.pipeline.record import PassRecord, take_snapshot
 from lwc.rewrite.limit import RewriteLimit
 from lwc.verify.contract.isomorphism import renamed, structure
+from lwc.verify.numeric.bounds import root_mean_square
 from lwc.verify.numeric.comparer import ChosenFeeds, Comparer, TestFeed, choose_feeds, fitted
 from lwc.verify.numeric.sensitivity import Sensitivity
 
@@ -299,14 +300,14 @@ class _Check:
                 self.module, feed.arrays, wanted, _compiled, size=noise, results=noise
             )
             for name, movement in moved.movement.items():
-                error = _norm(_difference(wanted[name], result[name]))
-                allowed = _NOISE_MARGIN * _norm(movement)
-                floor = 1e-5 * _norm(np.asarray(wanted[name], np.float64))
+                error = root_mean_square(_difference(wanted[name], result[name]))
+                allowed = _NOISE_MARGIN * root_mean_square(movement)
+                floor = 1e-5 * root_mean_square(np.asarray(wanted[name], np.float64))
                 if error > allowed + floor:
                     self._fail(
                         "noise",
                         f"output '{name}' moves by {error:.3g} (root mean square); a relative "
-                        f"change of {noise:g} in every weight moves it by {_norm(movement):.3g}",
+                        f"change of {noise:g} in every weight moves it by {root_mean_square(movement):.3g}",
                     )
 
     def _check_repetition(self, after: Module) -> None:
@@ -403,10 +404,6 @@ def _difference(a: Array, b: Array) -> Array:
     with np.errstate(invalid="ignore"):
         distance: Array = np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0.0, np.abs(x - y))
     return np.where(np.isnan(distance), math.inf, distance)
-
-
-def _norm(array: Array) -> float:
-    return math.sqrt(float(np.mean(np.square(array)))) if array.size else 0.0
 
 
 def _is_float(array: Array) -> bool:

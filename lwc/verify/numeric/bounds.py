@@ -23,6 +23,7 @@ __all__ = [
     "depth",
     "difference",
     "exact_rtol",
+    "root_mean_square",
     "rounding",
     "shown",
 ]
@@ -174,11 +175,19 @@ def _excess(error: Array, wanted: Array, rtol: float, atol: float) -> Array:
     """Return the ratio of each error to its bound."""
     finite = np.isfinite(wanted)
     size = np.abs(np.where(finite, wanted, 0.0))
-    scale = math.sqrt(float(np.mean(np.square(size[finite])))) if finite.any() else 0.0
-    bound = atol + rtol * (size + scale)
+    bound = atol + rtol * (size + root_mean_square(size[finite]))
     with np.errstate(divide="ignore", invalid="ignore"):
         excess: Array = np.where(error > 0, error / bound, 0.0)
     return excess
+
+
+def root_mean_square(array: Array) -> float:
+    """Return the root mean square of the elements; 0 where there are none."""
+    largest = float(np.max(np.abs(array), initial=0.0))
+    if not 0 < largest < math.inf:
+        return largest
+    # Relative to the largest, whose square may be more than a float64 holds.
+    return largest * math.sqrt(float(np.mean(np.square(array / largest))))
 
 
 def shown(shapes: Mapping[str, tuple[int, ...]]) -> str:

@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from lwc.core.errors import LwcError
 from lwc.core.walk import is_default_domain, op_name
-from lwc.verify.numeric.bounds import OutputError, difference
+from lwc.verify.numeric.bounds import OutputError, difference, root_mean_square
 
 if TYPE_CHECKING:
     from lwc.core.module import Module
@@ -112,7 +112,7 @@ class Sensitivity:
         if movement is None or not movement.size:
             return error
         finite = movement[np.isfinite(movement)]
-        spread = math.sqrt(float(np.mean(np.square(finite)))) if finite.size else 0.0
+        spread = root_mean_square(finite)
         allowed = _MARGIN * (movement + spread)
         distance = _distance(np.asarray(expected), np.asarray(result))
         with np.errstate(invalid="ignore"):
