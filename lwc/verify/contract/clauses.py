@@ -301,13 +301,14 @@ class _Check:
             )
             for name, movement in moved.movement.items():
                 error = root_mean_square(_difference(wanted[name], result[name]))
-                allowed = _NOISE_MARGIN * root_mean_square(movement)
+                usual = root_mean_square(movement)
+                allowed = _NOISE_MARGIN * usual
                 floor = 1e-5 * root_mean_square(np.asarray(wanted[name], np.float64))
                 if error > allowed + floor:
                     self._fail(
                         "noise",
                         f"output '{name}' moves by {error:.3g} (root mean square); a relative "
-                        f"change of {noise:g} in every weight moves it by {root_mean_square(movement):.3g}",
+                        f"change of {noise:g} in every weight moves it by {usual:.3g}",
                     )
 
     def _check_repetition(self, after: Module) -> None:

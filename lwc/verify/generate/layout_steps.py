@@ -158,6 +158,16 @@ def slices(s: Sketch) -> ir.Value:
     return x
 
 
+def nested_slices(s: Sketch) -> ir.Value:
+    """A slice of a slice of one axis, its bounds counted from the front."""
+    x = s.pick(least=1, where=lambda shape: shape[-1] == 8)
+    axis = s.ints(s.choose(s.rank(x) - 1, -1))
+    first, second = s.choose((0, 6), (1, _END), (2, 7)), s.choose((1, _END), (0, 3), (2, 5))
+    for begin, end in (first, second):
+        x = s.emit("Slice", x, s.ints(begin), s.ints(end), axis)
+    return x
+
+
 def halves(s: Sketch) -> ir.Value:
     """Two parts of a value, put together in order or swapped."""
     x = s.pick(least=1, where=lambda shape: shape[-1] == 8)
@@ -313,6 +323,7 @@ STEPS: tuple[Step, ...] = (
     compared_extents,
     extent_arithmetic,
     slices,
+    nested_slices,
     halves,
     split_and_concat,
     concat,

@@ -202,7 +202,10 @@ def scaled_gemm(sketch: Sketch) -> ir.Value:
     form = sketch.choose((count,), (rows, 1), (rows, count), (1, count), ())
     bias = sketch.constant(rng.standard_normal(form).astype(np.float32), name="bias")
     product = sketch.emit("Gemm", x, sketch.weight(WIDTH, count), bias)
-    return sketch.emit(sketch.choose("Mul", "Add"), product, sketch.constant_for(product))
+    operands = [product, sketch.constant_for(product)]
+    if sketch.flip():
+        operands.reverse()
+    return sketch.emit(sketch.choose("Mul", "Add", "Sub"), *operands)
 
 
 def normalized_states(sketch: Sketch) -> ir.Value:
