@@ -25,13 +25,14 @@ __all__ = [
     "Edge",
     "FeedSpec",
     "MaskKind",
+    "Trial",
     "dim_names",
     "fixed_dims",
     "load_feeds",
     "make_feed",
     "usual_extents",
-    "working_extents",
     "working_feeds",
+    "working_trials",
 ]
 
 Array = np.ndarray[Any, Any]
@@ -301,12 +302,16 @@ def working_feeds(
 ) -> list[dict[str, Array]]:
     """Find feeds the model runs on, each at other extents of its free dimensions, by trial.
 
+    A file's dimension names seldom tell everything: a network may want a height of 48, a state
+    the batch of another input. Extents are tried from the usual to the rare; those that differ
+    in every free dimension are preferred to those that differ in some.
+
     Args:
         module: The model.
         runner: Runs the model; what it refuses with an `LwcError` is no valid feed.
         count: Feeds wanted.
         seed: Seed of the random numbers; feed `i` has seed `seed + i`.
-        spec: What the user knows about the inputs.
+        spec: What the user knows about the inputs; its dimensions are not free.
 
     Returns:
         `count` feeds, or fewer where the model runs at fewer extents; one where all dimensions
@@ -315,50 +320,55 @@ def working_feeds(
     Raises:
         LwcError: The model runs at none of the extents tried; the message is the first failure.
     """
-    chosen = working_extents(module, runner, count, seed, spec=spec)
-    return [make_feed(module, at, seed + index, spec=spec) for index, at in enumerate(chosen)]
+    return [trial.feed for trial in working_trials(module, runner, count, seed, spec=spec)]
 
 
-def working_extents(
+@dataclass(frozen=True)
+class Trial:
+    """A feed that a model ran on.
+
+    Attributes:
+        extents: Those of the free dimensions, by name.
+        feed: The feed.
+        outputs: What the model gave.
+    """
+
+    extents: Mapping[str, int]
+    feed: dict[str, Array]
+    outputs: dict[str, Array]
+
+
+def working_trials(
     module: Module,
     runner: Runner,
     count: int = 2,
     seed: int = 0,
     *,
     spec: FeedSpec = _NO_SPEC,
-) -> list[dict[str, int]]:
-    """Find extents of the free dimensions that the model runs at, by trial.
-
-    A file's dimension names seldom tell everything: a network may want a height of 48, a state
-    the batch of another input. Extents are tried from the usual to the rare; those that differ
-    in every free dimension are preferred to those that differ in some.
-
-    Args:
-        module: See `working_feeds`, also for the others.
-        runner: Runs the model.
-        count: How many are wanted.
-        seed: Seed of the feeds they are tried with.
-        spec: What the user knows about the inputs; its dimensions are not free.
-
-    Raises:
-        LwcError: The model runs at none of the extents tried; the message is the first failure.
-    """
+) -> list[Trial]:
+    """Find feeds the model runs on, with what it gives on them; see `working_feeds`."""
     free = {name: kind for name, kind in dim_names(module).items() if name not in spec.dims}
-    chosen: list[dict[str, int]] = []
-    spare: list[dict[str, int]] = []
+    chosen: list[Trial] = []
+    spare: list[Trial] = []
+    tried: list[dict[str, int]] = []
     failure: LwcError | None = None
-    for bindings in itertools.islice(_candidates(free), _TRIALS):
+    for extents in itertools.islice(_candidates(free), _TRIALS):
         if len(chosen) == count:
             break
-        clash = any(bindings[name] == taken[name] for taken in chosen for name in free)
-        if clash and (len(chosen) + len(spare) >= count or bindings in chosen + spare):
+        if extents in tried:
             continue
+        tried.append(extents)
+        found = [trial.extents for trial in (*chosen, *spare)]
+        clash = any(extents[name] == trial.extents[name] for trial in chosen for name in free)
+        if clash and len(found) >= count:
+            continue
+        feed = make_feed(module, extents, seed + len(found), spec=spec)
         try:
-            runner.run(make_feed(module, bindings, seed, spec=spec))
+            outputs = dict(runner.run(feed))
         except LwcError as error:
             failure = failure or error
             continue
-        (spare if clash else chosen).append(bindings)
+        (spare if clash else chosen).append(Trial(extents, feed, outputs))
     if not chosen:
         raise LwcError(
             f"the model runs at none of the input shapes tried; the first failure: {failure}",
@@ -382,14 +392,19 @@ def _candidates(free: Mapping[str, str]) -> Iterator[dict[str, int]]:
         pasts = _PASTS if "past" in present else (0,)
         batches = _BATCHES if "batch" in present else (0,)
         for apart in (True, False) if _repeats(kinds) else (False,):
-            for index, (length, area) in enumerate(itertools.product(lengths, spatial)):
-                for turn in range(len(batches)):
-                    base = {
-                        "batch": batches[(index + turn) % len(batches)],
-                        "length": length,
-                        "past": pasts[index % len(pasts)],
-                    }
-                    yield _extents(kinds, base, area, apart)
+            grid = list(enumerate(itertools.product(lengths, spatial)))
+            # First those that differ in everything at once, then every batch with every length.
+            turns = itertools.chain(
+                ((0, each) for each in grid[: len(batches)]),
+                ((turn, each) for each in grid for turn in range(len(batches))),
+            )
+            for turn, (index, (length, area)) in turns:
+                base = {
+                    "batch": batches[(index + turn) % len(batches)],
+                    "length": length,
+                    "past": pasts[index % len(pasts)],
+                }
+                yield _extents(kinds, base, area, apart)
 
 
 def _subsets(names: list[str]) -> Iterator[tuple[str, ...]]:

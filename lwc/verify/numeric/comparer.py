@@ -17,7 +17,7 @@ from lwc.calibration.feeds import (
     dim_names,
     fixed_dims,
     make_feed,
-    working_extents,
+    working_trials,
 )
 from lwc.calibration.inputs import RoleKind, fed_inputs, input_role
 from lwc.core.diagnostics import describe
@@ -57,6 +57,7 @@ Array = np.ndarray[Any, Any]
 _SMALL = 256
 """Nodes up to which a graph is run in float64 too, and at every edge."""
 
+_LOSSY_FEEDS = 2
 _LOOP_SECONDS = 30.0
 """Time for one run of a module with loops: a pass may have lost what ends one."""
 
@@ -186,6 +187,9 @@ class Comparer:
         feeds, expected = self._memory.recall(before, after) or self._reference(
             before, after, contract
         )
+        if isinstance(contract, Lossy) and not _is_small(before):
+            # Nothing can fail: two feeds say how far a lossy pass is off.
+            feeds, expected = feeds[:_LOSSY_FEEDS], expected[:_LOSSY_FEEDS]
         promised = contract_bounds(contract, before, after)
         bounds = (
             promised[0] if self._rtol is None else self._rtol,
@@ -318,13 +322,17 @@ def choose_feeds(
     Raises:
         LwcError: The module runs on none.
     """
-    extents = list(bindings) or working_extents(module, runner, 3, seed, spec=spec)
     chosen = []
-    for index, at in enumerate(extents):
-        arrays = make_feed(module, at, seed + index, spec=spec)
-        chosen.append((TestFeed(arrays), dict(runner.run(arrays))))
+    if bindings:
+        for index, at in enumerate(bindings):
+            arrays = make_feed(module, at, seed + index, spec=spec)
+            chosen.append((TestFeed(arrays), dict(runner.run(arrays))))
+        odd: Mapping[str, int] = bindings[min(1, len(bindings) - 1)]
+    else:
+        trials = working_trials(module, runner, 3, seed, spec=spec)
+        chosen += [(TestFeed(trial.feed), trial.outputs) for trial in trials]
+        odd = trials[min(1, len(trials) - 1)].extents
     if edges:
-        odd = extents[min(1, len(extents) - 1)]
         for edge in _edges(module):
             feed = TestFeed(make_feed(module, odd, seed + 1, spec=spec, edge=edge), edge)
             try:
