@@ -36,6 +36,11 @@ if TYPE_CHECKING:
 __all__ = ["Session", "settings_of"]
 
 _ACTIONS = ("plan", "explain", "bisect", "reduce", "check_contract")
+_NEVER_EMPTY = {
+    "explain": "a pass",
+    "reduce": "a file",
+    "pass_pipeline_crash_reproducer": "a file",
+}
 
 
 class Session:
@@ -324,7 +329,8 @@ class Session:
             from lwc.pipeline.reproducer import CrashReproducer
 
             path = options.pass_pipeline_crash_reproducer
-            found.append(CrashReproducer(path, config, sys.stderr))
+            plugins = options.load_pass_plugin
+            found.append(CrashReproducer(path, config, sys.stderr, plugins))
         return found
 
     def _say(self, lines: Iterable[str]) -> None:
@@ -357,6 +363,13 @@ def settings_of(options: argparse.Namespace) -> PipelineConfig:
 
 
 def _check_outputs(options: argparse.Namespace) -> None:
+    for name, what in _NEVER_EMPTY.items():
+        if getattr(options, name) == "":
+            raise UsageError(f"--{name.replace('_', '-')} needs {what}, not nothing")
+    if options.explain is not None:
+        name, at, node = options.explain.partition("@")
+        if not name or (at and not node):
+            raise UsageError(f"--explain takes PASS or PASS@NODE, not '{options.explain}'")
     actions = [name for name in _ACTIONS if getattr(options, name)]
     actions = [name.replace("_", "-") for name in actions]
     if len(actions) > 1:
@@ -375,6 +388,9 @@ def _check_outputs(options: argparse.Namespace) -> None:
         if options.verify == "none":
             raise UsageError("--reduce needs checks", remedy="drop --verify=none")
         _check_place(options.reduce)
+        _check_other_file(options.reduce, options.input)
+    if options.pass_pipeline_crash_reproducer:
+        _check_other_file(options.pass_pipeline_crash_reproducer, options.input)
     for name in ("measure", "text"):
         if getattr(options, name) and not options.report:
             raise UsageError(f"--{name} needs a report to go into", remedy="add --report FILE.md")
@@ -403,6 +419,12 @@ def _check_place(path: str) -> None:
         raise UsageError(f"cannot write '{path}': there is no folder '{folder}'")
     if os.path.isdir(path):
         raise UsageError(f"cannot write '{path}': it is a folder", remedy="name a file")
+
+
+def _check_other_file(path: str, source: str) -> None:
+    """Check that `path` is not the model that fails: the user needs it still."""
+    if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
+        raise UsageError(f"'{path}' is the input itself", remedy="name another file")
 
 
 def _existing_folder(path: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TextIO
@@ -25,6 +26,7 @@ class CrashReproducer(Instrument):
         path: The model file to write; large weights go beside it.
         config: The settings of the run, written with the failing pass and those after it.
         stream: Where to tell the command that replays the failure.
+        plugins: What was loaded with `--load-pass-plugin`; the replay needs it too.
 
     Raises:
         UsageError: `path` is no `.onnx` file.
@@ -32,12 +34,15 @@ class CrashReproducer(Instrument):
 
     needs_copy: ClassVar[bool] = True
 
-    def __init__(self, path: str, config: PipelineConfig, stream: TextIO) -> None:
+    def __init__(
+        self, path: str, config: PipelineConfig, stream: TextIO, plugins: Sequence[str] = ()
+    ) -> None:
         self._model = Path(path)
         if self._model.suffix != ".onnx":
             raise UsageError(f"a crash reproducer is an .onnx file, not '{path}'")
         self._config = config
         self._stream = stream
+        self._plugins = plugins
 
     def on_error(
         self, pass_: Pass, before: Module | None, rest: Sequence[Pass], error: BaseException
@@ -55,4 +60,7 @@ class CrashReproducer(Instrument):
         except (OSError, LwcError) as problem:
             self._stream.write(f"the crash reproducer cannot be written: {problem}\n")
             return
-        self._stream.write(f"reproduce with: lwc-opt {self._model} --config {script}\n")
+        words = ["lwc-opt", str(self._model), "--config", str(script)]
+        for plugin in self._plugins:
+            words += ["--load-pass-plugin", plugin]
+        self._stream.write(f"reproduce with: {shlex.join(words)}\n")
