@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lwc.verify.reduction.failure import Failure
     from lwc.verify.reduction.reproduce import Reproducer
 
-__all__ = ["SECONDS", "find_reproducer", "found_lines", "replay_command"]
+__all__ = ["SECONDS", "find_reproducer", "found_lines", "nothing_line", "replay_command"]
 
 SECONDS = 90.0
 """Time for making the model small; what is found by then is written."""
@@ -44,6 +44,19 @@ def find_reproducer(
         granted=frozenset(config.grant),
     )
     return reproduce(module, passes, trial, seconds=SECONDS, progress=progress)
+
+
+def nothing_line(module: Module, config: PipelineConfig) -> str:
+    """Say that no pass fails, and whether outputs were compared."""
+    from lwc.core.diagnostics import describe
+    from lwc.core.walk import is_random
+
+    random = next(filter(is_random, module.nodes()), None)
+    if config.verify != "numeric":
+        return "no pass fails; outputs were not compared: --verify=structural"
+    if random is not None:
+        return f"no pass fails; outputs were not compared: {describe(random)} draws random numbers"
+    return "no pass fails, and the outputs agree after each"
 
 
 def found_lines(found: Reproducer, failure: Failure, path: str, plugins: Iterable[str]) -> str:

@@ -122,7 +122,7 @@ class Session:
 
     def reduce(self) -> int:
         """Write the smallest model that makes the pipeline fail; 1 if there is one."""
-        from lwc.cli.reduce import find_reproducer, found_lines
+        from lwc.cli.reduce import find_reproducer, found_lines, nothing_line
 
         options, path = self.options, self.options.reduce
         config = replace(self.config, verify=options.verify or "numeric")
@@ -131,7 +131,7 @@ class Session:
             found = find_reproducer(module, config, lambda text: rename(f"reducing: {text}"))
             failure = None if found is None else found.write(path)
         if found is None or failure is None:
-            print("no pass fails, and the outputs agree after each")
+            print(printable(nothing_line(module, config)))
             return 0
         print(printable(found_lines(found, failure, path, options.load_pass_plugin)))
         return 1

@@ -208,8 +208,15 @@ def _refine(culprit: Culprit, rerun: _Rerun) -> Culprit:
         why = "the pass counts no rewrites, as ctx.editor() and ctx.limit would"
     elif failure is None:
         why = "running the pass a second time gives a right result: it is not deterministic"
-    elif rerun(0)[1] is not None:
-        why = "it is wrong before its first rewrite: something else that it does is the cause"
+    else:
+        tried, found = rerun(0)
+        if found is not None and tried.count:
+            why = "it does not stop at the limit of rewrites, as ctx.limit.exhausted asks it to"
+        elif found is not None:
+            why = (
+                "it is wrong before its first rewrite, or it does not stop at the limit: something "
+                "beside what it counts is the cause"
+            )
     if why is not None:
         return replace(culprit, why_no_rewrite=why)
     good, bad = 0, total

@@ -210,7 +210,26 @@ def test_a_fault_beside_the_rewrites_is_told_from_one_in_them() -> None:
     found = run_and_bisect([Beside()], chains(3))
     assert found is not None
     assert found.rewrite is None
-    assert "before its first rewrite" in (found.why_no_rewrite or "")
+    assert "before its first rewrite, or it does not stop" in (found.why_no_rewrite or "")
+
+
+def test_a_pass_that_ignores_the_limit_is_told_so() -> None:
+    class Endless(Pass):
+        """Counts its rewrites, and goes on after the last that it may do."""
+
+        name: ClassVar[str] = "endless"
+
+        def run(self, module: Module, ctx: PassContext) -> PassResult:
+            """Spoil every weight."""
+            for value in list(module.graph.initializers.values()):
+                ctx.limit.spend("spoil")
+                module.replace_initializer(value, ir.tensor(np.array([9], np.float32)))
+            return PassResult(True)
+
+    found = run_and_bisect([Endless()], chains(3))
+    assert found is not None
+    assert found.rewrite is None
+    assert (found.why_no_rewrite or "").startswith("it does not stop at the limit of rewrites")
 
 
 def test_a_fault_that_does_not_come_again_is_called_what_it_is() -> None:

@@ -523,8 +523,32 @@ def test_nothing_to_reduce(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "words", "code", "message"),
+    [
+        ("a = nowhere.Nothing(x) y = Tanh(a)", [], 1, "outputs were not compared: "),
+        ("a = nowhere.Nothing(x) y = Tanh(a)", ["--verify=structural"], 0, "not compared: --ver"),
+        ("a = RandomNormalLike(x) y = Add(a, x)", [], 0, "draws random numbers"),
+    ],
+)
+def test_outputs_that_were_not_compared_are_not_said_to_agree(
+    text: str, words: list[str], code: int, message: str, tmp_path: Path
+) -> None:
+    model, small = tmp_path / "m.onnxtxt", tmp_path / "small.onnxtxt"
+    model.write_text(
+        '<ir_version: 8, opset_import: ["" : 17, "nowhere" : 1]>\n'
+        f"g (float[n, 4] x) => (float[n, 4] y) {{ {text} }}"
+    )
+    done = lwc_opt(str(model), "-p", "infer-shapes", f"--reduce={small}", *words)
+    assert done.returncode == code
+    assert message in done.stdout + done.stderr
+    assert "agree" not in done.stdout + done.stderr
+    assert not small.exists()
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--reduce=m.onnxtxt"], "is the input itself (name another file)"),
         (["--reduce=small.txt"], "suffix names no format"),
         (["--reduce=/no/such/small.onnxtxt"], "there is no folder"),
         (["--reduce=small.onnxtxt"], "needs passes that fail"),
@@ -536,7 +560,8 @@ def test_nothing_to_reduce(tmp_path: Path) -> None:
 def test_wrong_usage(words: list[str], message: str, tmp_path: Path) -> None:
     model = tmp_path / "m.onnxtxt"
     model.write_text(f'<ir_version: 8, opset_import: ["" : 17]>\n{SMALL}')
-    done = lwc_opt(str(model), *words)
+    command = [sys.executable, "-m", "lwc.cli.opt", str(model), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr
 

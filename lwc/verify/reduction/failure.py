@@ -122,12 +122,16 @@ class Trial:
 
     def runs(self, module: Module) -> bool:
         """Tell whether the backend runs a module as it is."""
+        return self.refusal(module) is None
+
+    def refusal(self, module: Module) -> LwcError | None:
+        """Return what the backend says where it does not run a module as it is."""
         try:
             with _compiled(module, self.threads) as executable:
                 working_feeds(module, executable, 1, self.seed)
-        except LwcError:
-            return False
-        return True
+        except LwcError as error:
+            return error
+        return None
 
     def _runner(self, module: Module, expose: Sequence[str]) -> AbstractContextManager[Runner]:
         return OnnxRuntimeBackend().compile(module, threads=self.threads, expose=expose)

@@ -89,13 +89,20 @@ def reproduce(
         progress: See `reduce_module`.
 
     Raises:
-        LwcError: The module is malformed, or an option of a pass does not fit it.
+        LwcError: The module is malformed, or an option of a pass does not fit it; or nothing
+            fails, and the outputs to compare are not to be had, as the backend refuses the module.
     """
     verify_structure(module)
-    runs = trial.runs(module)
-    trial = replace(trial, numeric=trial.numeric and runs)
+    refusal = trial.refusal(module)
+    runs = refusal is None
+    wanted, trial = trial.numeric, replace(trial, numeric=trial.numeric and runs)
     failure = trial.run(module, passes)
     if failure is None:
+        if wanted and refusal is not None:
+            raise LwcError(
+                f"no pass fails, but outputs were not compared: {refusal}",
+                remedy="--verify=structural compares none",
+            ) from refusal
         return None
 
     # Those that the numeric check finds have run before the pass.
