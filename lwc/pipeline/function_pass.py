@@ -153,4 +153,4 @@ def _result(returned: object, name: str) -> PassResult:
     raise PassError(
         f"the function returned {returned!r}",
         remedy="return the number of rewrites, or whether anything changed",
-    )
+    ) from TypeError(type(returned).__name__)

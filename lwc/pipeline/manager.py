@@ -234,6 +234,13 @@ class _Outcome:
     verify_seconds: float
 
 
+def _no_result(problem: str) -> PassError:
+    """Make an error with a cause, which tells a mistake from a refusal."""
+    error = PassError(problem)
+    error.__cause__ = TypeError(problem)
+    return error
+
+
 def _call(pass_: Pass, module: Module, ctx: PassContext) -> PassResult:
     """Run a pass; whatever it raises or returns by mistake becomes a `PassError`."""
     try:
@@ -246,10 +253,10 @@ def _call(pass_: Pass, module: Module, ctx: PassContext) -> PassResult:
         reason = str(error) or type(error).__name__
         raise PassError(f"{type(error).__name__}: {' '.join(reason.split())}") from error
     if not isinstance(result, PassResult):
-        raise PassError(f"run returned {type(result).__name__}, not a PassResult")
+        raise _no_result(f"run returned {type(result).__name__}, not a PassResult")
     problem = _result_problem(result)
     if problem is not None:
-        raise PassError(f"run returned a PassResult that is malformed: {problem}")
+        raise _no_result(f"run returned a PassResult that is malformed: {problem}")
     return result
 
 

@@ -53,7 +53,7 @@ class QuantizeWeights(Pass):
     """
 
     name: ClassVar[str] = "quantize-weights"
-    contract: ClassVar[Contract] = Lossy(noise=0.15)
+    contract: ClassVar[Contract] = Lossy(noise=0.1)
 
     bits: Literal[4, 8] = 4
     embeddings: Literal[4, 8] | None = 8

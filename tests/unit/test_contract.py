@@ -102,6 +102,13 @@ def copy_weight(module: Module) -> bool:
     return done
 
 
+def unserializable(module: Module) -> bool:
+    done = drop_identity(module)
+    if done:
+        node_of(module, "Relu").metadata_props["note"] = 5  # type: ignore[assignment]
+    return done
+
+
 COUNTER = itertools.count()
 
 
@@ -133,6 +140,8 @@ CASES: list[tuple[str, Pass, str]] = [
     ("structure", broken(lambda module: True), "reports a change, but the module is the same"),
     ("weights", broken(write_weight), "writes into a weight"),
     ("weights", broken(copy_weight), "makes a new tensor of 'w'"),
+    ("crash", broken(lambda module: None, run=lambda self, module, ctx: None), "not a PassResult"),
+    ("structure", broken(unserializable), "its result breaks lwc"),
     ("repetition", broken(count_up), "gives another result"),
     ("names", broken(by_name), "depends on the names"),
     ("idempotence", broken(again_and_again), "changes it again"),
@@ -222,7 +231,7 @@ def test_inside_its_assumptions_the_outputs_agree() -> None:
         check_contract(DropRelu(), module_of(RELU), ContractSettings(granted=frozenset({"all"})))
 
 
-def test_a_refusal_that_leaves_a_change_is_none_under_the_manager() -> None:
+def test_a_refusal_is_no_violation() -> None:
     def refuse(module: Module) -> None:
         drop_identity(module)
         raise PassError("not today")
@@ -314,3 +323,27 @@ def test_renaming_reaches_into_bodies() -> None:
     body = node.attributes["then_branch"].as_graph()
     next(iter(body)).op_type = "Div"
     assert structure(other) != structure(module)
+
+
+def test_a_weight_written_into_is_named_whatever_else_is_wrong() -> None:
+    def write_and_lie(module: Module) -> bool:
+        write_weight(module)
+        return False
+
+    with pytest.raises(ContractViolation) as caught:
+        check_contract(broken(write_and_lie), example())
+    assert caught.value.clause == "weights"
+
+
+def test_a_lossy_pass_over_operators_without_a_reference() -> None:
+    """A convolution beside the weights: no float64, and all feeds are judged."""
+    weights = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+    graph = module_of(
+        """g (float[N, 1, 64] x) => (float[N, 1, 64] y) <float[1, 1, 1] k = {2}>
+        { z = Conv(x, k) y = Identity(z) }"""
+    )
+    node = node_of(graph, "Identity")
+    node.op_type = "MatMul"
+    node.resize_inputs(2)
+    node.replace_input_with(1, graph.add_initializer("w", weights))
+    assert check_contract(QuantizeWeights(), graph).changed

@@ -18,10 +18,12 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import json
+import re
 import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
@@ -35,6 +37,9 @@ from mutations import MUTATIONS, Mutation
 
 LIMIT = 60.0
 """Seconds in which a fault must be found."""
+
+BROKEN_TEXT = re.compile(r"\b(NameError|ImportError|ModuleNotFoundError|AttributeError)\b")
+"""A crash with one of these shows that the planted text does not run, not that a fault was seen."""
 
 CLEAN = ("canonicalize", "fold-linear", "infer-shapes", "quantize-weights", "bind-dims{N=3}")
 
@@ -133,6 +138,13 @@ def run_child(arguments: list[str], timeout: float) -> dict[str, Any]:
     return result
 
 
+def on_merit(result: dict[str, Any]) -> dict[str, Any]:
+    """Return a result, as an error where what was found is only that the fault does not run."""
+    if result.get("clause") == "crash" and BROKEN_TEXT.search(result["message"]):
+        return {**result, "found": False, "error": "the fault itself does not run"}
+    return result
+
+
 def run_mutants(
     chosen: list[Mutation], jobs: int, extra: list[str], console: Console
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -140,7 +152,7 @@ def run_mutants(
 
     def one(mutation: Mutation) -> dict[str, Any]:
         index = str(MUTATIONS.index(mutation))
-        result = run_child(["--child", index, *extra], 1200.0)
+        result = on_merit(run_child(["--child", index, *extra], 1200.0))
         print(f"{mutation.name}: {result}", file=sys.stderr)
         return {"name": mutation.name, "kind": mutation.kind, "pass": mutation.spec, **result}
 
@@ -168,6 +180,7 @@ def run_mutants(
         "median_seconds": statistics.median(row["seconds"] for row in caught) if caught else None,
         "slowest_seconds": max((row["seconds"] for row in caught), default=None),
         "missed": [row["name"] for row in rows if row not in caught],
+        "by_clause": dict(Counter(row["clause"] for row in caught).most_common()),
     }
     console.print(
         f"{len(caught)} of {len(rows)} faults found within {LIMIT:.0f} s "
@@ -175,6 +188,8 @@ def run_mutants(
         f"found after {summary['median_seconds']} s (medians); "
         f"missed: {', '.join(summary['missed']) or 'none'}"
     )
+    clauses = ", ".join(f"{clause} {count}" for clause, count in summary["by_clause"].items())
+    console.print(f"found by clause: {clauses or 'none'}")
     return summary, rows
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import textwrap
@@ -13,8 +12,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import onnx_ir as ir
+
 from lwc.calibration.feeds import FeedSpec
 from lwc.core.errors import LwcError, MissingExtraError, UsageError
+from lwc.core.module import Module
 from lwc.pipeline.passes import Pass
 from lwc.pipeline.rule_pass import RulePass
 from lwc.pipeline.spec import to_spec
@@ -28,8 +30,6 @@ from lwc.verify.contract.counterexample import Counterexample, write_counterexam
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
-
-    from lwc.core.module import Module
 
 __all__ = ["CheckReport", "PassBrokenError", "check_pass", "passes_hold"]
 
@@ -105,7 +105,8 @@ class PassBrokenError(AssertionError):
             f"{spec} breaks its contract ({violation.clause})\n"
             f"{textwrap.indent(violation.message, '  ')}\n"
             + (f"  its rewrites: {rules}\n" if rules else "")
-            + f"  found after {examples} graphs; the smallest has {counterexample.nodes} nodes:\n"
+            + f"  found after {_counted(examples, 'graph')}; the smallest has "
+            f"{_counted(counterexample.nodes, 'node')}:\n"
             + "".join(f"    {line}\n" for line in counterexample.text.splitlines())
             + f"  replay: {counterexample.command}"
         )
@@ -255,8 +256,15 @@ class _Search:
             report_multiple_bugs=False,
         )
         test = hypothesis.given(graphs)(self._try)
-        with contextlib.suppress(_Enough):
+        try:
             hypothesis.seed(seed)(settings(test))()
+        except _Enough:
+            pass
+        except hypothesis.errors.Unsatisfiable as error:
+            raise UsageError(
+                "none of the graphs drawn is a valid model that runs",
+                remedy="look at the strategy given as graphs=, and at feeds=",
+            ) from error
         if self.found is not None:
             self._report_broken(*self.found)
 
@@ -264,10 +272,12 @@ class _Search:
         if time.perf_counter() > self.deadline:
             raise _Enough
         settings = replace(self.settings, thorough=self._is_new)
+        proto = ir.to_proto(module.model)
         try:
             outcome = check_contract(self.pass_, module, settings)
         except ContractViolation as violation:
-            self.found = module, violation
+            # Made anew: the pass may have written into the weights.
+            self.found = Module(ir.from_proto(proto)), violation
             raise _Enough from violation
         except LwcError:
             import hypothesis
@@ -305,11 +315,16 @@ class _Search:
         ) from violation
 
 
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def _breaks(
     pass_: Pass, settings: ContractSettings, violation: ContractViolation, module: Module
 ) -> bool:
     try:
-        check_contract(pass_, module, settings)
+        # Of its own: the pass may write into weights that candidates share.
+        check_contract(pass_, Module(ir.from_proto(ir.to_proto(module.model))), settings)
     except ContractViolation as found:
         return found.clause == violation.clause
     return False
@@ -318,6 +333,8 @@ def _breaks(
 def _instance(pass_: Pass | type[Pass]) -> Pass:
     if isinstance(pass_, Pass):
         return pass_
+    if not (isinstance(pass_, type) and issubclass(pass_, Pass)):
+        raise UsageError(f"{pass_!r} is no pass", remedy="give a Pass or its class")
     try:
         return pass_()
     except TypeError as error:

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from lwc.core.module import Module
 
 __all__ = [
+    "ROUNDING_FLOAT32",
     "OutputError",
     "contract_bounds",
     "depth",
     "difference",
+    "distance",
     "exact_rtol",
     "root_mean_square",
     "rounding",
@@ -84,7 +86,12 @@ def _depth(graph: ir.Graph) -> int:
 
 
 _ROUNDING = {ir.DataType.BFLOAT16: 2 * 2.0**-7, ir.DataType.FLOAT16: 2 * 2.0**-10}
-_ROUNDING_FLOAT32 = 16 * 2.0**-23
+ROUNDING_FLOAT32 = 16 * 2.0**-23
+_ROUNDING_DOUBLE = 16 * 2.0**-52
+
+_NO_NUMBER = 1e30
+"""Elements of this size and more stand for "minus infinity" in masks: they say nothing of the
+size of an output."""
 
 
 def rounding(module: Module) -> float:
@@ -95,13 +102,21 @@ def rounding(module: Module) -> float:
         types.update(output.dtype for output in node.outputs)
         if node.op_type == "Cast" and is_default_domain(node) and "to" in node.attributes:
             types.add(ir.DataType(node.attributes.get_int("to", 1)))
-    return next((size for kind, size in _ROUNDING.items() if kind in types), _ROUNDING_FLOAT32)
+    for kind, size in _ROUNDING.items():
+        if kind in types:
+            return size
+    if ir.DataType.DOUBLE in types and ir.DataType.FLOAT not in types:
+        return _ROUNDING_DOUBLE
+    return ROUNDING_FLOAT32
 
 
-def contract_bounds(contract: Contract, before: Module, after: Module) -> tuple[float, float]:
-    """Return the relative and absolute bound of an element."""
-    rtol = max(exact_rtol(before), exact_rtol(after))
-    atol = max(rounding(before), rounding(after))
+def contract_bounds(contract: Contract, before: Module) -> tuple[float, float]:
+    """Return the relative and absolute bound of an element.
+
+    They are those of the module before: a pass that goes through a coarser type, or adds depth,
+    does not loosen what it is held to.
+    """
+    rtol, atol = exact_rtol(before), rounding(before)
     if isinstance(contract, Approximate):
         return contract.rtol + rtol, contract.atol + atol
     return rtol, atol
@@ -116,7 +131,8 @@ def difference(
 ) -> OutputError:
     """Compare one output before and after.
 
-    An element `y` of an output with root mean square `s` may be off by `atol + rtol·(|y| + s)`.
+    An element `y` of an output with root mean square `s` may be off by
+    `atol·min(1, s) + rtol·(|y| + s)`.
     Integers, booleans and strings must be equal; NaN and infinities must stay where they are.
 
     Args:
@@ -145,10 +161,7 @@ def difference(
         rtol, atol = bounds
         if expected.dtype.kind in "iub":
             rtol = 0.0
-    error = _absolute_error(wanted, found)
-    if expected.dtype.kind in "iu":
-        # Neighbours above 2**53 are one number in float64.
-        error = np.maximum(error, expected != result)
+    error = distance(expected, result) if expected.dtype.kind not in "OUS" else found
     excess = _excess(error, wanted, rtol, atol)
     index = np.unravel_index(int(excess.argmax()), expected.shape)
     return OutputError(
@@ -162,20 +175,24 @@ def difference(
     )
 
 
-def _absolute_error(wanted: Array, found: Array) -> Array:
-    """Return |wanted - found|; infinite where just one is finite or they are not the same."""
+def distance(a: Array, b: Array) -> Array:
+    """Return |a - b|; 0 where both are NaN or the same, infinite where just one is finite."""
+    x, y = np.asarray(a).astype(np.float64), np.asarray(b).astype(np.float64)
     with np.errstate(invalid="ignore"):
-        error: Array = np.asarray(np.abs(wanted - found))  # of scalars NumPy returns no array
-    error[(wanted == found) | (np.isnan(wanted) & np.isnan(found))] = 0.0
-    error[np.isnan(error)] = math.inf
-    return error
+        found: Array = np.asarray(np.abs(x - y))  # of scalars NumPy returns no array
+    found[(x == y) | (np.isnan(x) & np.isnan(y))] = 0.0
+    found[np.isnan(found)] = math.inf
+    # Neighbours above 2**53 are one number in float64.
+    return np.maximum(found, a != b) if np.asarray(a).dtype.kind in "iub" else found
 
 
 def _excess(error: Array, wanted: Array, rtol: float, atol: float) -> Array:
     """Return the ratio of each error to its bound."""
     finite = np.isfinite(wanted)
     size = np.abs(np.where(finite, wanted, 0.0))
-    bound = atol + rtol * (size + root_mean_square(size[finite]))
+    scale = root_mean_square(size[finite & (size < _NO_NUMBER)])
+    # The absolute bound is for outputs of the order of one, and no refuge for tiny ones.
+    bound = atol * min(1.0, scale) + rtol * (size + scale)
     with np.errstate(divide="ignore", invalid="ignore"):
         excess: Array = np.where(error > 0, error / bound, 0.0)
     return excess

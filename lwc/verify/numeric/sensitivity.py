@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from lwc.core.errors import LwcError
 from lwc.core.walk import is_default_domain, op_name
-from lwc.verify.numeric.bounds import OutputError, difference, root_mean_square
+from lwc.verify.numeric.bounds import OutputError, difference, distance, root_mean_square
 
 if TYPE_CHECKING:
     from lwc.core.module import Module
@@ -51,6 +51,17 @@ _EXACT = frozenset({
 (1 - mask) · lowest a huge number where it is zero."""
 
 
+_WIDER = 16.0
+_GROWTH = 4.0
+"""What rounding moves, changes that are `_WIDER` times as large move at least `_GROWTH` times as
+far. A comparison that flips moves as far under both."""
+
+_WHOLE = 2.0**22
+"""Whole numbers below this are results of counting, which nothing rounds."""
+
+_SMALL = 256
+
+
 @dataclass(frozen=True)
 class Sensitivity:
     """How far small changes move each output.
@@ -58,9 +69,13 @@ class Sensitivity:
     Attributes:
         movement: By output, the largest movement of each element over a few draws; infinite
             where an element became or ceased to be finite.
+        wider: The same under larger changes; empty where they were not asked for.
+        draws: By output, what the draws gave.
     """
 
     movement: Mapping[str, Array]
+    wider: Mapping[str, Array]
+    draws: Mapping[str, list[Array]]
 
     @classmethod
     def measure(
@@ -72,6 +87,7 @@ class Sensitivity:
         *,
         size: float = ROUNDING,
         results: float = ROUNDING,
+        twice: bool = True,
     ) -> Sensitivity:
         """Run `module` on changed numbers.
 
@@ -82,41 +98,57 @@ class Sensitivity:
             compiled: Makes what runs a module.
             size: Standard deviation of the relative changes of weights and inputs.
             results: That of what nodes compute; 2**-52 where they compute in float64.
+            twice: Also under larger changes, which `judge` needs.
         """
-        movement = {
-            name: np.zeros(np.shape(array))
-            for name, array in outputs.items()
-            if np.asarray(array).dtype.kind in "biuf"
-        }
-        for draw in range(_DRAWS):
-            rng = np.random.default_rng(draw)
-            try:
-                with compiled(perturbed(module, rng, size, results)) as runner:
-                    moved = runner.run({n: _changed(a, rng, size) for n, a in feed.items()})
-            except LwcError:
-                continue  # a change may make a shape or an index invalid: that draw tells nothing
-            for name, before in movement.items():
-                wanted = np.asarray(outputs[name])
-                if np.shape(moved[name]) == before.shape:
-                    error = _distance(wanted, np.asarray(moved[name]))
-                    movement[name] = np.maximum(before, error)
-                else:
-                    movement[name] = np.full(before.shape, math.inf)
-        return cls(movement)
+        draws: dict[str, list[Array]] = {name: [] for name in outputs}
+
+        def move(factor: float) -> dict[str, Array]:
+            movement = {
+                name: np.zeros(np.shape(array))
+                for name, array in outputs.items()
+                if np.asarray(array).dtype.kind in "biuf"
+            }
+            for draw in range(_DRAWS):
+                rng = np.random.default_rng(draw)
+                twin = perturbed(module, rng, factor * size, factor * results)
+                changed = {n: _shaken(a, rng, factor * size) for n, a in feed.items()}
+                try:
+                    with compiled(twin) as runner:
+                        moved = runner.run(changed)
+                except LwcError:
+                    continue  # a change may make a shape or an index invalid: it tells nothing
+                for name, before in movement.items():
+                    found = np.asarray(moved[name])
+                    if found.shape != before.shape:
+                        movement[name] = np.full(before.shape, math.inf)
+                        continue
+                    draws[name].append(found)
+                    movement[name] = np.maximum(before, distance(outputs[name], found))
+            return movement
+
+        return cls(move(1.0), move(_WIDER) if twice else {}, draws)
 
     def judge(
         self, error: OutputError, expected: Array, result: Array, bounds: tuple[float, float]
     ) -> OutputError:
-        """Return the error with its excess over what rounding allows, if that is more."""
-        movement = self.movement.get(error.output)
-        if movement is None or not movement.size:
+        """Return the error with its excess over what rounding allows, if that is more.
+
+        Where an element moves the further the larger the changes are, rounding may move it by a
+        multiple of that. Where it jumps, it may be what a draw gave and nothing else.
+        """
+        movement, wider = self.movement.get(error.output), self.wider.get(error.output)
+        if movement is None or wider is None or not movement.size:
             return error
-        finite = movement[np.isfinite(movement)]
-        spread = root_mean_square(finite)
+        expected, result = np.asarray(expected), np.asarray(result)
+        smooth = np.isfinite(wider) & (wider >= _GROWTH * movement)
+        if expected.dtype.kind != "f":
+            smooth = np.zeros(movement.shape, bool)
+        spread = root_mean_square(movement[smooth])
         allowed = _MARGIN * (movement + spread)
-        distance = _distance(np.asarray(expected), np.asarray(result))
         with np.errstate(invalid="ignore"):
-            excused = distance <= allowed
+            excused = smooth & (distance(expected, result) <= allowed)
+        for draw in self.draws[error.output]:
+            excused |= distance(draw, result) <= np.where(smooth, 0.0, _MARGIN * spread)
         forgiven = np.where(excused, expected, result)
         rest = difference(
             error.output, error.shapes, expected, forgiven.astype(result.dtype), bounds
@@ -143,9 +175,7 @@ def perturbed(
         found = changed.get(id(tensor))
         if found is None:
             array = tensor.numpy()
-            moved = _changed(array, rng, size)
-            np.copyto(moved, array, where=np.rint(array) == array)
-            found = ir.Tensor(moved, name=tensor.name)
+            found = ir.Tensor(_shaken(array, rng, size), name=tensor.name)
             changed[id(tensor)] = found
         return found
 
@@ -163,11 +193,15 @@ def perturbed(
 
 
 def _shake_results(module: Module, rng: np.random.Generator, size: float) -> None:
-    """Multiply the results of the main graph's nodes by factors next to 1."""
+    """Multiply the results of the main graph's nodes by factors next to 1.
+
+    In small graphs whole numbers stay: an extent or an index that was computed with.
+    """
     from lwc.analysis.shapes import Shapes
 
     shapes, graph = Shapes.build(module), module.graph
-    for node in list(graph):
+    nodes = list(graph)
+    for node in nodes:
         if op_name(node) in _EXACT:
             continue
         for value in node.outputs:
@@ -175,22 +209,53 @@ def _shake_results(module: Module, rng: np.random.Generator, size: float) -> Non
             if dtype not in _FLOATS or not value.uses():
                 continue
             # x + x·c, since 1 + c rounds to 1 where the graph is written in float32.
-            part = np.array(size * rng.standard_normal()).astype(dtype.numpy())
+            part = np.array(size * _coarser(dtype) * rng.standard_normal()).astype(dtype.numpy())
             users = list(value.uses())
-            change = ir.node("Mul", [value, module.add_initializer("rounding", part)])
-            moved = ir.node("Add", [value, change.outputs[0]])
-            for made in (change, moved):
-                made.outputs[0].name = module.fresh_name("rounded")
+            made = [ir.node("Mul", [value, module.add_initializer("rounding", part)])]
+            if len(nodes) <= _SMALL and dtype in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
+                limit = module.add_initializer("whole", np.array(_WHOLE, dtype.numpy()))
+                floor, size_of = ir.node("Floor", [value]), ir.node("Abs", [value])
+                whole = ir.node("Equal", [floor.outputs[0], value])
+                small = ir.node("Less", [size_of.outputs[0], limit])
+                both = ir.node("And", [whole.outputs[0], small.outputs[0]])
+                rest = ir.node("Not", [both.outputs[0]])
+                gate = ir.node("Cast", [rest.outputs[0]], {"to": int(dtype)})
+                change = ir.node("Mul", [made[0].outputs[0], gate.outputs[0]])
+                made += [floor, size_of, whole, small, both, rest, gate, change]
+            made.append(ir.node("Add", [value, made[-1].outputs[0]]))
+            for each in made:
+                each.outputs[0].name = module.fresh_name("rounded")
             for user, index in users:
-                user.replace_input_with(index, moved.outputs[0])
-            graph.insert_after(node, [change, moved])
+                user.replace_input_with(index, made[-1].outputs[0])
+            graph.insert_after(node, made)
+
+
+_COARSER = {
+    ir.DataType.FLOAT16: 2.0**13,
+    ir.DataType.BFLOAT16: 2.0**16,
+    ir.DataType.DOUBLE: 2.0**-29,
+}
+
+
+def _coarser(dtype: ir.DataType | np.dtype[Any]) -> float:
+    """Return how many times as large a rounding error is as in float32."""
+    kind = dtype if isinstance(dtype, ir.DataType) else ir.DataType.from_numpy(dtype)
+    return _COARSER.get(kind, 1.0)
+
+
+def _shaken(array: Array, rng: np.random.Generator, size: float) -> Array:
+    """Change the numbers of an array that are not whole."""
+    moved = _changed(array, rng, size)
+    if moved.dtype.kind == "f":
+        np.copyto(moved, array, where=np.rint(array) == array)
+    return moved
 
 
 def _changed(array: Array, rng: np.random.Generator, size: float) -> Array:
     if np.asarray(array).dtype.kind != "f":
         return np.array(array)
     if array.dtype != np.float32:
-        noise = 1.0 + size * rng.standard_normal(np.shape(array))
+        noise = 1.0 + size * _coarser(array.dtype) * rng.standard_normal(np.shape(array))
         return np.asarray(array * noise).astype(array.dtype)
     # Large weights mostly: x + x·c in place takes a fourth of the time.
     moved: Array = np.asarray(rng.standard_normal(np.shape(array), dtype=np.float32))
@@ -200,14 +265,3 @@ def _changed(array: Array, rng: np.random.Generator, size: float) -> Array:
         moved += array
     np.copyto(moved, array, where=np.isinf(array))
     return moved
-
-
-def _distance(a: Array, b: Array) -> Array:
-    """Return |a - b|; 0 where both are NaN or the same, infinite where one is not finite."""
-    x, y = a.astype(np.float64), b.astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        distance: Array = np.asarray(np.abs(x - y))
-    distance[(x == y) | (np.isnan(x) & np.isnan(y))] = 0.0
-    distance[np.isnan(distance)] = math.inf
-    # Neighbours above 2**53 are one number in float64.
-    return np.maximum(distance, a != b) if a.dtype.kind in "iub" else distance
