@@ -185,9 +185,9 @@ MUTATIONS: tuple[Mutation, ...] = (
         "    if len(axes) != 1 or not edit.single_use(value):\n",
     ),
     Mutation(
-        "batch norm on the last axis", "axis off by one", LINEAR + "affine",
+        "mean of a batch norm not scaled", "wrong arithmetic", LINEAR + "affine",
         "    return Affine(source, scale, beta - mean * scale, 1)\n",
-        "    return Affine(source, scale, beta - mean * scale, len(edit.shape(source) or (0, 0)) - 1)\n",
+        "    return Affine(source, scale, beta - mean, 1)\n",
         "fold-linear",
     ),
     Mutation(
@@ -256,10 +256,9 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     # Consumers and outputs
     Mutation(
-        "node erased though one of its outputs is still read", "lost consumer",
-        "lwc.rewrite.driver",
-        "        if node.graph is not None and editor.is_dead(node):\n            editor.erase(node)\n",
-        "        if node.graph is not None:\n            editor.erase(node)\n",
+        "erased with all that fed it", "lost consumer", "lwc.rewrite.editor",
+        "producer.graph is not None and self.is_dead(producer):\n",
+        "producer.graph is not None:\n",
     ),
     Mutation(
         "axis of a gather without its sign", "axis off by one", CANONICAL + "slices",
@@ -400,6 +399,88 @@ MUTATIONS: tuple[Mutation, ...] = (
         "    if trips is None or trips[0] != 1 or go_on is None:\n",
         "    if trips is None or go_on is None:\n",
     ),
+    Mutation(
+        "first iteration is number one", "wrong arithmetic", CANONICAL + "control",
+        '    first = edit.constant(np.array(0, dtype=np.int64), "iteration")\n',
+        '    first = edit.constant(np.array(1, dtype=np.int64), "iteration")\n',
+    ),
+    Mutation(
+        "loop whose condition is not known", "dropped legality check", CANONICAL + "control",
+        "    if trips is None or trips[0] != 1 or go_on is None:\n",
+        "    if trips is None or trips[0] != 1:\n",
+    ),
+    Mutation(
+        "scan output of one turn without its axis", "stale shape", CANONICAL + "control",
+        'value if index < len(carried) else edit.op("Unsqueeze", [value, axis])',
+        "value",
+    ),
+    Mutation(
+        "outputs of a smaller if in reverse", "swapped operands", CANONICAL + "tidy",
+        "    replacements = iter(made.outputs)\n",
+        "    replacements = reversed(made.outputs)\n",
+    ),
+    Mutation(
+        "unused output taken from one branch only", "graph output dropped", CANONICAL + "tidy",
+        'in (attribute(node, "then_branch"), attribute(node, "else_branch")):\n',
+        'in (attribute(node, "then_branch"),):\n',
+    ),
+    Mutation(
+        "every operator commutes", "swapped operands", CANONICAL + "duplicates",
+        "        tuple(map(id, node.inputs)),\n",
+        "        tuple(sorted(map(id, node.inputs))),\n",
+    ),
+    Mutation(
+        "folded outputs in reverse", "swapped operands", CANONICAL + "folding",
+        "for result, output in zip(results, node.outputs, strict=False)",
+        "for result, output in zip(reversed(results), node.outputs, strict=False)",
+    ),
+    Mutation(
+        "where that nothing decides", "dropped legality check", CANONICAL + "identities",
+        "        if decided is None:\n            return None\n        chosen",
+        "        chosen",
+    ),
+    Mutation(
+        "default of keepdims", "missing keepdims", CANONICAL + "identities",
+        '    if attribute(node, "keepdims", 1) == 1:\n',
+        '    if attribute(node, "keepdims", 0) == 1:\n',
+    ),
+    Mutation(
+        "factor of the inputs on the outputs", "scale on the wrong axis",
+        "lwc.passes.cleanup.fold_linear",
+        "    weight = folder.scale_inputs(linear, affine.scale)\n",
+        "    weight = folder.scale_outputs(linear, affine.scale)\n",
+        "fold-linear",
+    ),
+    Mutation(
+        "bias on the way not scaled", "wrong arithmetic", "lwc.passes.cleanup.fold_linear",
+        "(array.astype(np.float64) * affine.scale.item()).astype(array.dtype)",
+        "array.copy()",
+        "fold-linear",
+    ),
+    Mutation(
+        "own bias lost before a shift", "wrong arithmetic", "lwc.passes.cleanup.fold_linear",
+        "folder.bias(linear) + folder.response(linear, affine.shift) if shifted",
+        "folder.response(linear, affine.shift) if shifted",
+        "fold-linear",
+    ),
+    Mutation(
+        "response summed over the outputs", "scale on the wrong axis", LINEAR + "linear_ops",
+        "            return np.asarray(weight.sum(axis=0))\n",
+        "            return np.asarray(weight.sum(axis=1))\n",
+        "fold-linear",
+    ),
+    Mutation(
+        "beta applied once more", "wrong arithmetic", LINEAR + "linear_ops",
+        '            attributes.pop("beta", None)\n',
+        "",
+        "fold-linear",
+    ),
+    Mutation(
+        "begins and ends of a pad exchanged", "swapped operands", LINEAR + "padding",
+        "    return begins[2:] + ends[2:]\n",
+        "    return ends[2:] + begins[2:]\n",
+        "fold-linear",
+    ),
     # What a pass says of itself, and how it works
     Mutation(
         "initializer written into", "shared initializer mutated", LINEAR + "linear_ops",
@@ -416,6 +497,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "weights copied for nothing", "shared initializer mutated", "lwc.rewrite.unused",
         "    gone: Counter[str] = Counter()\n",
+        "    import onnx_ir as ir\n\n"
         "    gone: Counter[str] = Counter()\n"
         "    for _, value in list(module.initializers()):\n"
         "        if value.const_value is not None:\n"
@@ -451,19 +533,10 @@ MUTATIONS: tuple[Mutation, ...] = (
         "        if not changed:\n            changed = True\n",
     ),
     Mutation(
-        "names of the second match", "name clash", "lwc.core.module",
-        "        unique = self.fresh_name(name)\n        if not isinstance",
-        "        unique = name\n        if not isinstance",
-    ),
-    Mutation(
-        "names of inlined nodes", "name clash", CANONICAL + "control",
-        "            value.name = fresh(value.name)\n",
-        "            pass\n",
-    ),
-    Mutation(
-        "one round too few", "not idempotent", "lwc.passes.cleanup.canonicalize",
-        "_ROUNDS = 8\n",
-        "_ROUNDS = 1\n",
+        "names of the second node", "name clash", "lwc.rewrite.editor",
+        "ir.Value(name=self.module.fresh_name(base)) for",
+        'ir.Value(name=f"{base}_new") for',
+        "fold-linear",
     ),
     Mutation(
         "neighbours not visited again", "not idempotent", "lwc.rewrite.editor",
@@ -471,12 +544,34 @@ MUTATIONS: tuple[Mutation, ...] = (
         "        pass\n",
     ),
     Mutation(
-        "rules forget that nothing matched", "crash", CANONICAL + "layout",
-        "    if before is None or after is None:\n        return None\n"
-        "    wanted = reshape_target",
-        "    wanted = reshape_target",
+        "reduction over all axes forgotten", "crash", CANONICAL + "identities",
+        "    if not axes:\n        return None\n",
+        "",
+    ),
+    Mutation(
+        "trip count that is not known", "crash", CANONICAL + "control",
+        "    if go_on is False or (trips is not None and trips[0] <= 0):\n",
+        "    if go_on is False or trips[0] <= 0:\n",
     ),
     # Quantization
+    Mutation(
+        "alpha of a gemm with a plain bias", "lost attribute", QUANTIZATION + "lowering",
+        "    plain = alpha == beta == 1 and",
+        "    plain = beta == 1 and",
+        "quantize-weights",
+    ),
+    Mutation(
+        "blocks of twice the size", "wrong block size", QUANTIZATION + "lowering",
+        '        "block_size": packed.block_size,\n        "accuracy_level"',
+        '        "block_size": 2 * packed.block_size,\n        "accuracy_level"',
+        "quantize-weights",
+    ),
+    Mutation(
+        "scale of the negative weights only", "wrong arithmetic", QUANTIZATION + "rounding",
+        "        largest = np.maximum(-low, high)\n",
+        "        largest = np.maximum(-low, 0)\n",
+        "quantize-weights",
+    ),
     Mutation(
         "scales per input", "scale on the wrong axis", QUANTIZATION + "weight_uses",
         'uses.append(WeightUse(node, "MatMul", flipped))',
