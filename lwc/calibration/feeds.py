@@ -8,14 +8,14 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import onnx_ir as ir
 
 from lwc.calibration.inputs import InputRole, RoleKind, fed_inputs, input_role
 from lwc.core.dims import evaluate, is_anonymous, parse_dim
-from lwc.core.errors import InputError, LwcError
+from lwc.core.errors import InputError, LwcError, UsageError
 
 if TYPE_CHECKING:
     from lwc.core.module import Module
@@ -65,6 +65,20 @@ class FeedSpec:
     vocabularies: Mapping[str, int] = field(default_factory=dict)
     masks: Mapping[str, MaskKind] = field(default_factory=dict)
     values: Mapping[str, Array] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, kind in self.masks.items():
+            if kind not in get_args(MaskKind):
+                raise UsageError(
+                    f"mask '{name}' cannot be {kind!r}",
+                    remedy=f"it is one of {', '.join(get_args(MaskKind))}",
+                )
+        for name, count in self.vocabularies.items():
+            if count < 1:
+                raise UsageError(f"the vocabulary of '{name}' cannot have {count} ids")
+        for name, (low, high) in self.ranges.items():
+            if low > high:
+                raise UsageError(f"the range of '{name}' is empty: {low} to {high}")
 
     def bounds(self, name: str) -> tuple[float, float] | None:
         """Return the inclusive bounds of an input's elements, where they are given."""

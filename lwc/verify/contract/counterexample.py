@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lwc.calibration.feeds import FeedSpec
 from lwc.core.errors import LwcError
 from lwc.core.printer import print_module
 from lwc.pipeline.registry import default_registry
@@ -114,7 +115,8 @@ def _command(pass_: Pass, path: Path, settings: ContractSettings) -> str:
     plugin = _plugin(pass_)
     if plugin is not None:
         words.append(f"--load-pass-plugin={plugin}")
-    return shlex.join(words)
+    line = shlex.join(words)
+    return line if settings.feeds == FeedSpec() else f"{line}  # on other feeds than feeds= gives"
 
 
 def _plugin(pass_: Pass) -> str | None:

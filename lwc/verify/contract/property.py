@@ -159,6 +159,12 @@ def check_pass(
     chosen = _instance(pass_)
     report = CheckReport(to_spec(chosen))
     granted = frozenset([grant] if isinstance(grant, str) else grant)
+    for words in granted - {"all"}:
+        if not any(each.startswith(words) for each in chosen.contract.assumptions):
+            raise UsageError(
+                f"pass '{chosen.name}' assumes nothing that begins with '{words}'",
+                remedy=f"it assumes: {'; '.join(chosen.contract.assumptions) or 'nothing'}",
+            )
     start = time.perf_counter()
     strategy = _default_graphs(chosen) if graphs is None else graphs
     plain = ContractSettings(seed=seed)
@@ -183,7 +189,9 @@ def check_pass(
         raise UsageError(
             f"pass '{chosen.name}' rewrote none of {report.examples} graphs"
             + (f" (it refused: {reasons})" if reasons else ""),
-            remedy="give graphs= that it should change, or must_change=False",
+            remedy="give graphs= that it should change, "
+            + ("grant= what it assumes, " if chosen.contract.assumptions and not granted else "")
+            + "or must_change=False",
         )
     return report
 

@@ -16,6 +16,7 @@ from hypothesis.control import currently_in_test_context
 from lwc.core.module import Module
 from lwc.verify.generate.choices import Choices, even_source
 from lwc.verify.generate.mutations import MUTATIONS, Mutant
+from lwc.verify.generate.retyping import mixed_constant, retyped
 from lwc.verify.generate.validity import is_valid, restate
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def mutate(draw: DrawFn, module: Module, source: random.Random | None = None) ->
     """
     if any(node.op_type == "Loop" for node in module.nodes()):
         return module  # a small change to what ends a loop, and it never ends
-    mutations = list(MUTATIONS)
+    mutations = [retyped, mixed_constant, *MUTATIONS]
     for _ in range(_TRIES):
         mutation = Choices(draw, source).choose(*mutations)
         mutations.remove(mutation)

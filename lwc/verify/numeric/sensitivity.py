@@ -110,7 +110,7 @@ class Sensitivity:
             }
             for draw in range(_DRAWS):
                 rng = np.random.default_rng(draw)
-                twin = perturbed(module, rng, factor * size, factor * results)
+                twin = perturbed(module, rng, factor * size, factor * results, whole_stay=twice)
                 changed = {n: _shaken(a, rng, factor * size) for n, a in feed.items()}
                 try:
                     with compiled(twin) as runner:
@@ -157,7 +157,12 @@ class Sensitivity:
 
 
 def perturbed(
-    module: Module, rng: np.random.Generator, size: float, results: float = ROUNDING
+    module: Module,
+    rng: np.random.Generator,
+    size: float,
+    results: float = ROUNDING,
+    *,
+    whole_stay: bool = True,
 ) -> Module:
     """Copy a module with every floating-point number in it changed by relative amounts.
 
@@ -168,7 +173,7 @@ def perturbed(
     infinities, which would excuse any difference.
     """
     twin = module.clone()
-    _shake_results(twin, rng, results)
+    _shake_results(twin, rng, results, whole_stay)
     changed: dict[int, ir.TensorProtocol] = {}
 
     def change(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
@@ -192,7 +197,7 @@ def perturbed(
     return twin
 
 
-def _shake_results(module: Module, rng: np.random.Generator, size: float) -> None:
+def _shake_results(module: Module, rng: np.random.Generator, size: float, whole_stay: bool) -> None:
     """Multiply the results of the main graph's nodes by factors next to 1.
 
     In small graphs whole numbers stay: an extent or an index that was computed with.
@@ -212,7 +217,11 @@ def _shake_results(module: Module, rng: np.random.Generator, size: float) -> Non
             part = np.array(size * _coarser(dtype) * rng.standard_normal()).astype(dtype.numpy())
             users = list(value.uses())
             made = [ir.node("Mul", [value, module.add_initializer("rounding", part)])]
-            if len(nodes) <= _SMALL and dtype in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
+            if (
+                whole_stay
+                and len(nodes) <= _SMALL
+                and dtype in (ir.DataType.FLOAT, ir.DataType.DOUBLE)
+            ):
                 limit = module.add_initializer("whole", np.array(_WHOLE, dtype.numpy()))
                 floor, size_of = ir.node("Floor", [value]), ir.node("Abs", [value])
                 whole = ir.node("Equal", [floor.outputs[0], value])
@@ -256,7 +265,8 @@ def _changed(array: Array, rng: np.random.Generator, size: float) -> Array:
         return np.array(array)
     if array.dtype != np.float32:
         noise = 1.0 + size * _coarser(array.dtype) * rng.standard_normal(np.shape(array))
-        return np.asarray(array * noise).astype(array.dtype)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.asarray(array * noise).astype(array.dtype)
     # Large weights mostly: x + x·c in place takes a fourth of the time.
     moved: Array = np.asarray(rng.standard_normal(np.shape(array), dtype=np.float32))
     moved *= np.float32(size)
