@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 import shutil
 import string
@@ -55,6 +56,8 @@ def write_pass(name: str, kind: str, area: str) -> list[Path]:
         UsageError: The name is taken or not in kebab case, or a file exists.
     """
     _check_name(name)
+    if importlib.util.find_spec("ruff") is None:
+        raise UsageError("what it writes is formatted by ruff", remedy="pip install -e '.[dev]'")
     if _AREA.fullmatch(area) is None:
         raise UsageError(f"area '{area}' is no name of a folder", remedy="write it like low_rank")
     snake = name.replace("-", "_")

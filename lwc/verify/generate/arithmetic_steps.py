@@ -76,6 +76,14 @@ def neutral_constant(s: Sketch) -> ir.Value:
     return s.emit(op, neutral, x)
 
 
+def signed_zero(s: Sketch) -> ir.Value:
+    """A zero of either sign, and what tells one from the other."""
+    x = s.emit("Relu", s.pick())
+    zero = s.emit("Neg", x) if s.flip() else x
+    moved = s.emit(s.choose("Add", "Sub"), zero, s.constant(np.float32(s.choose(0.0, -0.0))))
+    return s.emit("Reciprocal", moved)
+
+
 def two_constants(s: Sketch) -> ir.Value:
     """x with one constant, then with another: candidates for merging."""
     op = s.choose("Mul", "Add")
@@ -280,6 +288,7 @@ STEPS: tuple[Step, ...] = (
     binary,
     with_constant,
     neutral_constant,
+    signed_zero,
     two_constants,
     ratio,
     variadic,

@@ -159,13 +159,14 @@ def slices(s: Sketch) -> ir.Value:
 
 
 def nested_slices(s: Sketch) -> ir.Value:
-    """A slice of a slice of one axis, its bounds counted from the front."""
+    """A slice of a slice, mostly of one axis, its bounds counted from the front."""
     x = s.pick(least=1, where=lambda shape: shape[-1] == 8)
     axis = s.ints(s.choose(s.rank(x) - 1, -1))
     first, second = s.choose((0, 6), (1, _END), (2, 7)), s.choose((1, _END), (0, 3), (2, 5))
-    for begin, end in (first, second):
-        x = s.emit("Slice", x, s.ints(begin), s.ints(end), axis)
-    return x
+    x = s.emit("Slice", x, s.ints(first[0]), s.ints(first[1]), axis)
+    if s.rarely() and s.rank(x) > 1:
+        axis, second = s.ints(0), (0, _END)
+    return s.emit("Slice", x, s.ints(second[0]), s.ints(second[1]), axis)
 
 
 def halves(s: Sketch) -> ir.Value:
@@ -294,9 +295,15 @@ def two_unknown_extents(s: Sketch) -> ir.Value:
     a = s.input([None, 8], name="left")
     b = s.input([None, 8], name="right")
     sizes = [s.emit("Gather", s.extents(v), s.ints(0)) for v in (a, b)]
-    if s.flip():
+    form = s.choose("grid", "compared", "broadcast")
+    if form == "compared":
         test = s.emit("Equal", *sizes)
         return s.emit("Where", test, a, s.emit("Neg", a))
+    if form == "broadcast":
+        # Valid where one of the extents is 1, or both are equal.
+        both = s.emit("Add", a, b)
+        wide = s.emit("Gather", s.extents(both), s.ints(0))
+        return s.emit("Mul", both, s.cast(s.emit("Sub", wide, sizes[0]), FLOAT))
     # A row of ones for `a` times a column for `b`: an outer product of the extents.
     row = s.emit(
         "ReduceMean" if s.opset < 18 else "Identity", a, axes=[1] if s.opset < 18 else None

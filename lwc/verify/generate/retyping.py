@@ -45,8 +45,8 @@ def retyped(m: Mutant) -> str | None:
 def _cast(tensor: ir.TensorProtocol, target: ir.DataType) -> ir.TensorProtocol:
     array = tensor.numpy()
     # Twice as large, so that not every weight becomes a zero or a one.
-    whole = np.rint(array * 2) if target.is_integer() else array
     with np.errstate(over="ignore", invalid="ignore"):
+        whole = np.rint(array * 2) if target.is_integer() else array
         return ir.Tensor(whole.astype(target.numpy()), name=tensor.name)
 
 
