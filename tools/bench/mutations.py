@@ -570,7 +570,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "scale of the negative weights only", "wrong arithmetic", QUANTIZATION + "rounding",
         "        largest = np.maximum(-low, high)\n",
         "        largest = np.maximum(-low, 0)\n",
-        "quantize-weights",
+        "quantize-weights{symmetric=true}",
     ),
     Mutation(
         "scales per input", "scale on the wrong axis", QUANTIZATION + "weight_uses",
