@@ -440,11 +440,6 @@ MUTATIONS: tuple[Mutation, ...] = (
         "        chosen",
     ),
     Mutation(
-        "default of keepdims", "missing keepdims", CANONICAL + "identities",
-        '    if attribute(node, "keepdims", 1) == 1:\n',
-        '    if attribute(node, "keepdims", 0) == 1:\n',
-    ),
-    Mutation(
         "factor of the inputs on the outputs", "scale on the wrong axis",
         "lwc.passes.cleanup.fold_linear",
         "    weight = folder.scale_inputs(linear, affine.scale)\n",

@@ -251,6 +251,7 @@ class _Search:
         self.thorough: Counter[str] = Counter()
 
     def run(self, graphs: SearchStrategy[Module], examples: int, seed: int) -> None:
+        """Draw and check; see `check_pass`."""
         import hypothesis
 
         # The graph is reduced by its structure, which takes far fewer runs of the pass than

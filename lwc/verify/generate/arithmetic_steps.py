@@ -220,6 +220,13 @@ def constants_only(s: Sketch) -> ir.Value:
     return s.emit(s.choose("Add", "Mul"), x, row)
 
 
+def constant_parts(s: Sketch) -> ir.Value:
+    """A constant split in two, its parts used apart."""
+    x = s.pick(least=1, where=lambda shape: shape[-1] == 8)
+    parts = s.emit_all("Split", s.weight(16), s.ints(8, 8), outputs=2, axis=0)
+    return s.emit("Add", s.emit("Mul", x, parts[0]), parts[s.choose(1, 1, 0)])
+
+
 def duplicate(s: Sketch) -> ir.Value:
     """The same node twice, or nearly: other operands, another attribute."""
     x = s.pick(least=1)
@@ -301,6 +308,7 @@ STEPS: tuple[Step, ...] = (
     softmax,
     cast_chain,
     constants_only,
+    constant_parts,
     duplicate,
     equal_constants,
     identities,

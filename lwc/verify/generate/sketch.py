@@ -407,11 +407,15 @@ class Sketch(Choices):
         return axis - rank if self.flip() else axis
 
     def reduce(self, op: str, value: ir.Value, axes: Sequence[int], keepdims: int = 1) -> ir.Value:
-        """Add a reduction, its axes an attribute or an input as the opset has it."""
+        """Add a reduction, its axes an attribute or an input as the opset has it.
+
+        That it keeps the axes, which is the default, is said or left out.
+        """
+        said = None if keepdims == 1 and self.flip() else keepdims
         as_input = self.opset >= (13 if op == "ReduceSum" else 18)
         if as_input:
-            return self.emit(op, value, self.ints(*axes), keepdims=keepdims)
-        return self.emit(op, value, axes=list(axes), keepdims=keepdims)
+            return self.emit(op, value, self.ints(*axes), keepdims=said)
+        return self.emit(op, value, axes=list(axes), keepdims=said)
 
     def reshape(self, value: ir.Value, *target: int) -> ir.Value:
         """Add a Reshape to constant extents; 0 copies, one -1 is solved for."""

@@ -61,8 +61,9 @@ _SMALL = 256
 """Nodes up to which a graph is run in float64 too, and at every edge."""
 
 _LOSSY_FEEDS = 2
-_LOOP_SECONDS = 30.0
-"""Time for one run of a module with loops: a pass may have lost what ends one."""
+_LOOP_SECONDS, _SMALL_LOOP_SECONDS = 60.0, 1.0
+"""Time for one run of a module with loops, and of a small one: a pass may have lost what ends one,
+and what it collects fills the memory."""
 
 _REFERENCE_RTOL = 4 * 2.0**-24
 """In float64 what is left is the rounding of constants to float32, 2**-24 each."""
@@ -556,6 +557,5 @@ def fitted(feed: Mapping[str, Array], module: Module) -> dict[str, Array]:
 def compiled(module: Module, threads: int | None = 1) -> OnnxRuntimeExecutable:
     """Compile a module as it is written, with a time limit where it loops."""
     loops = any(node.op_type == "Loop" for node in module.nodes())
-    return OnnxRuntimeBackend().compile(
-        module, threads=threads, optimize="none", time_limit=_LOOP_SECONDS if loops else None
-    )
+    limit = (_SMALL_LOOP_SECONDS if _count(module) <= _SMALL else _LOOP_SECONDS) if loops else None
+    return OnnxRuntimeBackend().compile(module, threads=threads, optimize="none", time_limit=limit)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import onnx_ir as ir
 
@@ -153,6 +155,47 @@ def loop(sketch: Sketch) -> list[ir.Value]:
     return outputs if sketch.flip() else outputs[:1]
 
 
+def single_turn(sketch: Sketch) -> list[ir.Value]:
+    """A Loop of one turn or two that uses the iteration number; whether it begins may be open."""
+    x = sketch.pick(where=solid(sketch))
+    trips = sketch.constant(sketch.choose(1, 1, 2))
+    begins = sketch.choose("none", "true", "input")
+    condition = None
+    if begins == "true":
+        condition = sketch.constant(np.bool_(True), name="condition")
+    elif begins == "input":
+        condition = sketch.input([], BOOL, name="starts")
+    step = sketch.parameter("iteration", INT64, ())
+    goes_on = sketch.parameter("condition", BOOL, ())
+    state = sketch.parameter("state", FLOAT, sketch.shape(x))
+    collects = begins != "input" and sketch.flip()
+
+    def grow() -> list[ir.Value]:
+        share = sketch.emit("Add", sketch.cast(step, FLOAT), sketch.constant(np.float32(0.5)))
+        after = sketch.emit("Mul", sketch.emit("Tanh", state), share)
+        collected = [sketch.emit("Neg", after)] if collects else []
+        return [sketch.emit("Identity", goes_on), after, *collected]
+
+    body = sketch.body([step, goes_on, state], grow)
+    return sketch.emit_all("Loop", trips, condition, x, outputs=1 + collects, body=body)
+
+
+def wide_branch(sketch: Sketch) -> list[ir.Value]:
+    """An If of three outputs, not all of which are read, decided by an input."""
+    x = sketch.pick()
+    test = sketch.input([], BOOL, name="chosen")
+    ops = ("Tanh", "Neg", "Abs", "Sigmoid")
+    turn = sketch.integer(0, 3)
+
+    def grow(shift: int) -> list[ir.Value]:
+        return [sketch.emit(ops[(turn + shift + i) % 4], x) for i in range(3)]
+
+    yes = sketch.body([], functools.partial(grow, 0))
+    no = sketch.body([], functools.partial(grow, 1))
+    outputs = sketch.emit_all("If", test, outputs=3, then_branch=bodies[0], else_branch=bodies[1])
+    return [outputs[i] for i in sketch.choose((0, 2), (1, 2), (0, 1), (2,), (0, 1, 2))]
+
+
 def scan(sketch: Sketch) -> list[ir.Value]:
     """A running sum along an axis by Scan, forwards or backwards."""
     x = sketch.pick(3, where=solid(sketch))
@@ -239,7 +282,9 @@ def normalizing_function(sketch: Sketch) -> ir.Value:
 MOTIFS = (
     Motif("branch", branch),
     Motif("reshaping-branch", reshaping_branch),
+    Motif("wide-branch", wide_branch),
     Motif("loop", loop),
+    Motif("single-turn", single_turn),
     Motif("scan", scan),
     Motif("sequence", sequence),
     Motif("function", hidden_function),

@@ -199,9 +199,16 @@ def scaled_gemm(sketch: Sketch) -> ir.Value:
     rows, count = 3, sketch.choose(WIDTH, 3)
     x = sketch.input([rows, WIDTH])
     rng = np.random.default_rng(sketch.integer(0, 7))
-    form = sketch.choose((count,), (rows, 1), (rows, count), (1, count), ())
+    form = sketch.choose((count,), (count,), (rows, 1), (rows, count), (1, count), ())
     bias = sketch.constant(rng.standard_normal(form).astype(np.float32), name="bias")
-    product = sketch.emit("Gemm", x, sketch.weight(WIDTH, count), bias)
+    product = sketch.emit(
+        "Gemm",
+        x,
+        sketch.weight(WIDTH, count),
+        bias,
+        alpha=sketch.choose(None, 1.0, 0.5),
+        beta=sketch.choose(None, 0.5, 1.0),
+    )
     operands = [product, sketch.constant_for(product)]
     if sketch.flip():
         operands.reverse()
