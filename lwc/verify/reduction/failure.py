@@ -15,7 +15,7 @@ from lwc.core.errors import LwcError, UsageError, VerificationError
 from lwc.pipeline.instruments import Instrument
 from lwc.pipeline.manager import PassManager
 from lwc.pipeline.passes import Contract, Pass, PassContext, Runner
-from lwc.verify.numeric.comparer import compare
+from lwc.verify.numeric.comparer import compare, compiled
 from lwc.verify.structure.well_formed import verify_structure
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class Trial:
     def refusal(self, module: Module) -> LwcError | None:
         """Return what the backend says where it does not run a module as it is."""
         try:
-            with _compiled(module, self.threads) as executable:
+            with compiled(module, self.threads) as executable:
                 working_feeds(module, executable, 1, self.seed)
         except LwcError as error:
             return error
@@ -135,10 +135,6 @@ class Trial:
 
     def _runner(self, module: Module, expose: Sequence[str]) -> AbstractContextManager[Runner]:
         return OnnxRuntimeBackend().compile(module, threads=self.threads, expose=expose)
-
-
-def _compiled(module: Module, threads: int | None) -> AbstractContextManager[Runner]:
-    return OnnxRuntimeBackend().compile(module, threads=threads, optimize="none")
 
 
 class _Watch(Instrument):

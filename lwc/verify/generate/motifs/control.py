@@ -192,7 +192,7 @@ def wide_branch(sketch: Sketch) -> list[ir.Value]:
 
     yes = sketch.body([], functools.partial(grow, 0))
     no = sketch.body([], functools.partial(grow, 1))
-    outputs = sketch.emit_all("If", test, outputs=3, then_branch=bodies[0], else_branch=bodies[1])
+    outputs = sketch.emit_all("If", test, outputs=3, then_branch=yes, else_branch=no)
     return [outputs[i] for i in sketch.choose((0, 2), (1, 2), (0, 1), (2,), (0, 1, 2))]
 
 
