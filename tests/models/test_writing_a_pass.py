@@ -91,7 +91,10 @@ PLANTED = {
         "scaled-swish",
     ),
     "the first of several alphas": (
-        ("edit.scalar(scale)", "float(edit.array(scale).ravel()[0])"),
+        (
+            "edit.scalar(scale)",
+            "None if (a := edit.array(scale)) is None else float(a.ravel()[0])",
+        ),
         "outputs",
         "scaled-swish",
     ),
