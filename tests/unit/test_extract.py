@@ -95,7 +95,7 @@ def texts(draw: Callable[[Any], Any]) -> str:
         }}"""
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(texts(), st.data())
 def test_a_piece_computes_what_it_did_in_the_whole(text: str, data: st.DataObject) -> None:
     module = module_of(text)
@@ -109,8 +109,12 @@ def test_a_piece_computes_what_it_did_in_the_whole(text: str, data: st.DataObjec
     try:
         piece = extract(module, {nodes[i] for i in keep}, observed)
     except ExtractError:
+        # Nothing that is kept is read by what is not, or leaves the graph.
+        kept = {nodes[i] for i in keep}
         assert not any(
-            value.uses() or value.is_graph_output() for i in keep for value in nodes[i].outputs
+            value.is_graph_output() or any(use.node not in kept for use in value.uses())
+            for node in kept
+            for value in node.outputs
         )
         return
     verify_structure(piece)
