@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -94,7 +95,7 @@ def runs(module: Module) -> bool:
             providers=["CPUExecutionProvider"],
         )
         for feed in _feeds(module):
-            if any(map(_has_nan, session.run(None, feed))):
+            if any(map(_has_nan, _run(session, feed))):
                 return False
     except LwcError:
         return False
@@ -103,6 +104,17 @@ def runs(module: Module) -> bool:
             return False
         raise
     return True
+
+
+def _run(session: ort.InferenceSession, feed: dict[str, Any]) -> list[Any]:
+    """Run a session, for a second at most: a loop may have lost what ends it."""
+    settings = ort.RunOptions()
+    timer = threading.Timer(1.0, setattr, (settings, "terminate", True))
+    timer.start()
+    try:
+        return list(session.run(None, feed, settings))
+    finally:
+        timer.cancel()
 
 
 def _has_nan(output: Any) -> bool:
