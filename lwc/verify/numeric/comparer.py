@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -130,8 +130,6 @@ class Comparer:
         seed: Seed of the feeds.
         spec: What the user knows about the inputs.
         threads: Threads of one operator.
-        choose: Chooses the feeds of a module, with the outputs it gives on them; `choose_feeds`
-            by default.
     """
 
     def __init__(
@@ -143,9 +141,7 @@ class Comparer:
         seed: int = 0,
         spec: FeedSpec | None = None,
         threads: int | None = None,
-        choose: Callable[[Module, Runner, FeedSpec], ChosenFeeds] | None = None,
     ) -> None:
-        self._choose = choose
         self._bindings = bindings
         self._rtol = rtol
         self._atol = atol
@@ -230,13 +226,10 @@ class Comparer:
         dims, known = {**self._spec.dims, **fixed_dims(before, after)}, dim_names(before)
         spec = replace(self._spec, dims={k: v for k, v in dims.items() if k in known})
         with compiled(before, self._threads) as runner:
-            if self._choose is not None:
-                chosen = self._choose(before, runner, spec)
-            else:
-                edges = not isinstance(contract, Lossy)
-                chosen = choose_feeds(
-                    before, runner, self._bindings, seed=self._seed, spec=spec, edges=edges
-                )
+            edges = not isinstance(contract, Lossy)
+            chosen = choose_feeds(
+                before, runner, self._bindings, seed=self._seed, spec=spec, edges=edges
+            )
         return [feed for feed, _ in chosen], [outputs for _, outputs in chosen]
 
     def _run_after(self, after: Module, feeds: Sequence[TestFeed]) -> list[dict[str, Array]]:
