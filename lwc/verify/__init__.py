@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lwc.calibration.feeds import FeedSpec
     from lwc.core.errors import VerificationError
-    from lwc.verify.contract.clauses import ContractSettings, ContractViolation, check_contract
+    from lwc.verify.contract.clauses import (
+        ContractOutcome,
+        ContractSettings,
+        ContractViolation,
+        check_contract,
+    )
+    from lwc.verify.contract.counterexample import Counterexample
     from lwc.verify.contract.property import CheckReport, PassBrokenError, check_pass, passes_hold
     from lwc.verify.generate.default import graphs_for
     from lwc.verify.generate.grammar import GRAMMAR
@@ -21,19 +27,22 @@ if TYPE_CHECKING:
     from lwc.verify.generate.near_misses import with_near_misses
     from lwc.verify.generate.patterns import matching
     from lwc.verify.generate.sketch import Motif, Sketch, sketches
-    from lwc.verify.numeric.comparer import compare
+    from lwc.verify.numeric.comparer import NumericReport, compare
     from lwc.verify.reduction.reduce import reduce_module
     from lwc.verify.structure.types import verify_types
     from lwc.verify.structure.well_formed import verify_structure
 
 _HOME = {
     "CheckReport": "lwc.verify.contract.property",
+    "ContractOutcome": "lwc.verify.contract.clauses",
     "ContractSettings": "lwc.verify.contract.clauses",
     "ContractViolation": "lwc.verify.contract.clauses",
+    "Counterexample": "lwc.verify.contract.counterexample",
     "FeedSpec": "lwc.calibration.feeds",
     "GRAMMAR": "lwc.verify.generate.grammar",
     "MOTIFS": "lwc.verify.generate.motifs",
     "Motif": "lwc.verify.generate.sketch",
+    "NumericReport": "lwc.verify.numeric.comparer",
     "PassBrokenError": "lwc.verify.contract.property",
     "Sketch": "lwc.verify.generate.sketch",
     "VerificationError": "lwc.core.errors",
@@ -54,10 +63,13 @@ __all__ = [
     "GRAMMAR",
     "MOTIFS",
     "CheckReport",
+    "ContractOutcome",
     "ContractSettings",
     "ContractViolation",
+    "Counterexample",
     "FeedSpec",
     "Motif",
+    "NumericReport",
     "PassBrokenError",
     "Sketch",
     "VerificationError",

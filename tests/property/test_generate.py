@@ -18,7 +18,8 @@ from lwc.calibration.feeds import dim_names, make_feed
 from lwc.core.module import Module
 from lwc.core.printer import print_module
 from lwc.verify.generate.motifs import MOTIFS
-from lwc.verify.generate.mutations import MUTATIONS, Mutant, Mutation
+from lwc.verify.generate.mutant import Mutant
+from lwc.verify.generate.mutations import MUTATIONS, Mutation
 from lwc.verify.generate.near_misses import mutate, with_near_misses
 from lwc.verify.generate.sketch import Motif, Sketch, sketches
 from lwc.verify.generate.validity import is_valid, restate

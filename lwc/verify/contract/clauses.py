@@ -26,7 +26,8 @@ from lwc.pipeline.record import PassRecord, take_snapshot
 from lwc.rewrite.limit import RewriteLimit
 from lwc.verify.contract.isomorphism import renamed, structure
 from lwc.verify.numeric.bounds import distance, root_mean_square
-from lwc.verify.numeric.comparer import Comparer, TestFeed, compiled, fitted
+from lwc.verify.numeric.choosing import TestFeed
+from lwc.verify.numeric.comparer import Comparer, compiled, fitted
 from lwc.verify.numeric.sensitivity import Sensitivity
 
 if TYPE_CHECKING:

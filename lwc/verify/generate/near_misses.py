@@ -15,7 +15,8 @@ from hypothesis.control import currently_in_test_context
 
 from lwc.core.module import Module
 from lwc.verify.generate.choices import Choices, even_source
-from lwc.verify.generate.mutations import MUTATIONS, Mutant
+from lwc.verify.generate.mutant import Mutant
+from lwc.verify.generate.mutations import MUTATIONS
 from lwc.verify.generate.retyping import mixed_constant, retyped
 from lwc.verify.generate.validity import is_valid, restate
 

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lwc.core.walk import constant_tensor, is_default_domain
-from lwc.verify.generate.mutations import Mutant
+from lwc.verify.generate.mutant import Mutant
 
 __all__ = ["mixed_constant", "retyped"]
 

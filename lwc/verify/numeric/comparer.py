@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -16,10 +16,8 @@ from lwc.calibration.feeds import (
     FeedSpec,
     dim_names,
     fixed_dims,
-    make_feed,
-    working_trials,
 )
-from lwc.calibration.inputs import RoleKind, fed_inputs, input_role
+from lwc.calibration.inputs import fed_inputs
 from lwc.core.diagnostics import describe
 from lwc.core.errors import LwcError, VerificationError
 from lwc.core.walk import is_random
@@ -34,20 +32,17 @@ from lwc.verify.numeric.bounds import (
     rounding,
     shown,
 )
+from lwc.verify.numeric.choosing import TestFeed, choose_feeds, is_small
 from lwc.verify.numeric.reference import Float64Reference, runs_in_float64
 from lwc.verify.numeric.sensitivity import ROUNDING, Sensitivity
 
 if TYPE_CHECKING:
     from lwc.core.module import Fingerprint, Module
-    from lwc.pipeline.passes import Runner
 
 __all__ = [
-    "ChosenFeeds",
     "Comparer",
     "NumericReport",
     "OutputError",
-    "TestFeed",
-    "choose_feeds",
     "compare",
     "compiled",
     "depth",
@@ -57,9 +52,6 @@ __all__ = [
 
 Array = np.ndarray[Any, Any]
 
-_SMALL = 256
-"""Nodes up to which a graph is run in float64 too, and at every edge."""
-
 _LOSSY_FEEDS = 2
 _LOOP_SECONDS, _SMALL_LOOP_SECONDS = 60.0, 1.0
 """Time for one run of a module with loops, and of a small one: a pass may have lost what ends one,
@@ -67,28 +59,6 @@ and what it collects fills the memory."""
 
 _REFERENCE_RTOL = 4 * 2.0**-24
 """In float64 what is left is the rounding of constants to float32, 2**-24 each."""
-
-
-@dataclass(frozen=True)
-class TestFeed:
-    """A feed to compare on.
-
-    Attributes:
-        arrays: The array of each input, by name.
-        edge: How it is filled.
-    """
-
-    arrays: dict[str, Array]
-    edge: Edge = "plain"
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each input."""
-        return {name: np.shape(array) for name, array in self.arrays.items()}
-
-
-ChosenFeeds: TypeAlias = list[tuple[TestFeed, dict[str, Array]]]
-"""Feeds, with the outputs a module gives on them."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +157,7 @@ class Comparer:
         feeds, expected = self._memory.recall(before, after) or self._reference(
             before, after, contract
         )
-        if isinstance(contract, Lossy) and _count(before) > _SMALL:
+        if isinstance(contract, Lossy) and not is_small(before):
             # Nothing can fail: two feeds say how far a lossy pass is off.
             feeds, expected = feeds[:_LOSSY_FEEDS], expected[:_LOSSY_FEEDS]
         promised = contract_bounds(contract, before)
@@ -200,7 +170,11 @@ class Comparer:
         errors = found.errors(feeds, expected, results, None)
         again: list[OutputError] = []
         # In 16 bits rounding is part of what is computed.
-        wide = _is_small(before) and _is_small(after) and rounding(before) <= ROUNDING_FLOAT32
+        wide = (
+            _runs_in_float64(before)
+            and _runs_in_float64(after)
+            and rounding(before) <= ROUNDING_FLOAT32
+        )
         if wide and not isinstance(contract, Lossy):
             again = self._in_float64(before, after, feeds, found, (expected, results))
         self._memory.keep(after, feeds, results)
@@ -297,107 +271,6 @@ def compare(
         bindings=bindings, rtol=rtol, atol=atol, seed=seed, spec=spec, threads=threads
     )
     return comparer(before, after, contract)
-
-
-def choose_feeds(
-    module: Module,
-    runner: Runner,
-    bindings: Sequence[Mapping[str, int]] = (),
-    *,
-    seed: int = 0,
-    spec: FeedSpec = FeedSpec(),  # noqa: B008
-    edges: bool = True,
-) -> ChosenFeeds:
-    """Choose feeds the module runs on, with the outputs it gives.
-
-    Args:
-        module: The module.
-        runner: Runs it.
-        bindings: Extents of the free dimensions, one mapping per feed; found by trial by default.
-        seed: Seed of the feeds.
-        spec: What the user knows about the inputs.
-        edges: Also feeds at the edges that concern the module's inputs. A small module is then
-            run at extents of 1, odd, larger and mixed ones, integers of which the graph says
-            nothing are any, and extents are found by trial only where it runs at none of these.
-
-    Raises:
-        LwcError: The module runs on none.
-    """
-    if edges and not bindings and _count(module) <= _SMALL:
-        planned = _planned_feeds(module, runner, seed, spec)
-        if planned:
-            return planned
-    chosen = []
-    if bindings:
-        for index, at in enumerate(bindings):
-            arrays = make_feed(module, at, seed + index, spec=spec)
-            chosen.append((TestFeed(arrays), dict(runner.run(arrays))))
-        odd: Mapping[str, int] = bindings[min(1, len(bindings) - 1)]
-    else:
-        trials = working_trials(module, runner, 3, seed, spec=spec)
-        chosen += [(TestFeed(trial.feed), trial.outputs) for trial in trials]
-        odd = trials[min(1, len(trials) - 1)].extents
-    if edges:
-        for edge in _edges(module):
-            feed = TestFeed(make_feed(module, odd, seed + 1, spec=spec, edge=edge), edge)
-            try:
-                chosen.append((feed, dict(runner.run(feed.arrays))))
-            except LwcError:
-                continue  # an edge that the model refuses is none
-    return chosen
-
-
-_ODD, _LARGE = (3, 5, 7, 9, 11, 13), (4, 6, 8, 10, 12, 14)
-
-
-def _planned_feeds(module: Module, runner: Runner, seed: int, spec: FeedSpec) -> ChosenFeeds:
-    """Run a module at extents of every kind, each dimension with its own, and at every edge."""
-    names = [name for name in dim_names(module) if name not in spec.dims]
-    odd = dict(zip(names, _ODD * len(names), strict=False))
-    large = dict(zip(names, _LARGE * len(names), strict=False))
-    mixed = {name: 1 if index % 2 else odd[name] for index, name in enumerate(names)}
-    any_integer = replace(spec, ranges={**_free_integers(module, spec, 9), **spec.ranges})
-    large_integer = replace(spec, ranges={**_free_integers(module, spec, 300), **spec.ranges})
-    plan: list[tuple[dict[str, int], FeedSpec, Edge]] = [
-        (odd, any_integer, "plain"),
-        (dict.fromkeys(names, 1), spec, "plain"),
-        (large, spec, "masked"),
-        (odd, any_integer, "zeros"),
-        (odd, large_integer, "huge"),
-        (large, any_integer, "tiny"),
-    ]
-    if len(names) > 1:
-        plan.append((mixed, any_integer, "plain"))
-    chosen: ChosenFeeds = []
-    for index, (at, known, edge) in enumerate(plan):
-        feed = TestFeed(make_feed(module, at, seed + index, spec=known, edge=edge), edge)
-        try:
-            chosen.append((feed, dict(runner.run(feed.arrays))))
-        except LwcError:
-            continue
-    return chosen
-
-
-def _free_integers(module: Module, spec: FeedSpec, size: int) -> dict[str, tuple[float, float]]:
-    """Return a range for each integer input of which the graph says nothing."""
-    found: dict[str, tuple[float, float]] = {}
-    for value in fed_inputs(module):
-        name = value.name or ""
-        plain = value.dtype is not None and value.dtype.is_integer() and "mask" not in name
-        if plain and name not in spec.masks and input_role(module, value).kind == RoleKind.MASK:
-            assert value.dtype is not None
-            limits = np.iinfo(value.dtype.numpy())
-            found[name] = (max(limits.min, -size // 3), min(limits.max, size))
-    return found
-
-
-def _edges(module: Module) -> list[Edge]:
-    """Return the edges that concern the inputs; of numbers only where the graph is small."""
-    roles = {input_role(module, value).kind for value in fed_inputs(module)}
-    edges: list[Edge] = ["masked"] if roles & {RoleKind.MASK, RoleKind.FLAG} else []
-    if RoleKind.NUMBERS in roles and _count(module) <= _SMALL:
-        edges += ["zeros", "huge", "tiny"]
-    return edges
 
 
 class _Memory:
@@ -503,12 +376,8 @@ class _Found:
         return Sensitivity.measure(self.before, feed.arrays, wanted, prepared, results=rounded)
 
 
-def _is_small(module: Module) -> bool:
-    return _count(module) <= _SMALL and runs_in_float64(module)
-
-
-def _count(module: Module) -> int:
-    return sum(1 for _ in module.nodes())
+def _runs_in_float64(module: Module) -> bool:
+    return is_small(module) and runs_in_float64(module)
 
 
 def _complaint(
@@ -550,5 +419,5 @@ def fitted(feed: Mapping[str, Array], module: Module) -> dict[str, Array]:
 def compiled(module: Module, threads: int | None = 1) -> OnnxRuntimeExecutable:
     """Compile a module as it is written, with a time limit where it loops."""
     loops = any(node.op_type == "Loop" for node in module.nodes())
-    limit = (_SMALL_LOOP_SECONDS if _count(module) <= _SMALL else _LOOP_SECONDS) if loops else None
+    limit = (_SMALL_LOOP_SECONDS if is_small(module) else _LOOP_SECONDS) if loops else None
     return OnnxRuntimeBackend().compile(module, threads=threads, optimize="none", time_limit=limit)
