@@ -232,13 +232,19 @@ def single_operand(s: Sketch) -> ir.Value:
 
 
 def gather(s: Sketch) -> ir.Value:
-    """One element, or several, of the last axis; its axis put back or not."""
+    """Several elements of the last axis."""
     x = s.pick(least=1, where=lambda shape: shape[-1] == 8)
     axis = s.choose(s.rank(x) - 1, -1)
-    if s.flip():
-        return s.emit("Gather", x, s.ints(*s.choose((1, 3), (0,), (-1, 2))), axis=axis)
-    one = s.emit("Gather", x, s.constant(np.array(s.choose(1, 0, -1), np.int64)), axis=axis)
-    return s.emit("Unsqueeze", one, s.ints(s.choose(s.rank(x) - 1, 0) if s.flip() else axis))
+    return s.emit("Gather", x, s.ints(*s.choose((1, 3), (0,), (-1, 2))), axis=axis)
+
+
+def gather_one(s: Sketch) -> ir.Value:
+    """One element of any axis, and that axis put back, or another."""
+    x = s.pick(least=1)
+    rank = s.rank(x)
+    axis = s.integer(-rank, rank - 1)
+    one = s.emit("Gather", x, s.constant(np.array(s.choose(0, -1), np.int64)), axis=axis)
+    return s.emit("Unsqueeze", one, s.ints(axis if s.flip() else s.integer(0, rank - 1)))
 
 
 def table(s: Sketch) -> ir.Value:
@@ -337,6 +343,7 @@ STEPS: tuple[Step, ...] = (
     empty_operand,
     single_operand,
     gather,
+    gather_one,
     table,
     expand,
     expand_to_constant,
