@@ -56,6 +56,20 @@ def inner_output(m: Mutant) -> str | None:
     return f"'{value.name}' is a graph output"
 
 
+def weight_output(m: Mutant) -> str | None:
+    """A constant leaves the graph."""
+    found = [
+        value
+        for value in m.module.graph.initializers.values()
+        if value.uses() and not value.is_graph_output() and not value.is_graph_input()
+    ]
+    if not found:
+        return None
+    value = m.choose(*found)
+    m.module.graph.outputs.append(value)
+    return f"'{value.name}' is a graph output"
+
+
 def moved_attribute(m: Mutant) -> str | None:
     """An axis, a permutation, a flag or a number of an attribute is another one."""
 
@@ -427,6 +441,7 @@ def wrapped_in_if(m: Mutant) -> str | None:
 MUTATIONS: tuple[Mutation, ...] = (
     extra_consumer,
     inner_output,
+    weight_output,
     moved_attribute,
     moved_constant,
     widened_constant,
