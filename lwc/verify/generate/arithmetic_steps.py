@@ -289,6 +289,14 @@ def integers(s: Sketch) -> ir.Value:
     return s.cast(made, FLOAT)
 
 
+def constant_integers(s: Sketch) -> ir.Value:
+    """Integer arithmetic of constants of both signs, which folding must round as runtimes do."""
+    a = s.constant(np.array(s.choose([7, -7], [-5, 4], [-3, -8]), np.int64))
+    b = s.constant(np.array(s.choose([2, 3], [3], [-2, -2]), np.int64))
+    op = s.choose("Div", "Mod", "Sub", "Mul")
+    return s.cast(s.emit(op, a, b), FLOAT)
+
+
 STEPS: tuple[Step, ...] = (
     unary,
     repeated_unary,
@@ -315,4 +323,5 @@ STEPS: tuple[Step, ...] = (
     dropout,
     dead_branch,
     integers,
+    constant_integers,
 )
