@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 from hypothesis import strategies as st
 from rules_to_check import (
@@ -45,6 +46,47 @@ def test_a_right_pass_holds() -> None:
     assert report.float64 == report.changed
     assert "holds on 60 graphs" in str(report)
     assert "add-itself" in str(report)
+
+
+class WritesOwnedWeights(Pass):
+    """Scales weights in place where their memory lets it."""
+
+    name = "writes-owned-weights"
+
+    def run(self, module: Module, ctx: PassContext) -> PassResult:
+        for value in module.graph.initializers.values():
+            assert value.const_value is not None
+            array = value.const_value.numpy()
+            if array.dtype == np.float32 and array.flags.writeable:
+                array *= 0.5
+        return PassResult(False)
+
+
+class FailsOnce(Pass):
+    """Depends on more than the module: on how often it ran."""
+
+    name = "fails-once"
+    runs: ClassVar[int] = 0
+
+    def run(self, module: Module, ctx: PassContext) -> PassResult:
+        FailsOnce.runs += 1
+        if FailsOnce.runs == 5:
+            raise ValueError("the fifth run")
+        return PassResult(False)
+
+
+def test_a_pass_that_writes_into_weights_is_found_and_reduced(tmp_path: Path) -> None:
+    with pytest.raises(PassBrokenError) as caught:
+        check_pass(WritesOwnedWeights, examples=200, folder=tmp_path)
+    assert caught.value.violation.clause == "weights"
+    assert caught.value.counterexample.nodes <= 1
+
+
+def test_a_fault_that_does_not_show_again_is_reported_on_the_graph_as_drawn(tmp_path: Path) -> None:
+    with pytest.raises(PassBrokenError, match="the fifth run") as caught:
+        check_pass(FailsOnce, graphs=SUMS, examples=50, folder=tmp_path)
+    assert caught.value.violation.clause == "crash"
+    assert caught.value.examples == 5
 
 
 @pytest.mark.parametrize(
