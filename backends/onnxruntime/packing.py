@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,9 +10,10 @@ import onnx_ir as ir
 
 from lwc.core.errors import LwcError
 from lwc.core.walk import constant_tensor
-from lwc.core.weights import stored_bytes
+from lwc.core.weights import named_in, stored_bytes
 
 if TYPE_CHECKING:
+    import onnx
     import onnxruntime as ort
 
     from lwc.core.module import Module
@@ -62,28 +63,13 @@ def pack(module: Module, expose: Sequence[str] = ()) -> PackedModule:
         LwcError: A value to expose is not in the main graph, or the graph without the main
             graph's weights is over protobuf's 2 GiB.
     """
-    model = module.model.clone()
-    _expose(model.graph, expose)
     weights: dict[str, ir.TensorProtocol] = {}
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if tensor is None or tensor.dtype == ir.DataType.STRING or tensor.nbytes < _INLINE_BYTES:
-            continue
-        file = f"weight_{len(weights)}"
-        weights[file] = tensor
-        value.const_value = ir.ExternalTensor(
-            file,
-            0,
-            tensor.nbytes,
-            tensor.dtype,
-            shape=ir.Shape(tuple(tensor.shape.numpy())),
-            name=value.name or "",
-        )
-    for node in model.graph.all_nodes():
-        if not node.name:
-            node.name = next((output.name for output in node.outputs if output.name), None)
     try:
-        graph = ir.to_proto(model).SerializeToString()
+        with named_in(_big_weights(module, weights)):
+            proto = ir.to_proto(module.model)
+        _expose(proto.graph, module.graph, expose)
+        _name_nodes(proto.graph)
+        graph = proto.SerializeToString()
     except ValueError as error:
         raise LwcError(
             f"the graph without its weights does not fit into a protobuf: {error}",
@@ -93,7 +79,28 @@ def pack(module: Module, expose: Sequence[str] = ()) -> PackedModule:
     return PackedModule(graph, weights, _harmful_optimizers(module))
 
 
-def _expose(graph: ir.Graph, names: Sequence[str]) -> None:
+def _big_weights(
+    module: Module, weights: dict[str, ir.TensorProtocol]
+) -> Iterator[tuple[ir.Value, str, int]]:
+    """Yield each big initializer with a file name of its own, under which `weights` keeps it."""
+    for value in module.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is None or tensor.dtype == ir.DataType.STRING or tensor.nbytes < _INLINE_BYTES:
+            continue
+        file = f"weight_{len(weights)}"
+        weights[file] = tensor
+        yield value, file, 0
+
+
+def _name_nodes(graph: onnx.GraphProto) -> None:
+    for node in graph.node:
+        node.name = node.name or next(filter(None, node.output), "")
+        for attribute in node.attribute:
+            for body in (attribute.g, *attribute.graphs):
+                _name_nodes(body)
+
+
+def _expose(proto: onnx.GraphProto, graph: ir.Graph, names: Sequence[str]) -> None:
     present = {value.name for value in graph.outputs}
     wanted = [name for name in dict.fromkeys(names) if name not in present]
     if not wanted:
@@ -107,7 +114,7 @@ def _expose(graph: ir.Graph, names: Sequence[str]) -> None:
                 f"there is no value '{name}' in the main graph to expose",
                 remedy="expose values of the main graph only",
             )
-        graph.outputs.append(values[name])
+        proto.output.append(ir.serde.serialize_value(values[name]))
 
 
 def _harmful_optimizers(module: Module) -> tuple[str, ...]:

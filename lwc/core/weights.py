@@ -13,7 +13,7 @@ import mmap
 import os
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import IO, Any, Protocol, cast
 
 import numpy as np
@@ -24,6 +24,7 @@ __all__ = [
     "FileTensor",
     "SpilledTensor",
     "WeightStore",
+    "named_in",
     "reading",
     "reading_once",
     "release",
@@ -399,6 +400,34 @@ def reading(tensor: ir.TensorProtocol) -> Iterator[np.ndarray[Any, Any]]:
         yield tensor.numpy()
     finally:
         release(tensor)
+
+
+@contextlib.contextmanager
+def named_in(places: Iterable[tuple[ir.Value, str, int]]) -> Iterator[None]:
+    """Let initializers be references into files while the block serializes their graph.
+
+    Args:
+        places: An initializer with a tensor, the file that is to hold it, and its offset in bytes.
+    """
+    held: list[tuple[ir.Value, ir.TensorProtocol]] = []
+    try:
+        for value, file, offset in places:
+            tensor = value.const_value
+            assert tensor is not None
+            held.append((value, tensor))
+            value.const_value = ir.ExternalTensor(
+                file,
+                offset,
+                tensor.nbytes,
+                tensor.dtype,
+                shape=ir.Shape(tensor.shape),  # type: ignore[arg-type]
+                name=value.name or "",
+                doc_string=tensor.doc_string,
+            )
+        yield
+    finally:
+        for value, tensor in held:
+            value.const_value = tensor
 
 
 def stored_bytes(tensor: ir.TensorProtocol) -> np.ndarray[Any, Any]:

@@ -27,7 +27,7 @@ from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
 
 from lwc.core.errors import LwcError, UsageError
 from lwc.core.module import Module
-from lwc.core.weights import SpilledTensor, WeightStore, release
+from lwc.core.weights import SpilledTensor, WeightStore, named_in, release
 from lwc.frontend.atomic import StagedFile, link_into_place, sync_folder, writing
 
 __all__ = ["EXTERNAL_THRESHOLD", "SaveResult", "save", "save_folder"]
@@ -319,7 +319,11 @@ def _model_proto(
     module: Module, data: str | None = None, places: dict[int, tuple[int, int]] | None = None
 ) -> onnx.ModelProto:
     """Serialise a module; the tensors in `places` are referred to, not contained."""
-    with _placeholders(module, data or "", places or {}):
+    with named_in(
+        (value, data or "", places[id(value.const_value)][0])
+        for _, value in (module.initializers() if places else ())
+        if places is not None and id(value.const_value) in places
+    ):
         try:
             proto = ir.serde.serialize_model(module.model)
         except ir.serde.SerdeError as error:
@@ -330,31 +334,6 @@ def _model_proto(
     _declare_domains(proto)
     proto.ir_version = max(proto.ir_version, _least_ir_version(module, proto))
     return proto
-
-
-@contextlib.contextmanager
-def _placeholders(module: Module, data: str, places: dict[int, tuple[int, int]]) -> Iterator[None]:
-    held: list[tuple[ir.Value, ir.TensorProtocol]] = []
-    try:
-        for _, value in module.initializers() if places else ():
-            tensor = value.const_value
-            if tensor is None or id(tensor) not in places:
-                continue
-            offset, length = places[id(tensor)]
-            held.append((value, tensor))
-            value.const_value = ir.ExternalTensor(
-                data,
-                offset,
-                length,
-                tensor.dtype,
-                shape=ir.Shape(tensor.shape),  # type: ignore[arg-type]
-                name=value.name or "",
-                doc_string=tensor.doc_string,
-            )
-        yield
-    finally:
-        for value, tensor in held:
-            value.const_value = tensor
 
 
 def _declare_domains(proto: onnx.ModelProto) -> None:
