@@ -26,6 +26,8 @@ from lwc.core.errors import UsageError
 from lwc.core.module import Module
 from lwc.passes.cleanup.bind_dims import BindDims
 from lwc.pipeline.passes import Contract, Exact, Pass, PassContext, PassResult
+from lwc.pipeline.rule_pass import RulePass
+from lwc.rewrite.patterns import PatternRule
 from lwc.verify import FeedSpec, Motif, PassBrokenError, Sketch, passes_hold, sketches
 from lwc.verify.contract.property import CheckReport, check_pass
 
@@ -252,3 +254,24 @@ def test_the_facade() -> None:
     assert lwc.verify.check_pass is check_pass
     for name in lwc.verify.__all__:
         assert getattr(lwc.verify, name) is not None
+
+
+class PairOfGelu(PatternRule):
+    """Two sign changes after an operator that opset 20 brought."""
+
+    def pattern(self, op: Any, x: Any) -> Any:
+        return op.Neg(op.Neg(op.Gelu(x)))
+
+    def rewrite(self, edit: Any, x: Any) -> Any:
+        return edit.op("Gelu", [x])
+
+
+class PairsOfGelu(RulePass):
+    """Drop pairs of sign changes."""
+
+    rules = (PairOfGelu,)
+
+
+def test_default_graphs_of_a_rule_whose_operators_are_not_in_every_opset() -> None:
+    report = check_pass(PairsOfGelu, examples=40)
+    assert report.rewrites["pair-of-gelu"] > 5

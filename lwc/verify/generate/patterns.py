@@ -89,7 +89,9 @@ class _Found:
 
     def grow(self, sketch: Sketch) -> list[ir.Value]:
         """Add the graph of a plan, seldom of one that the rule does not rewrite."""
-        legal, others = self.at(self.opset(sketch.opset, ()))
+        legal, others = self.at(sketch.opset)
+        if not legal and not others:
+            sketch.drop()  # Its operators are those of another opset.
         plans = others if not legal or (others and sketch.rarely()) else legal
         return self._searchers[sketch.opset].build(sketch.choose(*plans), sketch, _placed)
 
