@@ -78,6 +78,20 @@ BUILTIN: tuple[PassInfo, ...] = (
         options=(),
     ),
     PassInfo(
+        name="fuse-attention",
+        target="lwc.passes.attention.fuse_attention:FuseAttention",
+        summary="Compute attention as one operator: MultiHeadAttention, GroupQueryAttention or Attention.",
+        contract="exact",
+        options=(
+            OptionInfo(
+                name="form",
+                type="auto|standard|mha|gqa",
+                default="auto",
+                help="`gqa` and `mha` are ONNX Runtime's GroupQueryAttention and MultiHeadAttention, `standard` is the Attention of opset 23; `auto` takes the first that can express it.",
+            ),
+        ),
+    ),
+    PassInfo(
         name="infer-shapes",
         target="lwc.passes.cleanup.infer_shapes:InferShapes",
         summary="Write the inferred type and shape on every value.",

@@ -222,6 +222,10 @@ class PassContext:
         """Report something the user should look at."""
         self._emit("warning", message, node, None)
 
+    def is_granted(self, assumption: str) -> bool:
+        """Tell whether the user vouches for one of the sentences in the pass's contract."""
+        return any(words == "all" or assumption.startswith(words) for words in self.granted)
+
     def assume(self, assumption: str) -> None:
         """Go on only if the user vouches for something that the pass cannot prove.
 
@@ -231,7 +235,7 @@ class PassContext:
         Raises:
             PassError: The user did not grant it.
         """
-        if not any(words == "all" or assumption.startswith(words) for words in self.granted):
+        if not self.is_granted(assumption):
             raise PassError(
                 f"it would have to assume: {assumption}",
                 remedy=f"--grant '{assumption}' if that holds",

@@ -42,6 +42,10 @@ class RulePass(Pass):
         """Return the rules to apply; overridden where they depend on the options."""
         return self.rules
 
+    def rules_under(self, ctx: PassContext) -> Iterable[AnyRule]:
+        """Return the rules of a run; overridden where they depend on what the user granted."""
+        return self.find_rules()
+
     def run(self, module: Module, ctx: PassContext) -> PassResult:
         """Rewrite until nothing changes; what nothing reads any more goes, too.
 
@@ -51,7 +55,7 @@ class RulePass(Pass):
         Raises:
             PassError: There are no rules, or one is none.
         """
-        rules = RuleSet([_as_rule(each, self.name) for each in self.find_rules()])
+        rules = RuleSet([_as_rule(each, self.name) for each in self.rules_under(ctx)])
         if not rules:
             raise PassError(f"'{self.name}' has no rules", remedy="set rules = (MyRule,)")
         with without_collections():

@@ -1,0 +1,1 @@
+"""Passes that fuse attention and change what it keeps and sees."""

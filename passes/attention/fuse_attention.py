@@ -1,0 +1,61 @@
+"""fuse-attention: attention in any exporter's spelling becomes one operator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from lwc.passes.attention.lowering import MASKS_PAD_RIGHT, Form, choose_form, write
+from lwc.passes.attention.recognise import recognise
+from lwc.pipeline.passes import Exact, PassContext
+from lwc.pipeline.rule_pass import AnyRule, RulePass
+from lwc.rewrite import Editor, Miss, Rule
+from lwc.rewrite.rules import Outcome
+
+__all__ = ["FuseAttention"]
+
+
+@dataclass(frozen=True)
+class FuseAttention(RulePass):
+    """Compute attention as one operator: MultiHeadAttention, GroupQueryAttention or Attention.
+
+    Attributes:
+        form: `gqa` and `mha` are ONNX Runtime's GroupQueryAttention and MultiHeadAttention,
+            `standard` is the Attention of opset 23; `auto` takes the first that can express it.
+    """
+
+    form: Form = "auto"
+
+    name: ClassVar[str] = "fuse-attention"
+    contract: ClassVar[Exact] = Exact(assumptions=(MASKS_PAD_RIGHT,))
+
+    def find_rules(self) -> Iterable[AnyRule]:
+        """Return the rule as it is where nothing is granted."""
+        return (self._rule(None),)
+
+    def rules_under(self, ctx: PassContext) -> Iterable[AnyRule]:
+        """Return the rule; masks of causal decoders go where the user vouches for them."""
+        return (self._rule(ctx if ctx.is_granted(MASKS_PAD_RIGHT) else None),)
+
+    def _rule(self, granting: PassContext | None) -> Rule:
+        told = False
+
+        def attention(node: ir.Node, edit: Editor) -> Outcome:
+            """softmax(q kᵀ · scale + mask) v becomes one operator."""
+            nonlocal told
+            found = recognise(node, edit)
+            if found is None or isinstance(found, Miss):
+                return found
+            granted = granting is not None
+            form = choose_form(found, self.form, edit, granted=granted)
+            if isinstance(form, Miss):
+                return form
+            if granting is not None and found.mask.padding and found.mask.causal and not told:
+                granting.assume(MASKS_PAD_RIGHT)
+                told = True
+            return write(found, form, edit, granted=granted)
+
+        return Rule("attention", ("MatMul",), attention)
