@@ -13,6 +13,20 @@ __all__ = ["BUILTIN"]
 
 BUILTIN: tuple[PassInfo, ...] = (
     PassInfo(
+        name="add-kv-cache",
+        target="lwc.passes.attention.add_kv_cache:AddKvCache",
+        summary="Let a causal model read the keys and values of earlier tokens, and give those of all.",
+        contract="exact",
+        options=(
+            OptionInfo(
+                name="mask",
+                type="str",
+                default="attention_mask",
+                help="The input that masks padding; made where there is none of that name.",
+            ),
+        ),
+    ),
+    PassInfo(
         name="bind-dims",
         target="lwc.passes.cleanup.bind_dims:BindDims",
         summary="Set named dimensions of the inputs to numbers, as in bind-dims{batch=1 sequence=128}.",
