@@ -115,6 +115,9 @@ class Elements:
     def _look(self, value: ir.Value, index: Indices) -> Element | None:
         if self._edit.is_constant(value):
             return self._constant(value, index)
+        content = self._edit.symbolic(value)
+        if content is not None and len(content) == 1:
+            return Index(content[0])
         node = value.producer()
         if node is None or node.domain or value is not node.outputs[0]:
             return None
