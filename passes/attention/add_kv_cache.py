@@ -156,8 +156,9 @@ class _Cache:
         graph = self.edit.module.graph
         first = next(iter(graph))
         self.edit.at(first)
+        self._measure()
         mask = self._mask()
-        total = self._total(mask)
+        total = self._extent(mask)
         count = self.edit.op("Cast", [total], {"to": int(ir.DataType.INT32)})
         new = self._new()
         past = self.edit.op("Sub", [total, new])
@@ -183,9 +184,6 @@ class _Cache:
     @property
     def _past(self) -> sympy.Symbol:
         return sympy.Symbol("past_sequence_length", integer=True, nonnegative=True)
-
-    def _total(self, mask: ir.Value) -> ir.Value:
-        return self._extent(mask)
 
     def _new(self) -> ir.Value:
         graph = self.edit.module.graph
@@ -228,6 +226,18 @@ class _Cache:
         if dtype is not None and dtype != ir.DataType.INT64:
             shift = self.edit.op("Cast", [shift], {"to": int(dtype)})
         self.edit.set_input(node, place, self.edit.op("Add", [value, shift]))
+
+    def _measure(self) -> None:
+        """Let what took the extents of the mask take those of new tokens."""
+        inputs = [value for value in self.edit.module.graph.inputs if value is not self.padding]
+        for node in self.flow.shapes:
+            source = node.inputs[0]
+            alike = [value for value in inputs if self.edit.same_shape(value, source)]
+            if not alike:
+                raise PassError(
+                    f"{describe(node)} takes the shape of the mask, and no other input has it"
+                )
+            self.edit.set_input(node, 0, alike[0])
 
     def _cut(self, past: ir.Value, total: ir.Value) -> None:
         """Cut what is there for every token of the mask to the new ones, where only those meet."""

@@ -55,6 +55,7 @@ class TokenFlow:
         flows: The flow of every value.
         ranges: `Range` nodes that count positions from the number of tokens.
         slices: `Slice` nodes that take rows of a table from the number of tokens.
+        shapes: Nodes that take the shape of something with an element for every token of the mask.
         joins: Places where a value for every token of the mask meets one for new tokens only: the
             node and the input that must be cut to the new tokens.
     """
@@ -62,6 +63,7 @@ class TokenFlow:
     flows: dict[ir.Value, Flow] = field(default_factory=dict)
     ranges: list[ir.Node] = field(default_factory=list)
     slices: list[ir.Node] = field(default_factory=list)
+    shapes: list[ir.Node] = field(default_factory=list)
     joins: list[tuple[ir.Node, int]] = field(default_factory=list)
 
 
@@ -382,8 +384,11 @@ def _concat(walk: _Walk, node: ir.Node) -> Flow:
     return tokens[0]
 
 
-@_flows("Shape", "Size")
+@_flows("Shape")
 def _shape(walk: _Walk, node: ir.Node) -> Flow:
+    (flow,) = walk._of_tokens(node, 0)
+    if flow.whole:
+        walk.found.shapes.append(node)
     content = walk.edit.symbolic(node.outputs[0])
     known = content is not None and not any(map(walk._counts, content))
     return FIXED if known else LENGTH
