@@ -113,6 +113,32 @@ BUILTIN: tuple[PassInfo, ...] = (
         options=(),
     ),
     PassInfo(
+        name="last-logits",
+        target="lwc.passes.attention.last_logits:LastLogits",
+        summary="Compute the logits of the last positions alone.",
+        contract="exact",
+        options=(
+            OptionInfo(
+                name="count",
+                type="int",
+                default="1",
+                help="How many positions are kept; 0 lets an input `num_logits_to_keep` say it at run time, for which 0 means all.",
+            ),
+            OptionInfo(
+                name="output",
+                type="str",
+                default='""',
+                help="The output that has the logits; the first one by default.",
+            ),
+            OptionInfo(
+                name="mask",
+                type="str",
+                default="attention_mask",
+                help="The input that masks padding, of past tokens too.",
+            ),
+        ),
+    ),
+    PassInfo(
         name="quantize-weights",
         target="lwc.passes.quantization.quantize_weights:QuantizeWeights",
         summary="Round the weights of linear layers and embeddings to 4 or 8 bits, in blocks.",

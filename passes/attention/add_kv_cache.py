@@ -16,7 +16,7 @@ from lwc.core.errors import PassError
 from lwc.core.module import Module
 from lwc.core.walk import op_name
 from lwc.passes.attention.lowering import MASKS_PAD_RIGHT
-from lwc.passes.attention.token_flow import TokenFlow, Tokens, follow_tokens
+from lwc.passes.attention.token_flow import TokenFlow, Tokens, follow_tokens, token_inputs
 from lwc.pipeline.passes import Exact, Pass, PassContext, PassResult
 from lwc.rewrite import Editor, attribute, remove_unused
 
@@ -136,20 +136,9 @@ class _Cache:
                 f"the sequence has a fixed length of {self.length}",
                 remedy="export the model with a symbolic sequence length",
             )
-        inputs = {
-            value: flow
-            for value in self.edit.module.graph.inputs
-            if (flow := self._tokens_of(value)) is not None
-        }
+        inputs = token_inputs(self.edit, self.length, self.mask)
         self.padding = next((value for value, flow in inputs.items() if flow.whole), None)
         self.flow = follow_tokens(self.edit, self.length, inputs, set(self.nodes))
-
-    def _tokens_of(self, value: ir.Value) -> Tokens | None:
-        shape = self.edit.shape(value) or ()
-        axes = [axis for axis, dim in enumerate(shape) if dim == self.length]
-        if len(axes) > 1:
-            raise PassError(f"input '{value.name}' has two axes of tokens")
-        return Tokens(axes[0], whole=value.name == self.mask) if axes else None
 
     def add(self) -> None:
         """Rewrite the graph."""

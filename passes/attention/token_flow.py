@@ -20,7 +20,15 @@ from lwc.core.errors import PassError
 from lwc.core.walk import op_name
 from lwc.rewrite import Editor, attribute
 
-__all__ = ["FIXED", "LENGTH", "Flow", "TokenFlow", "Tokens", "follow_tokens"]
+__all__ = [
+    "FIXED",
+    "LENGTH",
+    "Flow",
+    "TokenFlow",
+    "Tokens",
+    "follow_tokens",
+    "token_inputs",
+]
 
 _MS = "com.microsoft::"
 
@@ -65,6 +73,29 @@ class TokenFlow:
     slices: list[ir.Node] = field(default_factory=list)
     shapes: list[ir.Node] = field(default_factory=list)
     joins: list[tuple[ir.Node, int]] = field(default_factory=list)
+
+
+def token_inputs(edit: Editor, length: Dim, mask: str) -> dict[ir.Value, Tokens]:
+    """Return the graph inputs with an axis of tokens.
+
+    Args:
+        edit: Knows shapes.
+        length: The number of new tokens.
+        mask: Name of the input that has an element for each token of the past, too.
+
+    Raises:
+        PassError: An input has two axes of tokens.
+    """
+    found = {}
+    for value in edit.module.graph.inputs:
+        shape = edit.shape(value) or ()
+        whole = value.name == mask and len(shape) == 2
+        axes = [1] if whole else [axis for axis, dim in enumerate(shape) if dim == length]
+        if len(axes) > 1:
+            raise PassError(f"input '{value.name}' has two axes of tokens")
+        if axes:
+            found[value] = Tokens(axes[0], whole=whole)
+    return found
 
 
 def follow_tokens(
