@@ -227,7 +227,7 @@ class _Walk:
             flow = self.flow(value)
             if place in places and isinstance(flow, Tokens):
                 made.append(flow)
-            elif flow != FIXED and not (place not in places and flow == LENGTH):
+            elif flow != FIXED and (place in places or flow != LENGTH):
                 self.refuse(node, f"its input {place} has tokens")
         if len(made) != len(places):
             self.refuse(node, "tokens stand where none may")
@@ -314,6 +314,9 @@ def _reduce(walk: _Walk, node: ir.Node) -> Flow:
     axes = walk.edit.ints(given) if given is not None else attribute(node, "axes")
     if axes is None or rank is None:
         return walk.refuse(node, "it reduces over all axes")
+    before = walk.flow(node.inputs[0])
+    if isinstance(before, Tokens) and before.whole and before.axis in {a % rank for a in axes}:
+        return LENGTH  # tokens of the mask, counted
     flow = walk.along(node, axes)
     assert isinstance(flow, Tokens)
     gone = 0 if attribute(node, "keepdims", 1) else sum(a % rank < flow.axis for a in axes)
@@ -398,9 +401,17 @@ def _piece(walk: _Walk, node: ir.Node) -> Flow:
         if found is None or not begins:
             return walk.refuse(node, "its axes are not known")
         axes = found
-    if flow.axis in {axis % rank for axis in axes}:
-        return walk.refuse(node, "it takes some of the tokens")
-    return flow
+    if flow.axis not in {axis % rank for axis in axes}:
+        return flow
+    shape = walk.edit.shape(node.outputs[0])
+    if (
+        flow.whole
+        and len(axes) == 1
+        and shape
+        and walk.edit.same_dim(shape[flow.axis], walk.length)
+    ):
+        return Tokens(flow.axis)  # the mask of the new tokens
+    return walk.refuse(node, "it takes some of the tokens")
 
 
 @_flows("Concat")
