@@ -14,6 +14,19 @@ BENCH = Path(__file__).parents[2] / "tools" / "bench"
 SMALL = {
     "backend_nodes": ["--kinds", "node", "--only", "scan"],
     "cost_model": ["--only", "flops", "--models", "magika"],
+    "decode": [
+        "--layers",
+        "2",
+        "--contenders",
+        "pytorch",
+        "genai-int4",
+        "--lengths",
+        "8",
+        "--tokens",
+        "4",
+        "--rounds",
+        "1",
+    ],
     "mutants": ["--only", "branches of a decided if"],
     "quantize_weights": ["--variants", "8 bits", "--tokens", "33"],
     "scale": [

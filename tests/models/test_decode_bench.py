@@ -9,7 +9,7 @@ import pytest
 from bench import decode
 from bench.decode import Contender, Field, Turn, equal_tokens, measure, summarize
 from bench.decode_models import Source, open_source, prompt_tokens
-from bench.decode_peers import Absent, package
+from bench.decode_peers import Absent, place
 from fetch_models import model_path
 
 NOTHING = Source(Path("none.gguf"), Path("none"))
@@ -54,7 +54,7 @@ def test_a_contender_that_stopped_short_has_no_ratio() -> None:
 
 
 def test_a_contender_without_its_peer_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    make = partial(lambda source, module: package(module), module="no_such_runtime")
+    make = partial(lambda source, module: place(module).folder, module="no_such_runtime")
     absent = Contender("no_such_runtime", "onnxruntime", make)
     monkeypatch.setitem(decode.CONTENDERS, "absent", absent)
     entered = Field()
@@ -63,7 +63,7 @@ def test_a_contender_without_its_peer_is_left_out(monkeypatch: pytest.MonkeyPatc
         "absent": "no_such_runtime is not installed: run with --install-peers"
     }
     with pytest.raises(Absent):
-        package("no_such_runtime")
+        place("no_such_runtime")
     with pytest.raises(SystemExit, match="no contender"):
         entered.base("absent")
 

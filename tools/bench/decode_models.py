@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.decode_peers import package, python_with
+from bench.decode_peers import place
 from fetch_models import cache_folder
 
 from lwc.calibration.text import load_tokenizer, read_text
@@ -263,9 +263,9 @@ def genai_folder(source: Source, precision: str, options: Sequence[str] = ()) ->
         precision: `fp32` or `int4`.
         options: Extra options of the builder.
     """
-    builder = package("onnxruntime_genai") / "models" / "builder.py"
-    release = _release(builder.parents[1])
-    name = "-".join(["genai", release, precision, *options]).replace("=", "_")
+    genai = place("onnxruntime_genai")
+    builder = genai.folder / "models" / "builder.py"
+    name = "-".join(["genai", genai.version, precision, *options]).replace("=", "_")
     words = [sys.executable, str(builder), "-i", str(huggingface_folder(source)), "-e", "cpu"]
     words += ["-p", precision, "-c", str(source.home / "genai-cache")]
     words += ["--extra_options", "hf_token=false", *options]
@@ -279,17 +279,11 @@ def gguf_file(source: Source, kind: str) -> Path:
         source: Where the weights come from.
         kind: `f32` or a name of llama.cpp's, such as `q4_k_m`.
     """
-    python = python_with("llama_cpp")
-    name = f"llama-{_release(package('llama_cpp'))}-{kind}.gguf"
+    llama = place("llama_cpp")
+    name = f"llama-{llama.version}-{kind}.gguf"
     start = source.gguf if kind == "f32" else gguf_file(source, "f32")
     script = str(Path(__file__).with_name("decode_convert.py"))
-    return source.keep(name, lambda at: run([str(python), script, str(start), str(at), kind]))
-
-
-def _release(folder: Path) -> str:
-    """Return the version of the package that is installed in a folder."""
-    (found,) = folder.parent.glob(f"{folder.name}-*.dist-info")
-    return found.name.removesuffix(".dist-info").rpartition("-")[2]
+    return source.keep(name, lambda at: run([str(llama.python), script, str(start), str(at), kind]))
 
 
 def run(command: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -55,34 +56,46 @@ def install_peers() -> None:
     # The same ONNX Runtime as the other contenders have.
     same = f"onnxruntime=={version('onnxruntime')}"
     subprocess.run([*pip, same, *(word for name in missing for word in PEERS[name])], check=True)
-    _places.cache_clear()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a module is installed.
+
+    Attributes:
+        python: The interpreter that has it.
+        folder: The module's folder.
+        version: Of the package that brought it.
+    """
+
+    python: Path
+    folder: Path
+    version: str
+
+
+_ASK = """
+import importlib.metadata as metadata, importlib.util as util, sys
+module = sys.argv[1]
+print(util.find_spec(module).origin)
+print(metadata.version(metadata.packages_distributions()[module][0]))
+"""
 
 
 @functools.cache
-def _places(module: str) -> tuple[Path, Path]:
-    """Return the interpreter that has a module, and the module's folder.
+def place(module: str) -> Place:
+    """Return where a module is installed: with lwc, or among the peers.
 
     Raises:
-        Absent: None has it.
+        Absent: Nowhere.
     """
-    ask = "import importlib.util as u, sys; print(u.find_spec(sys.argv[1]).origin)"
     for python in (Path(sys.executable), _venv_python()):
         if python.exists():
-            command = [str(python), "-c", ask, module]
+            command = [str(python), "-c", _ASK, module]
             found = subprocess.run(command, capture_output=True, text=True, check=False)
             if found.returncode == 0:
-                return python, Path(found.stdout.strip()).parent
+                origin, release = found.stdout.splitlines()
+                return Place(python, Path(origin).parent, release)
     raise Absent(f"{module} is not installed: run with --install-peers")
-
-
-def python_with(module: str) -> Path:
-    """Return the interpreter that has a module; raise `Absent` where none has."""
-    return _places(module)[0]
-
-
-def package(module: str) -> Path:
-    """Return the folder of a module; raise `Absent` where it is not installed."""
-    return _places(module)[1]
 
 
 class Player:
@@ -102,7 +115,7 @@ class Player:
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # lives as long as the process
         threads = str(options["threads"])
         self._process = subprocess.Popen(
-            [str(python_with(module)), str(WORKER), runner, str(model), json.dumps(options)],
+            [str(place(module).python), str(WORKER), runner, str(model), json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
