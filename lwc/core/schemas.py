@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -94,6 +94,16 @@ def _formal(operand: onnx.defs.OpSchema.FormalParameter) -> FormalType:
 
 
 @functools.cache
+def _required_inputs(domain: str, op_type: str, version: int) -> tuple[tuple[str, bool], ...]:
+    """Return the name of each formal input, and whether it must be there."""
+    import onnx
+
+    schema = find_schema(domain, op_type, version)
+    optional = onnx.defs.OpSchema.FormalParameterOption.Optional
+    return tuple((each.name, each.option != optional) for each in schema.inputs) if schema else ()
+
+
+@functools.cache
 def _signature(
     domain: str, op_type: str, version: int
 ) -> tuple[bool, int, int, int, int, dict[str, int], frozenset[str]] | None:
@@ -122,6 +132,7 @@ def signature_problem(
     inputs: int,
     outputs: int,
     attributes: Mapping[str, int],
+    absent: Sequence[int] = (),
 ) -> str | None:
     """Say what is wrong with a use of a standard operator, or return None.
 
@@ -132,6 +143,8 @@ def signature_problem(
         inputs: Number of inputs, absent ones before the last present one included.
         outputs: Number of outputs, likewise.
         attributes: Type of each attribute by name, as `onnx.AttributeProto.AttributeType`.
+        absent: Positions of absent inputs. Only optional ones may be; those of a variadic operand
+            may not, ONNX Runtime crashes on them.
     """
     signature = _signature(domain, op_type, version)
     if signature is None:
@@ -143,6 +156,11 @@ def signature_problem(
         return f"operator {op_type} was removed before opset {version} of {domain or 'ai.onnx'}"
     if not min_in <= inputs <= max_in:
         return f"has {inputs} inputs, {_range(min_in, max_in)} expected"
+    formals = _required_inputs(domain, op_type, version) if absent else ()
+    for index in absent:
+        name, needed = formals[min(index, len(formals) - 1)]
+        if needed:
+            return f"lacks input {index} ('{name}'), which must be there"
     if not min_out <= outputs <= max_out:
         return f"has {outputs} outputs, {_range(min_out, max_out)} expected"
     for name, kind in attributes.items():

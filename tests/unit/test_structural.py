@@ -308,6 +308,43 @@ def test_absent_optional_inputs_and_outputs_are_fine() -> None:
     verify_structure(module)
 
 
+@pytest.mark.parametrize(
+    ("text", "position", "words"),
+    [
+        ("y = Add(x, x)", 1, "lacks input 1 ('B'), which must be there"),
+        ("y = Add(x, x)", 0, "lacks input 0 ('A')"),
+        ("y = Clip(x, x)", 0, "lacks input 0 ('input')"),
+        ("y = Sum(x, x, x)", 1, "lacks input 1 ('data_0')"),
+    ],
+)
+def test_absent_inputs_that_must_be_there(text: str, position: int, words: str) -> None:
+    """ONNX Runtime refuses such a file, or crashes on it."""
+    text = f'<ir_version: 8, opset_import: ["" : 17]> g (float[4] x) => (float[4] y) {{ {text} }}'
+    module = from_proto(onnx.parser.parse_model(text))
+    verify_structure(module)
+    module.graph.node(0).replace_input_with(position, None)
+    with pytest.raises(VerificationError) as caught:
+        verify_structure(module)
+    assert words in str(caught.value)
+
+
+def test_old_operators_are_held_to_their_own_schema() -> None:
+    """The region of a Resize became optional in opset 13."""
+    modules = [
+        ir.from_onnx_text(
+            f"""<ir_version: 8, opset_import: ["" : {opset}]>
+            g (float[1, 4] x) => (float[n, m] y) <float[2] s = {{1, 2}}>
+            {{ y = Resize(x, s, s) }}"""
+        )
+        for opset in (11, 13)
+    ]
+    for model in modules:
+        model.graph.node(0).replace_input_with(1, None)
+    verify_structure(lwc.Module(modules[1]))
+    with pytest.raises(VerificationError, match=r"lacks input 1 \('roi'\)"):
+        verify_structure(lwc.Module(modules[0]))
+
+
 LOOPS = """<ir_version: 9, opset_import: ["" : 17]>
 g (int64 m, bool c, float[2] x, float[3, 2] xs) => (float[2] y, float[2] z, float[3, 2] zs) {
   y = Loop(m, c, x) <body = b (int64 i, bool k, float[2] v) => (bool k2, float[2] v2)
@@ -317,10 +354,18 @@ g (int64 m, bool c, float[2] x, float[3, 2] xs) => (float[2] y, float[2] z, floa
 }"""
 
 
+def widen(node: ir.Node, count: int) -> None:
+    """Give a node more inputs: its last one again."""
+    have = len(node.inputs)
+    node.resize_inputs(count)
+    for index in range(have, count):
+        node.replace_input_with(index, node.inputs[have - 1])
+
+
 @pytest.mark.parametrize(
     ("op_type", "change", "words"),
     [
-        ("Loop", lambda node: node.resize_inputs(4), "has 1 outputs for 2 loop-carried values"),
+        ("Loop", lambda node: widen(node, 4), "has 1 outputs for 2 loop-carried values"),
         (
             "Loop",
             lambda node: node.attributes["body"].as_graph().inputs.append(float_value("extra")),
@@ -332,7 +377,7 @@ g (int64 m, bool c, float[2] x, float[3, 2] xs) => (float[2] y, float[2] z, floa
             "body has 1 outputs, 2 expected",
         ),
         ("Scan", lambda node: node.resize_inputs(1), "body has 2 inputs, 1 expected"),
-        ("Scan", lambda node: node.resize_inputs(4), "has 2 outputs for 3 state variables"),
+        ("Scan", lambda node: widen(node, 4), "has 2 outputs for 3 state variables"),
         (
             "Scan",
             lambda node: node.attributes.add(ir.AttrInt64("num_scan_inputs", 3)),

@@ -29,10 +29,11 @@ def verify_structure(module: Module) -> None:
     Every value is produced once, before it is used, in its graph or one around it; names are
     unique in a graph and hide none of an outer graph; initializers have the type and shape of
     their tensors; standard operators exist at the imported opset, which the onnx package knows,
-    with inputs, outputs and attributes in their bounds; bodies have the inputs and outputs that
-    their operator gives and takes; calls fit the function they name, and no function calls
-    itself; graph outputs are produced and typed; functions likewise. Unused inputs, nodes of one
-    name and a value that is two graph outputs are all allowed.
+    with inputs, outputs and attributes in their bounds, and no input absent but optional ones;
+    bodies have the inputs and outputs that their operator gives and takes; calls fit the function
+    they name, and no function calls itself; graph outputs are produced and typed; functions
+    likewise. Unused inputs, nodes of one name and a value that is two graph outputs are all
+    allowed.
 
     Raises:
         VerificationError: The first violation, with the node and its neighbours.
@@ -188,6 +189,7 @@ class _Verifier:
             inputs=len(node.inputs),
             outputs=_present(node.outputs),
             attributes={name: a.type.value for name, a in node.attributes.items()},
+            absent=[index for index, value in enumerate(node.inputs) if value is None],
         )
         if problem is None and not node.domain and node.op_type in BODIES:
             problem = body_problem(node)
