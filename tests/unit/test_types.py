@@ -262,6 +262,28 @@ def test_what_a_pass_gets_wrong_elsewhere_is_not() -> None:
         verify_types(module, before=before)
 
 
+def test_one_contradiction_of_the_file_forgives_no_second() -> None:
+    """Mul of float and int64 stands in the file once; a pass adds another, worded alike."""
+    module = module_of(
+        """g (float[5] x, int64[5] i) => (float[5] y, float[5] z)
+        { z = Mul(x, i) b = Sqrt(x) y = Neg(b) }"""
+    )
+    before = check_types(module, Shapes.build(module))
+    assert len(before.clashes) == 1
+    neg = value(module, "y").producer()
+    assert neg is not None
+    mixed = ir.node("Mul", [neg.inputs[0], module.graph.inputs[1]])
+    mixed.outputs[0].name = "mixed"
+    module.graph.insert_before(neg, mixed)
+    neg.replace_input_with(0, mixed.outputs[0])
+    with pytest.raises(VerificationError, match="mixed"):
+        verify_types(module, before=before)
+    module.graph.outputs.pop(1)
+    first = module.graph.node(0)
+    module.graph.remove(first, safe=True)
+    verify_types(module, before=before)  # the first is gone: it may have moved
+
+
 def bind(module: Module) -> None:
     """Set K, as bind-dims does: what depends on it becomes better known."""
     module.graph.inputs[1].shape = ir.Shape([3, 4])

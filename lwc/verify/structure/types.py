@@ -8,6 +8,7 @@ brought in counts then.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
@@ -50,6 +51,11 @@ class Clash:
     operator: bool = False
     axis: int | None = None
 
+    @property
+    def key(self) -> tuple[str, bool, int | None]:
+        """What it is about; how it is worded may change."""
+        return self.place, self.operator, self.axis
+
     def __str__(self) -> str:
         return self.problem if self.operator else f"'{self.place}' {self.problem}"
 
@@ -89,10 +95,15 @@ class TypeState:
         """
         if not self.clashes:
             return
-        old = {(clash.place, clash.operator, clash.axis) for clash in before.clashes}
-        said = {clash.problem for clash in before.clashes}
+        old = {clash.key for clash in before.clashes}
+        stayed = old.intersection(clash.key for clash in self.clashes)
+        # A pass may rename what is wrong: one that is gone forgives one that is worded like it.
+        gone = Counter(clash.problem for clash in before.clashes if clash.key not in stayed)
         for clash in self.clashes:
-            if (clash.place, clash.operator, clash.axis) in old or clash.problem in said:
+            if clash.key in old:
+                continue
+            if gone[clash.problem]:
+                gone[clash.problem] -= 1
                 continue
             hidden = self._use_was if clash.operator else self._statement_was
             if not hidden(clash, before):
