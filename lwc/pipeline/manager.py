@@ -27,6 +27,7 @@ from lwc.pipeline.spec import to_spec, to_text
 from lwc.verify.structure.interface import Interface
 from lwc.verify.structure.preserved import verify_preserved
 from lwc.verify.structure.types import TypeState, check_types, verify_types
+from lwc.verify.structure.weights import WeightContents
 from lwc.verify.structure.well_formed import verify_structure
 
 if TYPE_CHECKING:
@@ -54,9 +55,9 @@ class PassManager:
         passes: The passes in order.
         verify: `none` trusts the passes. `structural` verifies the module's structure before the
             first and after each pass, that each pass told the truth about what it changed and
-            which analyses it preserved, and that it brought in no type or shape that contradicts
-            inference. `numeric` also executes the module before and after each pass that changed
-            it.
+            which analyses it preserved, that it brought in no type or shape that contradicts
+            inference, and wrote into no weight. `numeric` also executes the module before and
+            after each pass that changed it.
         numeric: The check that `numeric` uses.
         instruments: What watches the run.
         rollback: Restore the module where a pass fails. Without it the module is lost then; that
@@ -164,8 +165,10 @@ class PassManager:
         result = _call(pass_, module, ctx)
         middle = time.perf_counter()
         module.forget_names()
-        verification, types, fingerprint = None, state.types, None
+        verification, types, fingerprint, contents = None, state.types, None, state.contents
         if self.verify != "none":
+            if contents is not None and (written := contents.problem()):
+                raise VerificationError(written)
             verify_structure(module)
             if pass_.keeps_interface and (change := interface.change_to(Interface.of(module))):
                 raise VerificationError(change)
@@ -176,7 +179,9 @@ class PassManager:
                 verify_preserved(ctx.analyses, result.preserved)
             ctx.analyses.invalidate(result.preserved)
             types = self._types(module, ctx, types)
-            state = _State(take_snapshot(module), fingerprint, types)
+            if fingerprint is not None:
+                contents = WeightContents.of(fingerprint.tensors, contents)
+            state = _State(take_snapshot(module), fingerprint, types, contents)
         if self.verify == "numeric" and result.changed:
             assert self.numeric is not None
             assert before is not None
@@ -211,7 +216,8 @@ class PassManager:
         checked = self.verify != "none" and self.passes
         fingerprint = module.fingerprint() if checked else None
         types = self._types(module, ctx, None) if checked else None
-        return _State(take_snapshot(module), fingerprint, types)
+        contents = None if fingerprint is None else WeightContents.of(fingerprint.tensors)
+        return _State(take_snapshot(module), fingerprint, types, contents)
 
 
 @dataclass(frozen=True)
@@ -221,6 +227,7 @@ class _State:
     snapshot: Snapshot
     fingerprint: Fingerprint | None
     types: TypeState | None
+    contents: WeightContents | None
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,13 @@ from lwc.pipeline.passes import (
     Pass,
     PassContext,
     PassResult,
+    Verify,
 )
 from lwc.pipeline.record import Snapshot, take_snapshot
 from lwc.pipeline.registry import Registry
 from lwc.pipeline.reproducer import CrashReproducer
+from lwc.verify.reduction.failure import Trial
+from lwc.verify.structure.interface import Interface
 
 MODEL = """
 <ir_version: 9, opset_import: ["" : 17]>
@@ -470,6 +473,88 @@ def test_numeric_verification_runs_after_changes_only(module: Module) -> None:
 def test_numeric_verification_needs_a_check() -> None:
     with pytest.raises(UsageError, match="needs a numeric check"):
         PassManager([], verify="numeric")
+
+
+@pytest.mark.parametrize("verify", ["structural", "numeric"])
+def test_a_pass_that_writes_into_a_weight_is_named(verify: Verify) -> None:
+    """The module before the pass shares the weight, so that a comparison sees no difference."""
+
+    def triple(module: Module, ctx: PassContext) -> PassResult:
+        tensor = module.graph.initializers["w"].const_value
+        assert tensor is not None
+        tensor.numpy()[...] *= 3
+        module.graph.node(0).name = "renamed"
+        return PassResult(True)
+
+    fresh = from_proto(onnx.parser.parse_model(MODEL))
+    fresh.graph.initializers["w"].const_value = ir.Tensor(np.eye(4, dtype=np.float32), name="w")
+    with pytest.raises(VerificationError, match="pass 'act': it writes into weight 'w'"):
+        lwc.optimize(fresh, [DropRelu(), acting(triple)], verify=verify)
+
+
+def test_bisection_and_reduction_name_what_writes_into_a_weight() -> None:
+    def triple(module: Module, ctx: PassContext) -> PassResult:
+        tensor = module.graph.initializers["w"].const_value
+        assert tensor is not None
+        tensor.numpy()[...] *= 3
+        return PassResult(False)
+
+    def fresh() -> Module:
+        made = from_proto(onnx.parser.parse_model(MODEL))
+        made.graph.initializers["w"].const_value = ir.Tensor(np.eye(4, dtype=np.float32), name="w")
+        return made
+
+    passes, history = [DropRelu(), acting(triple)], History()
+    with pytest.raises(VerificationError):
+        PassManager(passes, instruments=[history], rollback=False).run(fresh())
+    found = bisect(history, weight_check)
+    assert found is not None
+    assert (found.index, found.broken) == (1, True)
+    assert "writes into weight 'w'" in found.message
+    failure = Trial().run(fresh(), passes)
+    assert failure is not None
+    assert (failure.kind, failure.pass_name) == ("contract", "act")
+
+
+def test_a_weight_in_a_constant_is_not_written_into_either() -> None:
+    def shift(module: Module, ctx: PassContext) -> PassResult:
+        node = next(node for node in module.graph if node.op_type == "Constant")
+        node.attributes["value"].as_tensor().numpy()[...] += 1
+        return PassResult(False)
+
+    fresh = from_proto(onnx.parser.parse_model(BRANCHES))
+    node = next(node for node in fresh.graph if node.op_type == "Constant")
+    tensor = ir.Tensor(np.ones(2, np.float32), name="one")
+    node.attributes["value"] = ir.AttrTensor("value", tensor)
+    with pytest.raises(VerificationError, match="it writes into weight 'one'"):
+        PassManager([acting(shift)]).run(fresh)
+
+
+def two_inputs(*names: str | int | None) -> Module:
+    graph = "g (float[a, 4] x, float[a, 4] z) => (float[a, 4] y) { y = Add(x, z) }"
+    made = Module(ir.from_onnx_text(f'<ir_version: 9, opset_import: ["" : 17]>\n{graph}'))
+    for value, name in zip(made.graph.inputs, names, strict=True):
+        value.shape = ir.Shape([name, 4])
+    return made
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "complaint"),
+    [
+        (("a", "a"), ("b", "b"), None),
+        (("a", "a"), (3, 3), None),
+        (("a", "a"), (None, "a"), None),
+        (("a", "a"), ("b", "a"), "dimension 'a' of the graph's inputs became 'b' and 'a'"),
+        (("a", "b"), ("b", "b"), "dimensions 'a' and 'b' of the graph's inputs became one, 'b'"),
+        (("a", "b"), ("b", "a"), None),
+    ],
+)
+def test_names_of_input_dimensions_keep_what_they_say(
+    before: tuple[str, ...], after: tuple[str | int | None, ...], complaint: str | None
+) -> None:
+    """Two inputs of one extent, or of two: renaming some of the places says something else."""
+    found = Interface.of(two_inputs(*before)).change_to(Interface.of(two_inputs(*after)))
+    assert found == complaint
 
 
 def test_instruments_see_everything_in_order(module: Module) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import onnx_ir as ir
 
+from lwc.core.dims import is_anonymous, parse_dim
 from lwc.core.module import Module
 
 __all__ = ["Interface"]
@@ -38,7 +40,8 @@ class Interface:
 
         Names, order and element types are the same. Declared shapes may become more or less
         definite (a dimension bound to a number, a number left open), but of no other rank, and a
-        number of no other value.
+        number of no other value. Dimensions of the inputs may be renamed everywhere: where only
+        some places of one name are, or two names become one, other extents are said to be equal.
         """
         for what, mine, theirs in (
             ("inputs", self.inputs, later.inputs),
@@ -56,7 +59,7 @@ class Interface:
                         f"the declared shape of {place} changed: "
                         f"{_listed(before.dims)} to {_listed(after.dims)}"
                     )
-        return None
+        return _renaming_problem(self.inputs, later.inputs)
 
 
 def _port(value: ir.Value) -> _Port:
@@ -64,6 +67,28 @@ def _port(value: ir.Value) -> _Port:
     shape = value.shape
     dims = None if shape is None else tuple(d if isinstance(d, int) else d.value for d in shape)
     return _Port(value.name, kind, dims)
+
+
+def _renaming_problem(before: tuple[_Port, ...], after: tuple[_Port, ...]) -> str | None:
+    """Say which dimensions were not renamed one to one, or return None."""
+    renamed: dict[str, str] = {}
+    origin: dict[str, str] = {}
+    for mine, theirs in zip(before, after, strict=True):
+        for old, new in zip(mine.dims or (), theirs.dims or (), strict=False):
+            if not (_is_name(old) and _is_name(new)):
+                continue
+            other = renamed.setdefault(old, new)
+            if other != new:
+                return f"dimension '{old}' of the graph's inputs became '{other}' and '{new}'"
+            other = origin.setdefault(new, old)
+            if other != old:
+                return f"dimensions '{other}' and '{old}' of the graph's inputs became one, '{new}'"
+    return None
+
+
+def _is_name(dim: int | str | None) -> TypeGuard[str]:
+    """Tell whether a dimension is one name, and no expression."""
+    return isinstance(dim, str) and not is_anonymous(dim) and parse_dim(dim).is_Symbol
 
 
 def _contradict(
