@@ -15,9 +15,10 @@ from support import module_of
 from lwc.calibration.feeds import FeedSpec
 from lwc.core.errors import LwcError, PassError
 from lwc.core.module import Module
+from lwc.passes.cleanup.bind_dims import BindDims
 from lwc.passes.cleanup.canonicalize import Canonicalize
 from lwc.passes.quantization.quantize_weights import QuantizeWeights
-from lwc.pipeline.passes import Contract, Exact, Lossy, Pass, PassContext, PassResult
+from lwc.pipeline.passes import Approximate, Contract, Exact, Lossy, Pass, PassContext, PassResult
 from lwc.verify.contract.clauses import ContractSettings, ContractViolation, check_contract
 from lwc.verify.contract.isomorphism import renamed, structure
 
@@ -124,6 +125,12 @@ def by_name(module: Module) -> bool:
     return drop_identity(module) if node and node.outputs[0].name == "c" else False
 
 
+def narrow(module: Module) -> bool:
+    done = drop_identity(module)
+    module.graph.inputs[0].shape = ir.Shape([1, 4])
+    return done
+
+
 def again_and_again(module: Module) -> bool:
     relu = node_of(module, "Relu")
     made = ir.node("Relu", [relu.inputs[0]])
@@ -140,6 +147,7 @@ CASES: list[tuple[str, Pass, str]] = [
     ("structure", broken(lambda module: True), "reports a change, but the module is the same"),
     ("weights", broken(write_weight), "writes into a weight"),
     ("weights", broken(copy_weight), "makes a new tensor of 'w'"),
+    ("structure", broken(narrow), "bind 'N' to 1, which no assumption of its contract says"),
     ("crash", broken(lambda module: None, run=lambda self, module, ctx: None), "not a PassResult"),
     ("structure", broken(unserializable), "its result breaks lwc"),
     ("repetition", broken(count_up), "gives another result"),
@@ -186,6 +194,46 @@ def test_the_module_is_not_changed() -> None:
     before = module.fingerprint()
     check_contract(broken(right), module)
     assert module.fingerprint() == before
+
+
+def test_a_pass_may_narrow_its_inputs_where_it_says_so() -> None:
+    pass_ = broken(narrow, contract=Exact(("N is 1",)))
+    assert check_contract(pass_, module_of(GRAPH)).changed
+    assert check_contract(BindDims((("N", 3),)), module_of(GRAPH)).changed
+
+
+@pytest.mark.parametrize("atol", [1e-3, 5e-4])
+def test_a_stated_absolute_error_is_allowed_however_small_the_output(atol: float) -> None:
+    """Among the feeds are numbers a thousandth as large: the error does not shrink with them."""
+
+    def shift(module: Module) -> bool:
+        relu = node_of(module, "Relu")
+        added = module.add_initializer("shift", np.array(9e-4, np.float32))
+        node = ir.node("Add", [relu.inputs[0], added])
+        node.outputs[0].name = "shifted"
+        module.graph.insert_before(relu, node)
+        relu.replace_input_with(0, node.outputs[0])
+        return True
+
+    pass_ = broken(shift, contract=Approximate(rtol=0.0, atol=atol), changes_again="it adds")
+    if atol > 9e-4:
+        assert check_contract(pass_, module_of(RELU)).changed
+        return
+    with pytest.raises(ContractViolation, match="times its bound"):
+        check_contract(pass_, module_of(RELU))
+
+
+def test_sequences_of_tensors_of_several_shapes() -> None:
+    def ragged(tail: str) -> Module:
+        return module_of(
+            f"""g (float[N, 8] x) => (seq(float[M, 8]) y)
+            {{ c = Identity(x) a = Relu(c) b = Concat<axis = 0>(a, {tail})
+               y = SequenceConstruct(a, b) }}"""
+        )
+
+    assert check_contract(broken(right), ragged("a")).feeds == 6
+    with pytest.raises(ContractViolation, match=r"output 'y\[0\]' is .* times its bound"):
+        check_contract(broken(wrong_operator), ragged("x"))
 
 
 ASSUMPTION = "x is not negative"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ROUNDING_FLOAT32",
+    "Bounds",
     "OutputError",
     "contract_bounds",
     "depth",
@@ -28,6 +29,7 @@ __all__ = [
     "root_mean_square",
     "rounding",
     "shown",
+    "usual_size",
 ]
 
 Array = np.ndarray[Any, Any]
@@ -93,6 +95,33 @@ _NO_NUMBER = 1e30
 """Elements of this size and more stand for "minus infinity" in masks: they say nothing of the
 size of an output."""
 
+_LEAST_MASK, _APART, _SHARE = 1e3, 1e4, 0.1
+"""Smaller numbers mask nothing in a softmax. Elements above that and this many times as large as
+the smallest tenth (of those that are not 0) are numbers of a mask, too; up to nine tenths of an
+output may be masked."""
+
+
+class Bounds(NamedTuple):
+    """How far an element `y` of an output of usual size `s` may be off.
+
+    By `rtol·(|y| + s) + rounding·min(1, s) + promised`.
+
+    Attributes:
+        rtol: Relative bound.
+        rounding: Absolute bound on rounding, for outputs of the order of one; no refuge for tiny
+            ones.
+        promised: Absolute bound of the contract.
+    """
+
+    rtol: float
+    rounding: float
+    promised: float = 0.0
+
+    @property
+    def atol(self) -> float:
+        """The absolute bound of an output of the order of one."""
+        return self.rounding + self.promised
+
 
 def rounding(module: Module) -> float:
     """Return `c · eps` of the coarsest type computed in; see `exact_rtol`."""
@@ -110,16 +139,16 @@ def rounding(module: Module) -> float:
     return ROUNDING_FLOAT32
 
 
-def contract_bounds(contract: Contract, before: Module) -> tuple[float, float]:
-    """Return the relative and absolute bound of an element.
+def contract_bounds(contract: Contract, before: Module) -> Bounds:
+    """Return the bounds of an element.
 
     They are those of the module before: a pass that goes through a coarser type, or adds depth,
     does not loosen what it is held to.
     """
     rtol, atol = exact_rtol(before), rounding(before)
     if isinstance(contract, Approximate):
-        return contract.rtol + rtol, contract.atol + atol
-    return rtol, atol
+        return Bounds(contract.rtol + rtol, atol, contract.atol)
+    return Bounds(rtol, atol)
 
 
 def difference(
@@ -127,12 +156,10 @@ def difference(
     shapes: dict[str, tuple[int, ...]],
     expected: Array,
     result: Array,
-    bounds: tuple[float, float],
+    bounds: Bounds,
 ) -> OutputError:
     """Compare one output before and after.
 
-    An element `y` of an output with root mean square `s` may be off by
-    `atol·min(1, s) + rtol·(|y| + s)`.
     Integers, booleans and strings must be equal; NaN and infinities must stay where they are.
 
     Args:
@@ -140,7 +167,7 @@ def difference(
         shapes: Shapes of the feed, for the message.
         expected: The output before.
         result: The output after.
-        bounds: rtol and atol.
+        bounds: How far elements may be off.
 
     Raises:
         VerificationError: The shape is another.
@@ -155,14 +182,13 @@ def difference(
         return OutputError(name, shapes, 0.0, 0.0, (), math.nan, math.nan)
     if expected.dtype.kind in "OUS":
         wanted, found = np.zeros(expected.shape), (expected != result).astype(np.float64)
-        rtol = atol = 0.0
+        bounds = Bounds(0.0, 0.0)
     else:
         wanted, found = expected.astype(np.float64), result.astype(np.float64)
-        rtol, atol = bounds
         if expected.dtype.kind in "iub":
-            rtol = 0.0
+            bounds = Bounds(0.0, bounds.rounding)
     error = distance(expected, result) if expected.dtype.kind not in "OUS" else found
-    excess = _excess(error, wanted, rtol, atol)
+    excess = _excess(error, wanted, bounds)
     index = np.unravel_index(int(excess.argmax()), expected.shape)
     return OutputError(
         name,
@@ -186,16 +212,26 @@ def distance(a: Array, b: Array) -> Array:
     return np.maximum(found, a != b) if np.asarray(a).dtype.kind in "iub" else found
 
 
-def _excess(error: Array, wanted: Array, rtol: float, atol: float) -> Array:
+def _excess(error: Array, wanted: Array, bounds: Bounds) -> Array:
     """Return the ratio of each error to its bound."""
-    finite = np.isfinite(wanted)
-    size = np.abs(np.where(finite, wanted, 0.0))
-    scale = root_mean_square(size[finite & (size < _NO_NUMBER)])
-    # The absolute bound is for outputs of the order of one, and no refuge for tiny ones.
-    bound = atol * min(1.0, scale) + rtol * (size + scale)
+    size = np.abs(np.where(np.isfinite(wanted), wanted, 0.0))
+    scale = usual_size(wanted)
+    bound = bounds.promised + bounds.rounding * min(1.0, scale) + bounds.rtol * (size + scale)
     with np.errstate(divide="ignore", invalid="ignore"):
         excess: Array = np.where(error > 0, error / bound, 0.0)
     return excess
+
+
+def usual_size(array: Array) -> float:
+    """Return the root mean square of the elements that are numbers: finite, and of no mask."""
+    size = np.abs(np.asarray(array, np.float64))
+    size = size[size < _NO_NUMBER]
+    if size.size and float(size.max()) > _LEAST_MASK:
+        numbers = size[size > 0]
+        rank = int(_SHARE * (numbers.size - 1))
+        small = float(np.partition(numbers, rank)[rank])
+        size = size[size <= max(_LEAST_MASK, _APART * small)]
+    return root_mean_square(size)
 
 
 def root_mean_square(array: Array) -> float:

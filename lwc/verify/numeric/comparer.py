@@ -5,25 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import onnx_ir as ir
 
-from lwc.backends.onnxruntime.session import OnnxRuntimeBackend, OnnxRuntimeExecutable
 from lwc.calibration.feeds import (
     Edge,
     FeedSpec,
     dim_names,
     fixed_dims,
 )
-from lwc.calibration.inputs import fed_inputs
 from lwc.core.diagnostics import describe
 from lwc.core.errors import LwcError, VerificationError
 from lwc.core.walk import is_random
 from lwc.pipeline.passes import Contract, Exact, Lossy
 from lwc.verify.numeric.bounds import (
     ROUNDING_FLOAT32,
+    Bounds,
     OutputError,
     contract_bounds,
     depth,
@@ -34,6 +32,7 @@ from lwc.verify.numeric.bounds import (
 )
 from lwc.verify.numeric.choosing import TestFeed, choose_feeds, is_small
 from lwc.verify.numeric.reference import Float64Reference, runs_in_float64
+from lwc.verify.numeric.running import LOOP_SECONDS, Running, compiled, fitted, limit_after
 from lwc.verify.numeric.sensitivity import ROUNDING, Sensitivity
 
 if TYPE_CHECKING:
@@ -53,9 +52,9 @@ __all__ = [
 Array = np.ndarray[Any, Any]
 
 _LOSSY_FEEDS = 2
-_LOOP_SECONDS, _SMALL_LOOP_SECONDS = 60.0, 1.0
-"""Time for one run of a module with loops, and of a small one: a pass may have lost what ends one,
-and what it collects fills the memory."""
+
+_BRIEF = 0.1
+"""Seconds of ONNX Runtime up to which loops run in float64 too; the reference takes far longer."""
 
 _REFERENCE_RTOL = 4 * 2.0**-24
 """In float64 what is left is the rounding of constants to float32, 2**-24 each."""
@@ -68,7 +67,7 @@ class NumericReport:
     Attributes:
         errors: For each feed and output.
         rtol: Bound relative to an element and to its output's root mean square together.
-        atol: Absolute bound added to it.
+        atol: Absolute bound added to it, for outputs of the order of one.
         feeds: Feeds compared.
         float64: Whether they were compared in float64 too.
         skipped: Why nothing was compared, or None.
@@ -100,6 +99,8 @@ class Comparer:
         seed: Seed of the feeds.
         spec: What the user knows about the inputs.
         threads: Threads of one operator.
+        limit: Seconds for one run of a reference that loops. What a pass made of one gets a
+            second, or twenty times what the reference takes.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class Comparer:
         seed: int = 0,
         spec: FeedSpec | None = None,
         threads: int | None = None,
+        limit: float = LOOP_SECONDS,
     ) -> None:
         self._bindings = bindings
         self._rtol = rtol
@@ -118,6 +120,7 @@ class Comparer:
         self._seed = seed
         self._spec = spec or FeedSpec()
         self._threads = threads
+        self._limit = limit
         self._memory = _Memory()
 
     def __call__(
@@ -127,18 +130,20 @@ class Comparer:
 
         Both run on ONNX Runtime with its graph optimisations off, at three settings of the free
         dimensions where the model allows it: a usual one, an odd one and one. Feeds at the edges
-        follow: numbers that are 0, huge or tiny, masks that hide whole rows. An element `y` of an
-        output with root mean square `s` may be off by `atol + rtol·(|y| + s)`:
+        follow: numbers that are 0, huge or tiny, masks that hide whole rows. An element of an
+        output may be off by what `Bounds` says:
 
         * `Exact`: rtol is `exact_rtol`, a bound on rounding that grows with the root of the
-          depth; atol is that of a single operator, for outputs of saturating functions. Integer
-          and boolean outputs must be equal. A larger difference passes where rounding explains
-          it: where relative changes of 2**-23 in weights and inputs move the output as far.
+          depth; `rounding` is that of a single operator, for outputs of saturating functions.
+          Integer and boolean outputs must be equal. A larger difference passes where rounding
+          explains it: where relative changes of 2**-23 in weights and inputs move the output as
+          far.
         * `Approximate`: the contract's bounds on top of that.
         * `Lossy`: nothing is promised; errors are only reported, over the bound of `Exact`.
 
         Small graphs of standard operators run in float64 as well, where cancellation hides
-        nothing. NaN and infinities must stay where they are.
+        nothing. NaN and infinities must stay where they are, and element types what they are,
+        unless the pass is not exact and states another. Sequences are compared by element.
 
         Args:
             before: The reference.
@@ -154,19 +159,17 @@ class Comparer:
         random = next(filter(is_random, before.nodes()), None)
         if random is not None:
             return NumericReport(skipped=f"{describe(random)} draws random numbers")
-        feeds, expected = self._memory.recall(before, after) or self._reference(
+        feeds, expected, seconds = self._memory.recall(before, after) or self._reference(
             before, after, contract
         )
         if isinstance(contract, Lossy) and not is_small(before):
             # Nothing can fail: two feeds say how far a lossy pass is off.
             feeds, expected = feeds[:_LOSSY_FEEDS], expected[:_LOSSY_FEEDS]
-        promised = contract_bounds(contract, before)
-        bounds = (
-            promised[0] if self._rtol is None else self._rtol,
-            promised[1] if self._atol is None else self._atol,
-        )
-        results = self._run_after(after, feeds)
-        found = _Found(before, contract, bounds, self._threads)
+        bounds = self._bounds(contract, before)
+        limit = limit_after(seconds)
+        results, seconds_after = self._run_after(after, feeds, limit)
+        retyped = frozenset() if isinstance(contract, Exact) else _retyped(before, after)
+        found = _Found(before, contract, bounds, self._threads, limit, retyped)
         errors = found.errors(feeds, expected, results, None)
         again: list[OutputError] = []
         # In 16 bits rounding is part of what is computed.
@@ -174,11 +177,14 @@ class Comparer:
             _runs_in_float64(before)
             and _runs_in_float64(after)
             and rounding(before) <= ROUNDING_FLOAT32
+            and max(seconds, seconds_after) <= _BRIEF
         )
         if wide and not isinstance(contract, Lossy):
             again = self._in_float64(before, after, feeds, found, (expected, results))
-        self._memory.keep(after, feeds, results)
-        return NumericReport(tuple(errors + again), *bounds, len(feeds), bool(again))
+        self._memory.keep(after, feeds, results, seconds_after)
+        return NumericReport(
+            tuple(errors + again), bounds.rtol, bounds.atol, len(feeds), bool(again)
+        )
 
     def prime(self, module: Module) -> None:
         """Run a module now; it is the reference of the next comparison.
@@ -186,35 +192,50 @@ class Comparer:
         Raises:
             LwcError: It does not run.
         """
-        feeds, outputs = self._reference(module, module, Exact())
-        self._memory.keep(module, feeds, outputs)
+        self._memory.keep(module, *self._reference(module, module, Exact()))
+
+    @property
+    def limit(self) -> float:
+        """Seconds for one run of what a pass makes of the last module."""
+        return limit_after(self._memory.seconds)
 
     @property
     def last(self) -> tuple[list[TestFeed], list[dict[str, Array]]]:
         """The feeds of the last run, and what the last module gave on them."""
         return self._memory.feeds, self._memory.outputs
 
-    def _reference(
-        self, before: Module, after: Module, contract: Contract
-    ) -> tuple[list[TestFeed], list[dict[str, Array]]]:
+    def _bounds(self, contract: Contract, before: Module) -> Bounds:
+        bounds = contract_bounds(contract, before)
+        if self._rtol is not None:
+            bounds = bounds._replace(rtol=self._rtol)
+        if self._atol is not None:
+            bounds = bounds._replace(rounding=0.0, promised=self._atol)
+        return bounds
+
+    def _reference(self, before: Module, after: Module, contract: Contract) -> _Outputs:
         dims, known = {**self._spec.dims, **fixed_dims(before, after)}, dim_names(before)
         spec = replace(self._spec, dims={k: v for k, v in dims.items() if k in known})
-        with compiled(before, self._threads) as runner:
+        with compiled(before, self._threads, limit=self._limit) as runner:
             edges = not isinstance(contract, Lossy)
             chosen = choose_feeds(
                 before, runner, self._bindings, seed=self._seed, spec=spec, edges=edges
             )
-        return [feed for feed, _ in chosen], [outputs for _, outputs in chosen]
+        return _Outputs(
+            [feed for feed, _ in chosen], [outputs for _, outputs in chosen], _looping(runner)
+        )
 
-    def _run_after(self, after: Module, feeds: Sequence[TestFeed]) -> list[dict[str, Array]]:
+    def _run_after(
+        self, after: Module, feeds: Sequence[TestFeed], limit: float
+    ) -> tuple[list[dict[str, Array]], float]:
         try:
-            with compiled(after, self._threads) as candidate:
-                return [candidate.run(fitted(feed.arrays, after)) for feed in feeds]
+            with compiled(after, self._threads, limit=limit) as candidate:
+                results = [candidate.run(fitted(feed.arrays, after)) for feed in feeds]
         except LwcError as error:
             raise VerificationError(
                 f"the module ran before the pass and does not run after it: {error.message}",
                 node=error.node,
             ) from error
+        return results, _looping(candidate)
 
     def _in_float64(
         self,
@@ -260,6 +281,7 @@ def compare(
     seed: int = 0,
     spec: FeedSpec | None = None,
     threads: int | None = None,
+    limit: float = LOOP_SECONDS,
 ) -> NumericReport:
     """Compare two modules once; see `Comparer`.
 
@@ -268,9 +290,28 @@ def compare(
         LwcError: `before` does not run.
     """
     comparer = Comparer(
-        bindings=bindings, rtol=rtol, atol=atol, seed=seed, spec=spec, threads=threads
+        bindings=bindings,
+        rtol=rtol,
+        atol=atol,
+        seed=seed,
+        spec=spec,
+        threads=threads,
+        limit=limit,
     )
     return comparer(before, after, contract)
+
+
+class _Outputs(NamedTuple):
+    """Feeds, what a module gives on each, and the seconds of the longest run if it loops."""
+
+    feeds: list[TestFeed]
+    outputs: list[dict[str, Array]]
+    seconds: float
+
+
+def _looping(runner: Running) -> float:
+    """Return the seconds of the longest run of a module that loops, 0 of one that does not."""
+    return 0.0 if runner.limit is None else runner.longest
 
 
 class _Memory:
@@ -280,19 +321,35 @@ class _Memory:
         self._fingerprint: Fingerprint | None = None
         self.feeds: list[TestFeed] = []
         self.outputs: list[dict[str, Array]] = []
+        self.seconds = 0.0
 
-    def keep(self, module: Module, feeds: list[TestFeed], outputs: list[dict[str, Array]]) -> None:
-        self._fingerprint, self.feeds, self.outputs = module.fingerprint(), feeds, outputs
+    def keep(
+        self,
+        module: Module,
+        feeds: list[TestFeed],
+        outputs: list[dict[str, Array]],
+        seconds: float,
+    ) -> None:
+        self._fingerprint, self.seconds = module.fingerprint(), seconds
+        self.feeds, self.outputs = feeds, outputs
 
-    def recall(
-        self, before: Module, after: Module
-    ) -> tuple[list[TestFeed], list[dict[str, Array]]] | None:
-        """Return feeds and outputs if `before` was run last, and `after` fixed no dimension."""
+    def recall(self, before: Module, after: Module) -> _Outputs | None:
+        """Return what `before` gave if it was run last, and `after` fixed no dimension."""
         if self._fingerprint is None or fixed_dims(before, after):
             return None
         if self._fingerprint != before.fingerprint():
             return None
-        return self.feeds, self.outputs
+        return _Outputs(self.feeds, self.outputs, self.seconds)
+
+
+def _retyped(before: Module, after: Module) -> frozenset[str]:
+    """Return the names of the graph outputs that state another type than before."""
+    stated = {value.name: value.type for value in after.graph.outputs}
+    return frozenset(
+        value.name
+        for value in before.graph.outputs
+        if value.name and value.name in stated and stated[value.name] != value.type
+    )
 
 
 @dataclass(frozen=True)
@@ -301,8 +358,10 @@ class _Found:
 
     before: Module
     contract: Contract
-    bounds: tuple[float, float]
+    bounds: Bounds
     threads: int | None
+    limit: float
+    retyped: frozenset[str]
 
     def errors(
         self,
@@ -323,17 +382,17 @@ class _Found:
             VerificationError: One is larger than the contract and rounding allow.
         """
         bounds = self.bounds
-        if reference is not None:
-            bounds = (bounds[0] - exact_rtol(self.before), bounds[1])
-            bounds = (max(bounds[0], _REFERENCE_RTOL), min(bounds[1], 2.0**-24))
-            if not isinstance(self.contract, Exact):
-                bounds = self.bounds
+        if reference is not None and isinstance(self.contract, Exact):
+            rtol = max(bounds.rtol - exact_rtol(self.before), _REFERENCE_RTOL)
+            bounds = bounds._replace(rtol=rtol, rounding=min(bounds.rounding, 2.0**-24))
         errors = []
         for feed, wanted, result in zip(feeds, expected, results, strict=True):
             sensitivity: Sensitivity | None = None
             for name, array in wanted.items():
                 if name not in result:
                     raise VerificationError(f"output '{name}' is gone after the pass")
+                if reference is None:
+                    self._check_type(name, array, result[name])
                 error = difference(name, feed.shapes, array, result[name], bounds)
                 if error.excess > 1 and not isinstance(self.contract, Lossy):
                     if sensitivity is None:
@@ -344,20 +403,25 @@ class _Found:
                 errors.append(error)
         return errors
 
+    def _check_type(self, name: str, before: Array, after: Array) -> None:
+        if before.dtype != after.dtype and name.partition("[")[0] not in self.retyped:
+            raise VerificationError(
+                f"output '{name}' was {before.dtype} before the pass and is {after.dtype} after it"
+            )
+
     def means_the_same(
         self, feed: TestFeed, runtime: Mapping[str, Array], reference: Mapping[str, Array]
     ) -> bool:
         """Tell whether rounding explains how the reference differs from ONNX Runtime."""
         sensitivity: Sensitivity | None = None
         for name, array in runtime.items():
-            found = np.asarray(array)
-            mine = np.asarray(reference[name]).astype(found.dtype)
-            if mine.shape != found.shape:
+            if name not in reference or reference[name].shape != array.shape:
                 return False
-            error = difference(name, {}, found, mine, self.bounds)
+            mine = reference[name].astype(array.dtype)
+            error = difference(name, {}, array, mine, self.bounds)
             if error.excess > 1:
                 sensitivity = sensitivity or self._sensitivity(feed, runtime, None)
-                if sensitivity.judge(error, found, mine, self.bounds).excess > 1:
+                if sensitivity.judge(error, array, mine, self.bounds).excess > 1:
                     return False
         return True
 
@@ -370,7 +434,9 @@ class _Found:
         make = Float64Reference if reference is not None else None
 
         def prepared(module: Module) -> AbstractContextManager[Any]:
-            return nullcontext(make(module)) if make else compiled(module, self.threads)
+            if make is not None:
+                return nullcontext(make(module))
+            return compiled(module, self.threads, limit=self.limit)
 
         rounded = ROUNDING if reference is None else 2.0**-52
         return Sensitivity.measure(self.before, feed.arrays, wanted, prepared, results=rounded)
@@ -383,7 +449,7 @@ def _runs_in_float64(module: Module) -> bool:
 def _complaint(
     error: OutputError,
     feed: TestFeed,
-    bounds: tuple[float, float],
+    bounds: Bounds,
     reference: Float64Reference | None,
 ) -> str:
     filled = "" if feed.edge == "plain" else f", {_EDGE_WORDS[feed.edge]}"
@@ -391,7 +457,7 @@ def _complaint(
     return (
         f"output '{error.output}' is {error.result:.6g} at {list(error.index)} after the pass and "
         f"was {error.expected:.6g} before: {error.excess:.3g} times its bound "
-        f"(rtol {bounds[0]:.2g}, atol {bounds[1]:.2g}{precision}), "
+        f"(rtol {bounds.rtol:.2g}, atol {bounds.atol:.2g}{precision}), "
         f"with {shown(error.shapes)}{filled}"
     )
 
@@ -402,22 +468,3 @@ _EDGE_WORDS: dict[Edge, str] = {
     "tiny": "numbers a thousandth as large",
     "masked": "some rows masked as a whole",
 }
-
-
-def fitted(feed: Mapping[str, Array], module: Module) -> dict[str, Array]:
-    """Give each input of `module` its array, in the element type it wants."""
-    made = {}
-    for value in fed_inputs(module):
-        name = value.name or ""
-        if name in feed:
-            made[name] = feed[name]
-            if value.dtype is not None and value.dtype != ir.DataType.STRING:
-                made[name] = feed[name].astype(value.dtype.numpy(), copy=False)
-    return made
-
-
-def compiled(module: Module, threads: int | None = 1) -> OnnxRuntimeExecutable:
-    """Compile a module as it is written, with a time limit where it loops."""
-    loops = any(node.op_type == "Loop" for node in module.nodes())
-    limit = (_SMALL_LOOP_SECONDS if is_small(module) else _LOOP_SECONDS) if loops else None
-    return OnnxRuntimeBackend().compile(module, threads=threads, optimize="none", time_limit=limit)

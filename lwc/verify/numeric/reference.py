@@ -17,6 +17,7 @@ from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, ValueInfoPr
 
 from lwc.core.errors import LwcError
 from lwc.core.schemas import find_schema
+from lwc.verify.numeric.running import flat
 
 if TYPE_CHECKING:
     from lwc.core.module import Module
@@ -81,7 +82,7 @@ class Float64Reference:
             raise LwcError(f"the float64 reference cannot run it: {error}") from error
 
     def run(self, feed: Mapping[str, Array]) -> dict[str, Array]:
-        """Run one batch and return the outputs by name, float32 ones as float64.
+        """Run one batch and return the outputs by name, as `flat` names them; float32 as float64.
 
         Raises:
             LwcError: A node fails.
@@ -96,9 +97,7 @@ class Float64Reference:
                 results = self._evaluator.run(None, wide)
         except Exception as error:
             raise LwcError(f"the float64 reference fails: {error}") from error
-        return {
-            name: np.asarray(result) for name, result in zip(self._outputs, results, strict=True)
-        }
+        return flat(dict(zip(self._outputs, results, strict=True)))
 
 
 def _widen_graph(graph: GraphProto) -> None:

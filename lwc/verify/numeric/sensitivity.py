@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from lwc.core.errors import LwcError
 from lwc.core.walk import is_default_domain, op_name
-from lwc.verify.numeric.bounds import OutputError, difference, distance, root_mean_square
+from lwc.verify.numeric.bounds import Bounds, OutputError, difference, distance, root_mean_square
 
 if TYPE_CHECKING:
     from lwc.core.module import Module
@@ -118,8 +118,8 @@ class Sensitivity:
                 except LwcError:
                     continue  # a change may make a shape or an index invalid: it tells nothing
                 for name, before in movement.items():
-                    found = np.asarray(moved[name])
-                    if found.shape != before.shape:
+                    found = moved.get(name)
+                    if found is None or found.shape != before.shape:
                         movement[name] = np.full(before.shape, math.inf)
                         continue
                     draws[name].append(found)
@@ -129,7 +129,7 @@ class Sensitivity:
         return cls(move(1.0), move(_WIDER) if twice else {}, draws)
 
     def judge(
-        self, error: OutputError, expected: Array, result: Array, bounds: tuple[float, float]
+        self, error: OutputError, expected: Array, result: Array, bounds: Bounds
     ) -> OutputError:
         """Return the error with its excess over what rounding allows, if that is more.
 

@@ -15,7 +15,8 @@ from lwc.core.errors import LwcError, UsageError, VerificationError
 from lwc.pipeline.instruments import Instrument
 from lwc.pipeline.manager import PassManager
 from lwc.pipeline.passes import Contract, Pass, PassContext, Runner
-from lwc.verify.numeric.comparer import compare, compiled
+from lwc.verify.numeric.comparer import compare
+from lwc.verify.numeric.running import LOOP_SECONDS, compiled
 from lwc.verify.structure.well_formed import verify_structure
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class Trial:
         threads: Threads of the backend; its choice by default.
         max_memory: See `PassContext`.
         granted: See `PassContext`.
+        limit: Seconds for one run of a module that loops, before the passes.
     """
 
     numeric: bool = True
@@ -81,6 +83,7 @@ class Trial:
     threads: int | None = None
     max_memory: int | None = None
     granted: frozenset[str] = frozenset()
+    limit: float = LOOP_SECONDS
 
     def run(self, module: Module, passes: Sequence[Pass]) -> Failure | None:
         """Run passes on a copy of `module` and tell how they fail, or None.
@@ -127,7 +130,7 @@ class Trial:
     def refusal(self, module: Module) -> LwcError | None:
         """Return what the backend says where it does not run a module as it is."""
         try:
-            with compiled(module, self.threads) as executable:
+            with compiled(module, self.threads, limit=self.limit) as executable:
                 working_feeds(module, executable, 1, self.seed)
         except LwcError as error:
             return error
@@ -160,7 +163,14 @@ class _Checks:
     def __call__(self, before: Module, after: Module, contract: Contract) -> str:
         trial = self.trial
         try:
-            compare(before, after, contract=contract, seed=trial.seed, threads=trial.threads)
+            compare(
+                before,
+                after,
+                contract=contract,
+                seed=trial.seed,
+                threads=trial.threads,
+                limit=trial.limit,
+            )
         except VerificationError as error:
             self.found = error
             raise

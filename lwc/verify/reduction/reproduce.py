@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from lwc.frontend.load import load
 from lwc.frontend.onnx_writer import save
 from lwc.pipeline.manager import PassManager
 from lwc.pipeline.passes import Pass
+from lwc.verify.numeric.running import limit_after
 from lwc.verify.reduction.failure import Failure, Trial
 from lwc.verify.reduction.reduce import count_nodes, reduce_module, reduce_pipeline
 from lwc.verify.structure.well_formed import verify_structure
@@ -93,10 +95,14 @@ def reproduce(
             fails, and the outputs to compare are not to be had, as the backend refuses the module.
     """
     verify_structure(module)
+    begin = time.perf_counter()
     refusal = trial.refusal(module)
+    # What is cut down may never end where the module did.
+    limit = limit_after(time.perf_counter() - begin)
     runs = refusal is None
     wanted, trial = trial.numeric, replace(trial, numeric=trial.numeric and runs)
     failure = trial.run(module, passes)
+    trial = replace(trial, limit=min(limit, trial.limit))
     if failure is None:
         if wanted and refusal is not None:
             raise LwcError(
