@@ -166,7 +166,7 @@ class _Cache:
             return self.padding
         if any(value.name == self.mask for value in module.graph.inputs):
             raise PassError(f"input '{self.mask}' is no mask of tokens")
-        made = ir.Input(self.mask, ir.Shape(dims), ir.TensorType(ir.DataType.INT64))
+        made = ir.Value(name=self.mask, shape=ir.Shape(dims), type=ir.TensorType(ir.DataType.INT64))
         module.graph.inputs.append(made)
         return made
 
@@ -246,7 +246,7 @@ class _Cache:
         kind = ir.TensorType(layer.dtype)
         for place, what in ((_PAST_KEY, "key"), (_PAST_VALUE, "value")):
             shape = ir.Shape([*fixed, as_ir_dim(self._past), layer.size])
-            made = ir.Input(f"past_key_values.{index}.{what}", shape, kind)
+            made = ir.Value(name=f"past_key_values.{index}.{what}", shape=shape, type=kind)
             graph.inputs.append(made)
             self.edit.set_input(node, place, made)
         self.edit.set_input(node, _LAST, last)

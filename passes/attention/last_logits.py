@@ -129,6 +129,7 @@ class _Cut:
 
     def write(self, count: int) -> None:
         """Cut every value that enters the region with tokens, once each."""
+        self.edit.at(next(iter(self.edit.module.graph)))
         begin = self._begin(count)
         end = self.edit.constant(_END, "end")
         made: dict[ir.Value, ir.Value] = {}
@@ -154,11 +155,12 @@ class _Cut:
         if count:
             return self.edit.constant(np.array([-count], np.int64), "begin")
         graph = self.edit.module.graph
-        asked = ir.Input("num_logits_to_keep", ir.Shape([]), ir.TensorType(ir.DataType.INT64))
+        asked = ir.Value(
+            name="num_logits_to_keep", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64)
+        )
         if any(value.name == asked.name for value in graph.inputs):
             raise PassError(f"there is an input '{asked.name}' already")
         graph.inputs.append(asked)
-        self.edit.at(next(iter(graph)))
         axes = self.edit.constant(np.array([0], np.int64), "axes")
         return self.edit.op("Unsqueeze", [self.edit.op("Neg", [asked]), axes])
 

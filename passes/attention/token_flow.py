@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 _MS = "com.microsoft::"
+_END = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -411,7 +412,16 @@ def _piece(walk: _Walk, node: ir.Node) -> Flow:
         and walk.edit.same_dim(shape[flow.axis], walk.length)
     ):
         return Tokens(flow.axis)  # the mask of the new tokens
+    if node.op_type == "Slice" and _takes_last(walk, node, len(axes)):
+        return flow
     return walk.refuse(node, "it takes some of the tokens")
+
+
+def _takes_last(walk: _Walk, node: ir.Node, axes: int) -> bool:
+    """Tell whether a slice keeps the last tokens: each is there with or without a past."""
+    begins, ends = (walk.edit.ints(node.inputs[place]) for place in (1, 2))
+    steps = walk.edit.ints(node.inputs[4]) if len(node.inputs) > 4 else [1]
+    return axes == 1 and steps == [1] and begins is not None and begins[0] < 0 and ends == [_END]
 
 
 @_flows("Concat")
