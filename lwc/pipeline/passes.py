@@ -53,7 +53,8 @@ def check_settings(verify: str, seed: int, threads: int | None, max_memory: int 
             raise UsageError(f"{name} is an integer from {least} on, not {number!r}")
 
 
-Feed: TypeAlias = "Mapping[str, np.ndarray[Any, Any]]"
+Array: TypeAlias = "np.ndarray[Any, Any]"
+Feed: TypeAlias = "Mapping[str, Array]"
 """One batch: an array for each graph input, by name."""
 
 
@@ -63,9 +64,12 @@ class Exact:
 
     Attributes:
         assumptions: What must hold of the inputs for that, each in one sentence.
+        kept: What an output after the pass stands for, where that is a part of what it was: given
+            an output before and after, returns the part of the former.
     """
 
     assumptions: tuple[str, ...] = ()
+    kept: Callable[[Array, Array], Array] | None = None
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,18 @@ from lwc.core.errors import PassError, UsageError
 from lwc.core.module import Module
 from lwc.core.walk import op_name
 from lwc.passes.attention.token_flow import LENGTH, Tokens, follow_tokens, token_inputs
-from lwc.pipeline.passes import Exact, Pass, PassContext, PassResult
+from lwc.pipeline.passes import Array, Exact, Pass, PassContext, PassResult
 from lwc.rewrite import Editor
 
 __all__ = ["LastLogits"]
 
 _ATTENTION = ("com.microsoft::GroupQueryAttention",)
 _END = np.array([np.iinfo(np.int64).max], np.int64)
+
+
+def _last_positions(before: Array, after: Array) -> Array:
+    """Return as many of the last positions of `[batch, sequence, …]` as there are after."""
+    return before[:, before.shape[1] - after.shape[1] :] if after.ndim > 1 else before
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class LastLogits(Pass):
     mask: str = "attention_mask"
 
     name: ClassVar[str] = "last-logits"
-    contract: ClassVar[Exact] = Exact()
+    contract: ClassVar[Exact] = Exact(kept=_last_positions)
 
     @property
     def keeps_interface(self) -> bool:

@@ -12,9 +12,11 @@ import pytest
 from support import run_plain
 
 import lwc
-from lwc.core.errors import LwcError, PassError
+from lwc.core.errors import LwcError, PassError, VerificationError
 from lwc.core.module import Module
 from lwc.core.walk import op_name
+from lwc.passes.attention.last_logits import LastLogits
+from lwc.verify import compare
 
 HEADS, KV_HEADS, SIZE, WORDS = 4, 2, 8, 20
 WIDTH, SHARED = HEADS * SIZE, KV_HEADS * SIZE
@@ -142,12 +144,16 @@ def step_by_step(module: Module, ids: Any, steps: tuple[int, ...]) -> Any:
     return np.concatenate(logits, axis=1)
 
 
+def close(found: Any, expected: Any) -> None:
+    """Two orders of adding up 32 products in float32, of numbers of the order of one."""
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def some_ids(batch: int, length: int) -> Any:
     return np.random.default_rng(1).integers(0, WORDS, (batch, length))
 
 
 # 1e-5 of numbers of the order of one: two orders of adding up 32 products in float32.
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 @pytest.mark.parametrize("positions", [RANGE, TABLE, MASKED, GIVEN])
@@ -156,8 +162,8 @@ def test_step_by_step_is_the_whole_sequence(positions: str) -> None:
     ids = some_ids(1, 11)
     expected = whole(module, ids)
     made = cached(module)
-    np.testing.assert_allclose(step_by_step(made, ids, (11,)), expected, **CLOSE)
-    np.testing.assert_allclose(step_by_step(made, ids, (4, 1, 1, 3, 2)), expected, **CLOSE)
+    close(step_by_step(made, ids, (11,)), expected)
+    close(step_by_step(made, ids, (4, 1, 1, 3, 2)), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_several_sequences_at_once() -> None:
@@ -165,7 +171,7 @@ def test_several_sequences_at_once() -> None:
     ids = some_ids(3, 7)
     made = cached(module)
     found = step_by_step(made, ids, (4, 1, 1, 1))
-    np.testing.assert_allclose(found, whole(module, ids), **CLOSE)
+    close(found, whole(module, ids))
 
 
 def test_the_interface_is_that_of_hugging_face() -> None:
@@ -198,7 +204,7 @@ def test_a_padded_prompt_goes_on_from_its_last_token() -> None:
         "past_key_values.0.value": np.zeros((1, KV_HEADS, 0, SIZE), np.float32),
     }
     found = dict(zip(names, run_plain(made, feed), strict=True))
-    np.testing.assert_allclose(found["logits"][:, :4], whole(module, ids[:, :4]), **CLOSE)
+    close(found["logits"][:, :4], whole(module, ids[:, :4]), rtol=1e-5, atol=1e-5)
 
 
 def test_what_has_a_cache_is_kept() -> None:
@@ -259,7 +265,7 @@ def test_what_treats_tokens_one_by_one_may_have_any_layout(tail: str) -> None:
     module = decoder(tail=tail)
     ids = some_ids(1, 8)
     found = step_by_step(cached(module), ids, (5, 1, 2))
-    np.testing.assert_allclose(found, whole(module, ids), **CLOSE)
+    close(found, whole(module, ids))
 
 
 def test_without_fused_attention_it_says_what_to_run() -> None:
@@ -300,14 +306,14 @@ def test_the_last_logits_are_those_of_the_last_token(passes: str) -> None:
     made = cached(module, passes)
     found = step_by_step(made, ids, (6,))
     assert found.shape == (2, 1, WORDS)
-    np.testing.assert_allclose(found, whole(module, ids)[:, -1:], **CLOSE)
+    close(found, whole(module, ids)[:, -1:])
 
 
 def test_without_a_cache() -> None:
     module = decoder()
     ids = some_ids(2, 6)
     made = cached(module, "last-logits{count=2}")
-    np.testing.assert_allclose(whole(made, ids), whole(module, ids)[:, -2:], **CLOSE)
+    close(whole(made, ids), whole(module, ids)[:, -2:])
     assert [str(dim) for dim in made.graph.outputs[0].shape or ()] == ["batch", "2", str(WORDS)]
 
 
@@ -317,7 +323,7 @@ def test_the_number_of_positions_may_be_an_input(asked: int) -> None:
     ids = some_ids(2, 6)
     made = cached(module, "last-logits{count=0}")
     found = run_plain(made, {"ids": ids, "num_logits_to_keep": np.array(asked, np.int64)})[0]
-    np.testing.assert_allclose(found, whole(module, ids)[:, -asked:], **CLOSE)
+    close(found, whole(module, ids)[:, -asked:])
 
 
 def test_all_that_follows_attention_is_cut() -> None:
@@ -338,3 +344,24 @@ def test_an_output_with_the_last_logits_is_left() -> None:
 def test_no_such_output() -> None:
     with pytest.raises(LwcError, match="there is no output 'scores'"):
         lwc.optimize(decoder(), passes="last-logits{output=scores}")
+
+
+@pytest.mark.parametrize(
+    "passes", ["add-kv-cache", "last-logits", "add-kv-cache,last-logits{count=0}"]
+)
+def test_numeric_verification_feeds_an_empty_cache(passes: str) -> None:
+    result = lwc.optimize(decoder(MASKED), passes=passes, grant="all", verify="numeric")
+    assert all(entry.changed for entry in result.report.passes)
+
+
+def test_numeric_verification_sees_a_wrong_cut() -> None:
+    """Were the first positions kept and not the last, it would be found."""
+    module = decoder()
+    wrong = lwc.optimize(module, passes="last-logits").module
+    for value in wrong.graph.initializers.values():
+        if value.name and value.name.startswith("begin"):
+            value.const_value = ir.Tensor(np.array([0], np.int64), name=value.name)
+        if value.name and value.name.startswith("end"):
+            value.const_value = ir.Tensor(np.array([1], np.int64), name=value.name)
+    with pytest.raises(VerificationError, match="output 'logits' is"):
+        compare(module, wrong, contract=LastLogits.contract)

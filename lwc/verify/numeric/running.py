@@ -10,11 +10,21 @@ import numpy as np
 import onnx_ir as ir
 
 from lwc.backends.onnxruntime.session import OnnxRuntimeBackend, OnnxRuntimeExecutable
-from lwc.calibration.inputs import fed_inputs
+from lwc.calibration.inputs import RoleKind, fed_inputs, input_role
+from lwc.core.dims import evaluate, parse_dim
 from lwc.core.errors import LwcError
 from lwc.core.module import Module
 
-__all__ = ["LEAST_SECONDS", "LOOP_SECONDS", "Running", "compiled", "fitted", "flat", "limit_after"]
+__all__ = [
+    "LEAST_SECONDS",
+    "LOOP_SECONDS",
+    "Running",
+    "compiled",
+    "fits",
+    "fitted",
+    "flat",
+    "limit_after",
+]
 
 Array = np.ndarray[Any, Any]
 
@@ -96,15 +106,51 @@ def limit_after(seconds: float) -> float:
 
 
 def fitted(feed: Mapping[str, Array], module: Module) -> dict[str, Array]:
-    """Give each input of `module` its array, in the element type it wants."""
-    made = {}
+    """Give each input of `module` its array, in the element type it wants.
+
+    An input that the feed lacks, because a pass added it, is neutral: a mask is ones, all else 0,
+    and a dimension that no other input has is 0. An empty cache is that.
+    """
+    made: dict[str, Array] = {}
+    extents: dict[str, int] = {}
     for value in fed_inputs(module):
         name = value.name or ""
-        if name in feed:
-            made[name] = feed[name]
-            if value.dtype is not None and value.dtype != ir.DataType.STRING:
-                made[name] = feed[name].astype(value.dtype.numpy(), copy=False)
+        if name not in feed:
+            continue
+        made[name] = feed[name]
+        if value.dtype is not None and value.dtype != ir.DataType.STRING:
+            made[name] = feed[name].astype(value.dtype.numpy(), copy=False)
+        for dim, extent in zip(value.shape or (), feed[name].shape, strict=False):
+            if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
+                extents.setdefault(dim.value, extent)
+    for value in fed_inputs(module):
+        name = value.name or ""
+        if name not in made and value.shape is not None and value.dtype is not None:
+            shape = [_extent(dim, extents) for dim in value.shape]
+            mask = input_role(module, value).kind == RoleKind.MASK
+            made[name] = np.full(shape, int(mask), value.dtype.numpy())
     return made
+
+
+def fits(feed: Mapping[str, Array], module: Module) -> bool:
+    """Tell whether inputs that state one dimension have one extent there."""
+    extents: dict[str, int] = {}
+    return all(
+        extents.setdefault(dim.value, extent) == extent
+        for value in fed_inputs(module)
+        if value.name in feed
+        for dim, extent in zip(value.shape or (), feed[value.name].shape, strict=False)
+        if isinstance(dim, ir.SymbolicDim) and dim.value is not None
+    )
+
+
+def _extent(dim: int | ir.SymbolicDim, extents: Mapping[str, int]) -> int:
+    if isinstance(dim, int):
+        return dim
+    if dim.value is None:
+        return 0
+    parsed = parse_dim(dim.value)
+    return evaluate(parsed, {str(each): extents.get(str(each), 0) for each in parsed.free_symbols})
 
 
 def flat(outputs: Mapping[str, Any]) -> dict[str, Array]:
