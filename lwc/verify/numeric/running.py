@@ -139,7 +139,7 @@ def fits(feed: Mapping[str, Array], module: Module) -> bool:
         extents.setdefault(dim.value, extent) == extent
         for value in fed_inputs(module)
         if value.name in feed
-        for dim, extent in zip(value.shape or (), feed[value.name].shape, strict=False)
+        for dim, extent in zip(value.shape or (), feed[value.name or ""].shape, strict=False)
         if isinstance(dim, ir.SymbolicDim) and dim.value is not None
     )
 
