@@ -154,16 +154,15 @@ def _extent(dim: int | ir.SymbolicDim, extents: Mapping[str, int]) -> int:
 
 
 def flat(outputs: Mapping[str, Any]) -> dict[str, Array]:
-    """Take sequences and maps apart: elements may differ in shape.
+    """Take sequences apart: elements may differ in shape.
 
     An output `y` of that kind becomes `the length of y`, `y[0]`, `y[1]` and so on.
     """
     found: dict[str, Array] = {}
     for name, value in outputs.items():
-        if isinstance(value, list | dict):
+        if isinstance(value, list):
             found[f"the length of {name}"] = np.array(len(value))
-            pairs = value.items() if isinstance(value, dict) else enumerate(value)
-            found.update(flat({f"{name}[{key}]": each for key, each in pairs}))
+            found.update(flat({f"{name}[{index}]": each for index, each in enumerate(value)}))
         else:
             found[name] = np.asarray(value)
     return found
