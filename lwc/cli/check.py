@@ -20,8 +20,8 @@ def check_lines(module: Module, config: PipelineConfig) -> Iterator[tuple[str, b
     """Check each pass on what the passes before it made of `module`, which is changed.
 
     Yields:
-        One line for each pass, and whether it kept its contract. After one that did not, no
-        further pass is checked.
+        One line for each pass, and whether it kept its contract. One that refuses leaves the
+        module to those behind it; after one that breaks its contract, none is checked.
 
     Raises:
         UsageError: There are no passes.
@@ -48,8 +48,8 @@ def check_lines(module: Module, config: PipelineConfig) -> Iterator[tuple[str, b
             yield f"{name}: BROKEN, {violation.clause}: {violation.message}{done}", False
             return
         yield f"{name}: {_words(outcome)}", True
-        if outcome.refused is not None:
-            return
+        if not outcome.changed:
+            continue
         ctx = PassContext(
             AnalysisManager(module),
             make_runner=make_runner,
@@ -65,5 +65,7 @@ def _words(outcome: ContractOutcome) -> str:
         return f"refuses, and leaves the module as it was: {outcome.refused}"
     if not outcome.changed:
         return "keeps its contract; it changed nothing"
-    compared = f"outputs compared on {outcome.feeds} feeds" if outcome.feeds else "not compared"
-    return f"keeps its contract; {compared}{', in float64 too' if outcome.float64 else ''}"
+    if outcome.skipped is not None:
+        return f"keeps the rest of its contract; outputs not compared: {outcome.skipped}"
+    wide = ", in float64 too" if outcome.float64 else ""
+    return f"keeps its contract; outputs compared on {outcome.feeds} feeds{wide}"

@@ -91,8 +91,9 @@ class Session:
 
     def bisect(self) -> int:
         """Find the first pass and rewrite that change the outputs; 1 if there is one."""
+        from lwc.cli.bisect import OutputCheck
         from lwc.cli.explain import describe_culprit
-        from lwc.optimizer import make_context, numeric_check
+        from lwc.optimizer import make_context
         from lwc.pipeline.bisect import bisect
         from lwc.pipeline.instruments import History
 
@@ -109,13 +110,13 @@ class Session:
                 raise
             failure = error
         with self.progress.phase("running passes again and comparing outputs"):
-            check = numeric_check(seed=config.seed, threads=config.threads)
+            check = OutputCheck(seed=config.seed, threads=config.threads)
             settings = self._run_settings(config, [])
             culprit = bisect(history, check, lambda module: make_context(module, settings))
         if culprit is None:
             if failure is not None:
                 raise failure
-            print("the outputs agree after every pass")
+            print(printable(check.agreement()))
             return 0
         print(printable(describe_culprit(culprit)))
         return 1

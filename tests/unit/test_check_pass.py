@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shlex
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,6 +161,47 @@ def test_time_is_bounded() -> None:
     assert 0 < report.examples < 10**5
 
 
+def test_fewer_graphs_than_asked_for_are_noted() -> None:
+    report = check_pass(Double, graphs=SUMS, examples=10**6, seconds=0.5)
+    (note,) = [each for each in report.notes if "1000000" in each]
+    assert note == f"time was up after {report.examples} of 1000000 graphs"
+    one = st.just(module_of("g (float[N] x) => (float[N] y) { y = Add(x, x) }"))
+    report = check_pass(Double, graphs=one, examples=30)
+    assert report.notes == [
+        f"{report.examples} of 30 graphs: the strategy has no more that are valid and run"
+    ]
+    assert not check_pass(Double, graphs=SUMS, examples=20).notes
+
+
+def test_no_graph_at_all_is_no_success() -> None:
+    with pytest.raises(UsageError, match="no graph was checked") as caught:
+        check_pass(Double, graphs=SUMS, seconds=0.0, must_change=False)
+    assert "seconds=" in str(caught.value)
+
+
+def test_making_the_strategy_takes_no_time_from_the_graphs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def slow(pass_: Pass) -> Any:
+        time.sleep(1.2)
+        return SUMS
+
+    monkeypatch.setattr("lwc.verify.contract.property._default_graphs", slow)
+    assert check_pass(Double, examples=10**6, seconds=1.0).examples > 0
+
+
+def test_graphs_that_are_not_compared_are_counted() -> None:
+    noisy = st.just(
+        module_of(
+            "g (float[N] x) => (float[N] y, float[N] z) { y = Add(x, x) z = RandomNormalLike(x) }"
+        )
+    )
+    report = check_pass(Double, graphs=noisy, examples=1)
+    assert (report.changed, report.uncompared.total()) == (1, 1)
+    assert "outputs of 1 not compared: RandomNormalLike -> 'z' draws random numbers" in str(report)
+    assert "not compared" not in str(check_pass(Double, graphs=SUMS, examples=5))
+
+
 NOT_NEGATIVE = "x is not negative"
 
 
@@ -192,6 +234,29 @@ def test_assumptions_are_checked_from_both_sides(tmp_path: Path) -> None:
         check_pass(DropAbs, graphs=ABS, grant="all", folder=tmp_path)
     report = check_pass(DropAbs, graphs=ABS, must_change=False)
     assert any("no assumption was granted" in note for note in report.notes)
+
+
+@dataclass(frozen=True)
+class SlowAndWrong(Pass):
+    """Take Neg for Abs where its input is not negative, which is wrong there, and take long."""
+
+    name: ClassVar[str] = "slow-and-wrong"
+    contract: ClassVar[Contract] = Exact((NOT_NEGATIVE,))
+
+    def run(self, module: Module, ctx: PassContext) -> PassResult:
+        time.sleep(0.05)
+        if NOT_NEGATIVE not in ctx.granted and "all" not in ctx.granted:
+            return PassResult(False)
+        found = [node for node in module.graph if node.op_type == "Abs"]
+        for node in found:
+            node.op_type = "Neg"
+        return PassResult(bool(found))
+
+
+def test_each_side_of_an_assumption_gets_its_share_of_time(tmp_path: Path) -> None:
+    graphs = sketches([Motif("abs", lambda s: s.emit("Abs", s.pick()))], steps=(1, 3))
+    with pytest.raises(PassBrokenError):
+        check_pass(SlowAndWrong, graphs=graphs, grant="all", folder=tmp_path, seconds=2.0)
 
 
 def test_options_without_defaults_ask_for_an_instance() -> None:

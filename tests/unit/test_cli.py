@@ -47,6 +47,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from lwc.core.errors import PassError
 from lwc.pipeline.passes import Exact, Pass, PassContext, PassResult
 
 
@@ -62,6 +63,8 @@ class Act(Pass):
     def run(self, module, ctx):
         if self.how == "crash":
             raise RuntimeError("on purpose")
+        if self.how == "refuse":
+            raise PassError("not this one")
         if self.how == "memory":
             raise MemoryError
         if self.how == "interrupt":
@@ -363,6 +366,39 @@ def test_bisection_names_the_pass(run: Any) -> None:
     assert ran.out.startswith("pass 3, test-act{how=spoil}, is the first to differ")
     ran = run("in.onnx", "-p", "canonicalize,infer-shapes", "--bisect")
     assert (ran.code, ran.out) == (0, "the outputs agree after every pass\n")
+
+
+NOISY = MODEL.replace("=> (float[n, 2] y)", "=> (float[n, 2] y, float[n, 2] z)").replace(
+    "  y = MatMul(b, w)\n", "  y = MatMul(b, w)\n  z = RandomNormalLike(x)\n"
+)
+
+
+def test_bisection_says_what_was_not_compared(run: Any) -> None:
+    onnx.save(onnx.parser.parse_model(NOISY), "noisy.onnx")
+    ran = run("noisy.onnx", "-p", "canonicalize", "--bisect")
+    assert ran.code == 0
+    assert "agree" not in ran.out
+    assert ran.out == "outputs not compared: RandomNormalLike -> 'z' draws random numbers\n"
+
+
+def test_the_contract_check_says_what_was_not_compared(run: Any) -> None:
+    onnx.save(onnx.parser.parse_model(NOISY), "noisy.onnx")
+    ran = run("noisy.onnx", "-p", "canonicalize", "--check-contract")
+    assert ran.code == 0
+    assert ran.out == (
+        " 1 canonicalize: keeps the rest of its contract; "
+        "outputs not compared: RandomNormalLike -> 'z' draws random numbers\n"
+    )
+
+
+def test_passes_behind_one_that_refuses_are_checked_too(run: Any) -> None:
+    pipeline = "test-act{how=refuse},canonicalize,test-act{how=spoil},canonicalize"
+    ran = run("in.onnx", "--load-pass-plugin=lwc_test_act.py", "-p", pipeline, "--check-contract")
+    first, second, third = ran.out.splitlines()
+    assert first.startswith(" 1 test-act{how=refuse}: refuses, and leaves the module as it was: ")
+    assert second.startswith(" 2 canonicalize: keeps its contract; outputs compared on ")
+    assert third.startswith(" 3 test-act{how=spoil}: BROKEN, outputs: ")
+    assert ran.code == 1
 
 
 def test_a_required_match_that_is_missed_ends_with_3(run: Any) -> None:

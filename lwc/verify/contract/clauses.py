@@ -19,6 +19,7 @@ import onnx_ir as ir
 from lwc.analysis.manager import AnalysisManager
 from lwc.backends.onnxruntime.session import make_runner
 from lwc.calibration.feeds import FeedSpec, fixed_dims
+from lwc.core.diagnostics import describe
 from lwc.core.errors import LwcError, PassError, VerificationError
 from lwc.core.walk import constant_tensor, is_random
 from lwc.pipeline.manager import PassManager
@@ -108,6 +109,7 @@ class ContractOutcome:
         record: What the pass did, unless it refused.
         feeds: Feeds compared.
         float64: Whether they were compared in float64 too.
+        skipped: Why the outputs of a changed module were not compared, or None.
     """
 
     changed: bool = False
@@ -115,6 +117,7 @@ class ContractOutcome:
     record: PassRecord | None = None
     feeds: int = 0
     float64: bool = False
+    skipped: str | None = None
 
 
 def check_contract(
@@ -161,7 +164,8 @@ class _Check:
 
     def _run(self) -> ContractOutcome:
         module = self.module
-        deterministic = not any(is_random(node) for node in module.nodes())
+        random = next(filter(is_random, module.nodes()), None)
+        deterministic = random is None
         if deterministic:
             self.comparer.prime(module)
         digests = _digests(module)
@@ -180,8 +184,10 @@ class _Check:
         self._check_untouched_weights(after)
         self._check_free_dimensions(after)
         outcome = ContractOutcome(changed=True, record=record)
-        if deterministic:
+        if random is None:
             outcome = self._check_outputs(after, outcome)
+        else:
+            outcome = replace(outcome, skipped=f"{describe(random)} draws random numbers")
         if not self.settings.thorough(record.rewrites):
             return outcome
         self._check_repetition(after)

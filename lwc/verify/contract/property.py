@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 __all__ = ["CheckReport", "PassBrokenError", "check_pass", "passes_hold"]
 
 _REDUCTION_SECONDS = 20.0
+_REASONS = 3
+"""Reasons shown why outputs were not compared."""
 _OFTEN = 20
 """Graphs on which each rule is checked in full."""
 _TURN = 8
@@ -51,6 +53,7 @@ class CheckReport:
         changed: On how many of them it changed something.
         refused: On how many it refused, by reason.
         float64: How many were compared in float64 too.
+        uncompared: On how many changed ones the outputs were not compared, by reason.
         rewrites: Rewrites by rule, over all graphs.
         missed: Missed rewrites by rule, over all graphs.
         seconds: Time of the check.
@@ -62,6 +65,7 @@ class CheckReport:
     changed: int = 0
     refused: Counter[str] = field(default_factory=Counter)
     float64: int = 0
+    uncompared: Counter[str] = field(default_factory=Counter)
     rewrites: Counter[str] = field(default_factory=Counter)
     missed: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
@@ -74,6 +78,8 @@ class CheckReport:
         self.float64 += outcome.float64
         if outcome.refused is not None:
             self.refused[outcome.refused] += 1
+        if outcome.skipped is not None:
+            self.uncompared[outcome.skipped] += 1
         if outcome.record is not None:
             self.rewrites.update(outcome.record.rewrites)
             self.missed.update(remark.rule or "" for remark in outcome.record.missed)
@@ -85,6 +91,10 @@ class CheckReport:
         ]
         lines += [
             f"  {count:>6} x {rule or 'unnamed'}" for rule, count in self.rewrites.most_common()
+        ]
+        lines += [
+            f"  outputs of {count} not compared: {reason}"
+            for reason, count in self.uncompared.most_common(_REASONS)
         ]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
@@ -144,7 +154,8 @@ def check_pass(
             models; for a pass made of pattern rules, also graphs that match them and near misses.
         feeds: What the inputs may be where assumptions are granted.
         grant: Assumptions to grant, by their first words, or `all`.
-        seconds: Time after which no further graph is drawn.
+        seconds: Time after which no further graph is drawn; each of the two checks has its half.
+            Making the default strategy is not counted.
         seed: Seed of everything random.
         folder: Where counterexamples go; a folder of the system's temporary folder by default.
         must_change: Fail where the pass rewrites none of the graphs: nothing was checked then.
@@ -154,7 +165,8 @@ def check_pass(
 
     Raises:
         PassBrokenError: The pass broke its contract.
-        UsageError: The pass rewrote no graph, or needs options that have no default.
+        UsageError: The pass rewrote no graph, no graph was checked in time, or the pass needs
+            options that have no default.
         MissingExtraError: hypothesis is not installed.
     """
     chosen = _instance(pass_)
@@ -170,14 +182,19 @@ def check_pass(
     strategy = _default_graphs(chosen) if graphs is None else graphs
     plain = ContractSettings(seed=seed)
     if not chosen.contract.assumptions:
-        phases = [replace(plain, feeds=feeds or FeedSpec())]
+        phases = {"": replace(plain, feeds=feeds or FeedSpec())}
     elif granted:
-        phases = [plain, replace(plain, feeds=feeds or FeedSpec(), granted=granted)]
+        phases = {
+            " with no assumption granted": plain,
+            " with assumptions granted": replace(plain, feeds=feeds or FeedSpec(), granted=granted),
+        }
     else:
-        phases = [plain]
+        phases = {"": plain}
         report.notes.append("no assumption was granted: give grant= and the feeds that keep it")
-    for settings in phases:
-        search = _Search(chosen, settings, report, start + seconds, folder)
+    deadline = time.perf_counter() + seconds
+    for number, (words, settings) in enumerate(phases.items()):
+        left = (deadline - time.perf_counter()) / (len(phases) - number)
+        search = _Search(chosen, settings, report, folder, words=words, seconds=left)
         search.run(strategy, max(1, examples // len(phases)), seed)
     report.seconds = time.perf_counter() - start
     for rule in chosen.find_rules() if isinstance(chosen, RulePass) else ():
@@ -233,21 +250,35 @@ class _Enough(BaseException):
 
 
 class _Search:
-    """Draws graphs until one breaks the contract, the number is reached or time is up."""
+    """Draws graphs until one breaks the contract, the number is reached or time is up.
+
+    Args:
+        pass_: The pass.
+        settings: How to check it.
+        report: What was seen, over all searches.
+        folder: Where counterexamples go.
+        words: Tells this search from the others, in messages.
+        seconds: Time for drawing.
+    """
 
     def __init__(
         self,
         pass_: Pass,
         settings: ContractSettings,
         report: CheckReport,
-        deadline: float,
         folder: str | Path | None,
+        *,
+        words: str,
+        seconds: float,
     ) -> None:
         self.pass_ = pass_
         self.settings = settings
         self.report = report
-        self.deadline = deadline
+        self.words = words
+        self.seconds = seconds
         self.folder = folder
+        self.deadline = time.perf_counter() + seconds
+        self.late = False
         self.found: tuple[Module, ContractViolation] | None = None
         self.thorough: Counter[str] = Counter()
 
@@ -266,20 +297,36 @@ class _Search:
             report_multiple_bugs=False,
         )
         test = hypothesis.given(graphs)(self._try)
+        before = self.report.examples
         try:
             hypothesis.seed(seed)(settings(test))()
         except _Enough:
             pass
         except hypothesis.errors.Unsatisfiable as error:
             raise UsageError(
-                "none of the graphs drawn is a valid model that runs",
+                f"none of the graphs drawn{self.words} is a valid model that runs",
                 remedy="look at the strategy given as graphs=, and at feeds=",
             ) from error
         if self.found is not None:
             self._report_broken(*self.found)
+        self._note_missing(self.report.examples - before, examples)
+
+    def _note_missing(self, checked: int, wanted: int) -> None:
+        """Say that fewer graphs were checked than asked for."""
+        if not checked:
+            raise UsageError(
+                f"no graph was checked{self.words} within {max(self.seconds, 0.0):.1f} s",
+                remedy="give more seconds=, or graphs= that are smaller and run",
+            )
+        share = f"{checked} of {wanted} graphs{self.words}"
+        if self.late:
+            self.report.notes.append(f"time was up after {share}")
+        elif checked < wanted:
+            self.report.notes.append(f"{share}: the strategy has no more that are valid and run")
 
     def _try(self, module: Module) -> None:
         if time.perf_counter() > self.deadline:
+            self.late = True
             raise _Enough
         settings = replace(self.settings, thorough=self._is_new)
         proto = ir.to_proto(module.model)
