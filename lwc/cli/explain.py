@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lwc.core.errors import UsageError
 from lwc.pipeline.options import did_you_mean
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from lwc.core.diagnostics import Remark
     from lwc.core.module import Module
     from lwc.pipeline.bisect import Culprit
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
     from lwc.pipeline.passes import Pass
     from lwc.pipeline.record import PassRecord
 
-__all__ = ["describe_culprit", "explain", "find_nodes", "passes_until"]
+__all__ = ["FoundNodes", "describe_culprit", "explain", "find_nodes", "passes_until"]
 
 _TITLES = {
     "applied": "applied",
@@ -44,22 +47,64 @@ def passes_until(name: str, passes: Sequence[Pass]) -> Sequence[Pass]:
     return passes[: names.index(name) + 1]
 
 
-def find_nodes(text: str, history: History) -> dict[str, str]:
+@dataclass(frozen=True)
+class FoundNodes:
+    """What a user means by the text behind the `@` of `--explain`.
+
+    Attributes:
+        nodes: For each node, as `describe` names it, why nothing might be known about it.
+        note: What the user should know about how they were found, or None.
+    """
+
+    nodes: Mapping[str, str]
+    note: str | None = None
+
+
+def find_nodes(text: str, history: History) -> FoundNodes:
     """Find the nodes that a user means by `text`, before and after the last pass of a run.
 
-    Returns:
-        For each, as `describe` names it, why nothing might be known about it.
+    Those that are called so, or whose output or operator is, are meant. Where no module of the
+    run has one, those are that have the text as a part of a name.
 
     Raises:
         UsageError: There are none; the error names the nearest, or the pass that removed it.
     """
-    from lwc.core.diagnostics import answers_to, describe
+    from lwc.core.diagnostics import answers_to
+
+    note = f"no node is called '{text}': shown are those that have it in their names"
+    nodes = _matches(text, history, _is_called)
+    if nodes:
+        return FoundNodes(nodes)
+    nodes = _matches(text, history, answers_to)
+    if nodes:
+        return FoundNodes(nodes, note)
+    names = list(dict.fromkeys(_names(history.modules[-2])))
+    near = difflib.get_close_matches(text, names, n=_NEAREST, cutoff=0.5)
+    shown = ", ".join(f"'{each}'" for each in near or names[:_NEAREST])
+    remedy = f"did you mean {shown}?" if near else f"there are {shown} …" if shown else None
+    raise UsageError(f"no node has '{text}' in its name or its outputs' names", remedy=remedy)
+
+
+def _is_called(node: ir.Node, text: str) -> bool:
+    from lwc.core.diagnostics import describe
+
+    return text in (describe(node), node.name, node.op_type, *(v.name for v in node.outputs))
+
+
+def _matches(
+    text: str, history: History, means: Callable[[ir.Node, str], bool]
+) -> dict[str, str] | None:
+    """Return the nodes around the last pass that `text` means, or None where there never were any.
+
+    Raises:
+        UsageError: An earlier pass removed them all.
+    """
+    from lwc.core.diagnostics import describe
 
     name = history.passes[-1].name
-    before, after = history.modules[-2:]
     old, new = (
-        [describe(node) for node in module.nodes() if answers_to(node, text)]
-        for module in (before, after)
+        [describe(node) for node in module.nodes() if means(node, text)]
+        for module in history.modules[-2:]
     )
     if old or new:
         return {
@@ -68,17 +113,13 @@ def find_nodes(text: str, history: History) -> dict[str, str]:
             **dict.fromkeys(set(old) & set(new), f"no rule of {name} starts there"),
         }
     for index in range(len(history.modules) - 3, -1, -1):
-        if any(answers_to(node, text) for node in history.modules[index].nodes()):
+        if any(means(node, text) for node in history.modules[index].nodes()):
             raise UsageError(
                 f"no node '{text}' is left where {name} runs",
                 remedy=f"pass {index + 1}, {history.passes[index].name}, removed or renamed it: "
                 f"--explain={history.passes[index].name}@{text}",
             )
-    names = list(dict.fromkeys(_names(before)))
-    near = difflib.get_close_matches(text, names, n=_NEAREST, cutoff=0.5)
-    shown = ", ".join(f"'{each}'" for each in near or names[:_NEAREST])
-    remedy = f"did you mean {shown}?" if near else f"there are {shown} …" if shown else None
-    raise UsageError(f"no node has '{text}' in its name or its outputs' names", remedy=remedy)
+    return None
 
 
 def _names(module: Module) -> Iterator[str]:
@@ -88,16 +129,19 @@ def _names(module: Module) -> Iterator[str]:
         yield from (value.name for value in node.outputs if value.name)
 
 
-def explain(record: PassRecord, nodes: Mapping[str, str] | None) -> str:
+def explain(record: PassRecord, found: FoundNodes | None) -> str:
     """Group the remarks of a pass by kind, rule and reason.
 
     Args:
         record: What the pass did.
-        nodes: Only remarks about these nodes; see `find_nodes`.
+        found: Only remarks about these nodes; see `find_nodes`.
     """
+    nodes = None if found is None else found.nodes
     remarks = [r for r in record.remarks if nodes is None or _is_about(r, nodes)]
     changed = "changed the module" if record.changed else "changed nothing"
     lines = [f"{record.spec}: {changed}, {record.applied} rewrites, {len(record.missed)} missed"]
+    if found is not None and found.note is not None:
+        lines.append(f"  {found.note}")
     if nodes is None:
         lines.extend(f"  {count:>6} x {rule}" for rule, count in record.rewrites.items() if rule)
     else:

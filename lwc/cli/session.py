@@ -375,7 +375,7 @@ def _check_outputs(options: argparse.Namespace) -> None:
     actions = [name.replace("_", "-") for name in actions]
     if len(actions) > 1:
         raise UsageError(f"--{actions[0]} and --{actions[1]} do not go together")
-    for name in ("output", "report", "require_match"):
+    for name in ("output", "report", "require_match", "pass_pipeline_crash_reproducer"):
         if actions and getattr(options, name):
             option = name.replace("_", "-")
             what = "its own file only" if actions[0] == "reduce" else "nothing"
@@ -389,9 +389,9 @@ def _check_outputs(options: argparse.Namespace) -> None:
         if options.verify == "none":
             raise UsageError("--reduce needs checks", remedy="drop --verify=none")
         _check_place(options.reduce)
-        _check_other_file(options.reduce, options.input)
+        _check_other_file(options.reduce, options.input, "the input")
     if options.pass_pipeline_crash_reproducer:
-        _check_other_file(options.pass_pipeline_crash_reproducer, options.input)
+        _check_reproducer(options)
     for name in ("measure", "text"):
         if getattr(options, name) and not options.report:
             raise UsageError(f"--{name} needs a report to go into", remedy="add --report FILE.md")
@@ -422,10 +422,29 @@ def _check_place(path: str) -> None:
         raise UsageError(f"cannot write '{path}': it is a folder", remedy="name a file")
 
 
-def _check_other_file(path: str, source: str) -> None:
-    """Check that `path` is not the model that fails: the user needs it still."""
-    if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
-        raise UsageError(f"'{path}' is the input itself", remedy="name another file")
+def _check_other_file(path: str, needed: str, what: str) -> None:
+    """Check that `path` is not, nor lies in, what the user needs still, such as the input."""
+    real, other = os.path.realpath(path), os.path.realpath(needed)
+    exist = os.path.exists(path) and os.path.exists(needed)
+    if real == other or (exist and os.path.samefile(path, needed)):
+        raise UsageError(f"'{path}' is {what} itself", remedy="name another file")
+    if exist and os.path.isdir(needed) and Path(real).is_relative_to(other):
+        raise UsageError(f"'{path}' is a part of {what}", remedy="name another file")
+
+
+def _check_reproducer(options: argparse.Namespace) -> None:
+    """Check before any work where the model of a crash reproducer goes, and the YAML beside it."""
+    from lwc.pipeline.reproducer import script_of
+
+    model = options.pass_pipeline_crash_reproducer
+    _check_place(model)
+    for path in (model, script_of(model)):
+        _check_place(path)
+        _check_other_file(path, options.input, "the input")
+        if options.config:
+            _check_other_file(path, options.config, "the configuration")
+        if options.output not in (None, "-"):
+            _check_other_file(path, options.output, "the output")
 
 
 def _existing_folder(path: str) -> Path:

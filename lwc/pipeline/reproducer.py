@@ -16,7 +16,24 @@ if TYPE_CHECKING:
     from lwc.core.module import Module
     from lwc.pipeline.passes import Pass
 
-__all__ = ["CrashReproducer"]
+__all__ = ["CrashReproducer", "script_of"]
+
+_FIRST_LINE = "# Written by lwc: what failed on the model beside it."
+"""Tells a file that may be replaced from one of the user's."""
+
+
+def script_of(model: str) -> str:
+    """Return the YAML file that goes beside the model of a crash reproducer."""
+    return str(Path(model).with_suffix(".yaml"))
+
+
+def _is_ours(script: Path) -> bool:
+    """Tell whether nothing of the user's is in the way."""
+    try:
+        with script.open("rb") as file:
+            return file.readline().strip() == _FIRST_LINE.encode()
+    except OSError:  # there is none; one that cannot be read cannot be written either, later
+        return not script.exists()
 
 
 class CrashReproducer(Instrument):
@@ -29,7 +46,7 @@ class CrashReproducer(Instrument):
         plugins: What was loaded with `--load-pass-plugin`; the replay needs it too.
 
     Raises:
-        UsageError: `path` is no `.onnx` file.
+        UsageError: `path` is no `.onnx` file, or `FILE.yaml` is not one that a reproducer wrote.
     """
 
     needs_copy: ClassVar[bool] = True
@@ -40,6 +57,11 @@ class CrashReproducer(Instrument):
         self._model = Path(path)
         if self._model.suffix != ".onnx":
             raise UsageError(f"a crash reproducer is an .onnx file, not '{path}'")
+        self._script = Path(script_of(path))
+        if not _is_ours(self._script):
+            raise UsageError(
+                f"'{self._script}' exists and is no crash reproducer", remedy="name another file"
+            )
         self._config = config
         self._stream = stream
         self._plugins = plugins
@@ -50,17 +72,20 @@ class CrashReproducer(Instrument):
         """Write both files, unless the failure is not the pass's."""
         if before is None or isinstance(error, OSError | MemoryError | KeyboardInterrupt):
             return
+        from lwc.frontend.atomic import StagedFile
         from lwc.frontend.onnx_writer import save
 
-        script = self._model.with_suffix(".yaml")
+        replay = dataclasses.replace(self._config, passes=tuple(rest), bind={})
         try:
-            save(before, self._model)
-            replay = dataclasses.replace(self._config, passes=tuple(rest), bind={})
-            script.write_text(to_yaml(replay), encoding="utf-8")
+            text = f"{_FIRST_LINE}\n{to_yaml(replay)}"
+            with StagedFile(str(self._script.parent), self._script.name) as staged:
+                staged.file.write(text.encode())
+                save(before, self._model)
+                staged.commit(str(self._script))
         except (OSError, LwcError) as problem:
             self._stream.write(f"the crash reproducer cannot be written: {problem}\n")
             return
-        words = ["lwc-opt", str(self._model), "--config", str(script)]
+        words = ["lwc-opt", str(self._model), "--config", str(self._script)]
         for plugin in self._plugins:
             words += ["--load-pass-plugin", plugin]
         self._stream.write(f"reproduce with: {shlex.join(words)}\n")

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -208,6 +209,11 @@ def test_a_configuration_is_read_and_the_command_line_wins(run: Any) -> None:
         (["in.onnx", "--pass-pipeline-crash-reproducer="], "needs a file"),
         (["in.onnx", "--pass-pipeline-crash-reproducer=in.onnx"], "(name another file)"),
         (["in.onnx", "--pass-pipeline-crash-reproducer=x.txt"], "is an .onnx file"),
+        (["in.onnx", "--pass-pipeline-crash-reproducer=no/x.onnx"], "there is no folder"),
+        (
+            ["in.onnx", "--plan", "--pass-pipeline-crash-reproducer=x.onnx"],
+            "--plan writes nothing and does not go with --pass-pipeline-crash-reproducer",
+        ),
         (["in.onnx", "-p", "canonicalize", "--require-match=x"], "takes one N, or PASS:N"),
         (["in.onnx", "--load-pass-plugin=lwc_test_none"], "No module named 'lwc_test_none'"),
         (["none.onnx", "-p", "canonicalize"], "none.onnx"),
@@ -439,6 +445,36 @@ def test_explain_groups_reasons(run: Any, folder: Path) -> None:
     assert files(folder) == set()
 
 
+LIKE_NAMES = """
+<ir_version: 9, opset_import: ["" : 17]>
+g (float[n] x) => (float[n] n1, float[n] n10, float[n] last)
+{
+  n1 = Identity(x)
+  n10 = Neg(x)
+  twice = Identity(n10)
+  last = Neg(twice)
+}
+"""
+
+
+def test_explain_takes_a_name_exactly_before_it_takes_it_as_a_part(run: Any) -> None:
+    onnx.save(onnx.parser.parse_model(LIKE_NAMES), "like.onnx")
+    ran = run("like.onnx", "-p", "canonicalize", "--explain=canonicalize@n1")
+    assert ran.code == 0
+    assert "Identity -> 'n1'" in ran.out
+    assert "n10" not in ran.out
+    ran = run("like.onnx", "-p", "canonicalize", "--explain=canonicalize@n")
+    assert "  no node is called 'n': shown are those that have it in their names" in ran.out
+    assert "Identity -> 'n1'" in ran.out
+    assert "Neg -> 'n10'" in ran.out
+    ran = run("like.onnx", "-p", "canonicalize", "--explain=canonicalize@Neg")
+    assert "Neg -> 'n10'" in ran.out
+    assert "no node is called" not in ran.out
+    ran = run("like.onnx", "-p", "canonicalize,infer-shapes", "--explain=infer-shapes@twice")
+    assert (ran.code, ran.out) == (2, "")
+    assert "no node 'twice' is left where infer-shapes runs (pass 1, canonicalize, re" in ran.err
+
+
 def test_the_plan_is_a_table_of_costs(
     run: Any,
     folder: Path,
@@ -509,6 +545,54 @@ def test_a_crash_can_be_replayed(run: Any) -> None:
     again = run(*words[1:])
     assert again.code == 1
     assert again.err.splitlines()[-1] == ran.err.splitlines()[-1]
+
+
+def test_a_crash_reproducer_spares_what_the_user_has(run: Any, folder: Path) -> None:
+    text = "passes: ['test-act{how=crash}']\n"
+    Path("run.yaml").write_text(text)
+    Path("model").mkdir()
+    shutil.copy("in.onnx", "model/model.onnx")
+    plugin, option = "--load-pass-plugin=lwc_test_act.py", "--pass-pipeline-crash-reproducer"
+    for source, config, path, message in (
+        ("in.onnx", ["--config=run.yaml"], "run.onnx", "'run.yaml' is the configuration itself"),
+        ("in.onnx", act("crash"), "run.onnx", "'run.yaml' exists and is no crash reproducer"),
+        ("in.onnx", [*act("crash"), "-o", "x.onnx"], "./x.onnx", "is the output itself"),
+        ("model", act("crash"), "model/model.onnx", "is a part of the input"),
+    ):
+        ran = run(source, plugin, *config, f"{option}={path}")
+        assert ran.code == 2, ran.err
+        assert message in ran.err
+    assert Path("run.yaml").read_text() == text
+    assert Path("model/model.onnx").read_bytes() == Path("in.onnx").read_bytes()
+    assert files(folder) == {"run.yaml", "model"}
+    for _ in range(2):  # what a reproducer wrote, the next one may replace
+        default_registry.cache_clear()
+        ran = run("in.onnx", *act("crash"), f"{option}=crash.onnx")
+        assert (ran.code, "reproduce with: " in ran.err) == (1, True)
+    assert files(folder) == {"run.yaml", "model", "crash.onnx", "crash.yaml"}
+
+
+def test_a_crash_reproducer_is_whole_or_absent(
+    run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    option = "--pass-pipeline-crash-reproducer=crash.onnx"
+    assert run("in.onnx", *act("crash"), option).code == 1
+    old = Path("crash.yaml").read_bytes()
+
+    replace = os.replace
+
+    def refuse(source: str, target: str) -> None:
+        if str(target).endswith(".yaml"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr("lwc.frontend.atomic.os.replace", refuse)
+    default_registry.cache_clear()
+    ran = run("in.onnx", *act("crash"), "--seed=3", option)
+    assert ran.code == 1
+    assert "the crash reproducer cannot be written: " in ran.err
+    assert Path("crash.yaml").read_bytes() == old
+    assert files(folder) == {"crash.onnx", "crash.yaml"}
 
 
 def test_reports_are_written(run: Any) -> None:
