@@ -286,7 +286,9 @@ def _gqa(problem: _Problem, edit: Editor) -> ir.Value:
         attributes["local_window_size"] = attention.mask.window
     if _needs_bias(problem, "gqa"):
         inputs += [None, None, None, _bias(problem, query, key, edit)]
-    return edit.op("GroupQueryAttention", inputs, attributes, domain=_MS)
+    # ONNX Runtime holds no matrix of scores where it makes the present keys and values.
+    made = edit.node("GroupQueryAttention", inputs, attributes, domain=_MS, outputs=3)
+    return made.outputs[0]
 
 
 def _standard(problem: _Problem, edit: Editor) -> ir.Value:

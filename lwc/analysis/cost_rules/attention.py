@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from lwc.analysis.cost_rules.base import MS, Operands, UnknownCost, Work, cost_rule
@@ -57,7 +58,9 @@ def _standard(node: Operands) -> Work:
         keys = simplify_dim(keys + node.shape(4)[2])
     size = _Problem(batch, heads, queries, keys, head, value_head)
     extra = int(node.has(3)) + (3 if node.attr("softcap", 0.0) else 0)
-    return _attend(size, extra=extra)
+    work = _attend(size, extra=extra)
+    masked = node.has(3) or node.attr("is_causal", 0)
+    return replace(work, scratch=work.scratch + (4 * queries * keys if masked else 0))
 
 
 @cost_rule(f"{MS}GroupQueryAttention")
@@ -76,13 +79,16 @@ def _group_query(node: Operands) -> Work:
         keys = past if shared else simplify_dim(past + queries)
     size = _Problem(batch, heads, queries, keys, head, head)
     turned = product((batch, queries, heads + kv_heads, head)) if node.attr("do_rotary") else 0
-    work = _attend(size, extra=3 if node.attr("softcap", 0.0) else 0)
+    softcap = node.attr("softcap", 0.0)
+    work = _attend(size, extra=3 if softcap else 0)
+    # ONNX Runtime computes scores in tiles only where it makes the present keys and values.
+    tiled = len(node.outputs) > 1 and not softcap and not node.has(10)
     return Work(
         macs=work.macs,
         other_flops=work.other_flops + 3 * turned,
-        # q, k and v of the new tokens are transposed to heads, then q and k are turned; scores
-        # are computed in tiles.
-        scratch=4 * (product((batch, queries, heads + 2 * kv_heads, head)) + turned),
+        # q, k and v of the new tokens are transposed to heads, then q and k are turned.
+        scratch=4 * (product((batch, queries, heads + 2 * kv_heads, head)) + turned)
+        + (0 if tiled else work.scratch),
         kernel="gqa",
         problem=work.problem,
         repeat=work.repeat,
@@ -109,11 +115,16 @@ def _multi_head(node: Operands) -> Work:
         _Problem(batch, heads, queries, keys, head, value_head),
         extra=int(node.has(4)) + int(node.has(5)),
     )
+    # Scores are computed in tiles only where nothing hides any; a causal mask is made as a matrix.
+    causal = bool(node.attr("unidirectional", 0))
+    tiled = not (causal or node.has(4) or node.has(5))
+    matrices = 0 if tiled else work.scratch + (4 * queries * keys if causal else 0)
     return Work(
         macs=work.macs,
         other_flops=work.other_flops + bias,
-        # q, k and v are transposed to heads first; scores are computed in tiles.
-        scratch=4 * product((batch, heads)) * (queries * head + keys * (head + value_head)),
+        # q, k and v are transposed to heads first.
+        scratch=4 * product((batch, heads)) * (queries * head + keys * (head + value_head))
+        + matrices,
         kernel="mha",
         problem=work.problem,
         repeat=work.repeat,
