@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 import sympy
 
-from lwc.core.dims import Dim, add, multiply, product, subtract
+from lwc.core.dims import Dim, add, modulo, multiply, product, subtract
 from lwc.rewrite import attribute
 
 if TYPE_CHECKING:
@@ -94,10 +94,12 @@ class Elements:
 
     Args:
         edit: Knows shapes and constants.
+        stops: Values whose elements are read as such, whatever they are made of.
     """
 
-    def __init__(self, edit: Editor) -> None:
+    def __init__(self, edit: Editor, stops: frozenset[ir.Value] = frozenset()) -> None:
         self._edit = edit
+        self._stops = stops
         self._known: dict[tuple[ir.Value, Indices], Element] = {}
         self._left = _BUDGET
 
@@ -113,15 +115,21 @@ class Elements:
         return found
 
     def _look(self, value: ir.Value, index: Indices) -> Element | None:
+        if value in self._stops:
+            return None
         if self._edit.is_constant(value):
             return self._constant(value, index)
         content = self._edit.symbolic(value)
         if content is not None and len(content) == 1:
             return Index(content[0])
         node = value.producer()
-        if node is None or node.domain or value is not node.outputs[0]:
+        if node is None or node.domain:
             return None
         if any(each.is_ref() for each in node.attributes.values()):
+            return None
+        if node.op_type == "Split":
+            return _split(self, node, node.outputs.index(value), index)
+        if value is not node.outputs[0]:
             return None
         look = _OPERATORS.get(node.op_type)
         return None if look is None else look(self, node, index)
@@ -253,8 +261,16 @@ def _cast(of: Elements, node: ir.Node, index: Indices) -> Element | None:
     if isinstance(element, Read):
         return None
     if isinstance(element, Number):
-        return Number(int(element.value) if to.is_integer() else float(element.value))
+        return _rounded(int(element.value) if to.is_integer() else element.value, to)
     return element
+
+
+def _rounded(value: float, dtype: ir.DataType | None) -> Number:
+    """Return a number as a value of that type holds it."""
+    if dtype is None or not dtype.is_floating_point():
+        return Number(value)
+    with np.errstate(over="ignore"):
+        return Number(float(np.asarray(value).astype(dtype.numpy())))
 
 
 def _truth(element: Element | None) -> Element | None:
@@ -330,6 +346,9 @@ def _taken_apart(
             continue
         outer = sympy.Integer(0)
         for term in sympy.Add.make_args(rest):
+            if term.is_Integer and stride.is_Integer:
+                outer += term // stride
+                continue
             ratio = sympy.cancel(term / stride)
             if ratio.as_numer_denom()[1] == 1:
                 outer += ratio
@@ -362,14 +381,42 @@ def _slice(of: Elements, node: ir.Node, index: Indices) -> Element | None:
     begins = of._edit.symbolic(node.inputs[1])
     given = [each for each in node.inputs[3:5] if each is not None]
     axes = of.constants(node.inputs[3]) if given else list(range(len(begins or ())))
-    steps = of.constants(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4] else None
-    if begins is None or axes is None or (steps is not None and any(s != 1 for s in steps)):
+    steps: list[int] | None = [1] * len(axes or ())
+    if len(node.inputs) > 4 and node.inputs[4]:
+        steps = of.constants(node.inputs[4])
+    if begins is None or axes is None or steps is None or any(step < 1 for step in steps):
         return None
     own = list(index)
-    for begin, axis in zip(begins, axes, strict=True):
+    for begin, axis, step in zip(begins, axes, steps, strict=True):
         behind = isinstance(begin, int) and begin < 0
         first = add(shape[axis], begin) if behind and begin > -(2**31) else 0 if behind else begin
-        own[axis] = add(own[axis], first)
+        own[axis] = add(multiply(own[axis], step), first)
+    return of.at(source, tuple(own))
+
+
+def _split(of: Elements, node: ir.Node, part: int, index: Indices) -> Element | None:
+    source, axis = node.inputs[0], attribute(node, "axis", 0) % len(index)
+    if source is None:
+        return None
+    begin: Dim = 0
+    for value in node.outputs[:part]:
+        shape = of.shape(value)
+        if shape is None:
+            return None
+        begin = add(begin, shape[axis])
+    return of.at(source, (*index[:axis], add(index[axis], begin), *index[axis + 1 :]))
+
+
+@_looks("Tile")
+def _tile(of: Elements, node: ir.Node, index: Indices) -> Element | None:
+    source, shape, times = node.inputs[0], of.shape(node.inputs[0]), of.constants(node.inputs[1])
+    if source is None or shape is None or times is None:
+        return None
+    own: list[Dim] = []
+    for at, dim, count in zip(index, shape, times, strict=True):
+        if count != 1 and dim != 1 and not (isinstance(at, int) and isinstance(dim, int)):
+            return None
+        own.append(at if count == 1 else modulo(at, dim))
     return of.at(source, tuple(own))
 
 
@@ -527,7 +574,8 @@ def _arithmetic(of: Elements, node: ir.Node, index: Indices) -> Element | None:
     if a is None or b is None:
         return None
     if isinstance(a, Number) and isinstance(b, Number):
-        return Number(_FLOATS[node.op_type](a.value, b.value))
+        dtype = of._edit.dtype(node.outputs[0])
+        return _rounded(_FLOATS[node.op_type](a.value, b.value), dtype)
     first, second = _as_index(a), _as_index(b)
     if first is not None and second is not None and node.op_type in _DIMS:
         return Index(_DIMS[node.op_type](first, second))

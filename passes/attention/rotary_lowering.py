@@ -1,0 +1,207 @@
+"""Rotary embeddings as one operator: tables, positions, and the two forms."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import onnx_ir as ir
+
+from lwc.core.dims import Dim, subtract
+from lwc.passes.attention.elements import Index, Read
+from lwc.passes.attention.rotary_turns import AXES, Rotation
+from lwc.passes.attention.rotary_waves import Lookup, Wave, evaluate, leaves
+from lwc.rewrite import Editor, Miss
+
+__all__ = ["Bound", "Form", "Tables", "bound_of", "write_rotation"]
+
+Form: TypeAlias = Literal["auto", "standard", "contrib"]
+Array: TypeAlias = np.ndarray[Any, Any]
+
+STANDARD_OPSET = 23
+_MS = "com.microsoft"
+_SPILL_BYTES = 1 << 20
+
+
+class Bound(NamedTuple):
+    """How many positions a table must hold, and whether that is proved."""
+
+    positions: int
+    proved: bool
+
+
+def bound_of(rotation: Rotation, wished: int, edit: Editor) -> Bound | Miss:
+    """Return the extent of the tables.
+
+    Constant tables say it, or a count of positions over a sequence whose length is a number; where
+    neither does it is `wished`.
+    """
+    rows = {
+        leaf.table.shape[leaf.axis]
+        for wave in (*rotation.cos, *rotation.sin)
+        for leaf in leaves(wave)
+        if isinstance(leaf, Lookup) and leaf.table.shape is not None
+    }
+    offset = _offset(rotation)
+    counted = _last(rotation, edit) if offset is not None else None
+    if rows:
+        smallest = min(int(n) for n in rows if isinstance(n, int))
+        return Bound(smallest, offset is not None and offset >= 0)
+    if counted is not None:
+        if offset is None or offset < 0:
+            return Miss("its positions begin below 0")
+        return Bound(counted, True)
+    if offset is not None and offset < 0:
+        return Miss("its positions begin below 0")
+    return Bound(wished, False)
+
+
+def _length_axis(rotation: Rotation, edit: Editor) -> int:
+    rank = edit.rank(rotation.source) or 0
+    return 2 if rotation.layout == "apart" and rank == 4 else 1
+
+
+def _offset(rotation: Rotation) -> int | None:
+    """Return the position of the first token where positions count up by one from a number."""
+    element = rotation.position.element
+    if not isinstance(element, Index):
+        return None
+    axis = 2 if rotation.layout == "apart" else 1
+    first = subtract(element.value, AXES[axis])
+    return first if isinstance(first, int) else None
+
+
+def _last(rotation: Rotation, edit: Editor) -> int | None:
+    """Return one more than the last position where positions count up and both ends are known."""
+    offset, shape = _offset(rotation), edit.shape(rotation.source)
+    length = None if shape is None else shape[_length_axis(rotation, edit)]
+    return offset + length if offset is not None and isinstance(length, int) else None
+
+
+@dataclass
+class Tables:
+    """Tables of cosines and sines, one initializer for each content.
+
+    Attributes:
+        edit: The editor they are made with.
+    """
+
+    edit: Editor
+    _made: dict[tuple[Any, ...], ir.Value] = field(default_factory=dict)
+    _read: dict[tuple[Any, ...], tuple[Array, Array]] = field(default_factory=dict)
+
+    def compute(self, rotation: Rotation, count: int) -> tuple[Array, Array] | Miss:
+        """Return cosines and sines `[count, turned / 2]` of positions from 0 on."""
+        key = (rotation.cos, rotation.sin, count)
+        found = self._read.get(key)
+        if found is None:
+            positions = np.arange(count, dtype=np.int64)
+            known: dict[Wave, Array] = {}
+            columns: list[Array] = []
+            for waves in (rotation.cos, rotation.sin):
+                columns.append(_columns(waves, positions, known))
+            found = self._read[key] = columns[0], columns[1]
+        cos, sin = found
+        if not (np.all(cos[0] > 0) and np.all(sin[0] == 0)):
+            return Miss("at position 0 it turns: tables of cosines and sines do not begin so")
+        if not (np.isfinite(cos).all() and np.isfinite(sin).all()):
+            return Miss("its tables hold infinities")
+        return found
+
+    def value(self, table: Array, dtype: ir.DataType, name: str) -> ir.Value:
+        """Return an initializer that holds a table."""
+        content = np.ascontiguousarray(table.astype(dtype.numpy()))
+        key = (dtype, content.shape, hashlib.sha256(content.tobytes()).digest())
+        found = self._made.get(key)
+        if found is None or found.graph is not self.edit.module.graph:
+            store = self.edit.module.store
+            large = content.nbytes > _SPILL_BYTES
+            found = self.edit.constant(store.put(content) if large else content, name)
+            self._made[key] = found
+        return found
+
+
+def _columns(waves: tuple[Wave, ...], positions: Array, known: dict[Wave, Array]) -> Array:
+    return np.stack([np.asarray(evaluate(wave, positions, known)) for wave in waves], axis=1)
+
+
+def write_rotation(
+    rotation: Rotation, tables: tuple[ir.Value, ir.Value], form: Form, edit: Editor
+) -> ir.Value | Miss:
+    """Write a rotation; return a value of its source's shape.
+
+    Args:
+        rotation: What was read.
+        tables: Cosines and sines `[positions, turned / 2]`, of the source's type.
+        form: `contrib` or `standard`; `auto` takes the standard one from opset 23 on.
+        edit: Writes before its root.
+    """
+    root = edit.root
+    assert root is not None
+    standard = edit.opset(root) >= STANDARD_OPSET if form == "auto" else form == "standard"
+    if standard and edit.opset(root) < STANDARD_OPSET:
+        return Miss(f"the standard form needs opset {STANDARD_OPSET}")
+    shape = edit.shape(rotation.source)
+    assert shape is not None
+    heads = shape[1 if rotation.layout == "apart" else 2] if len(shape) == 4 else 1
+    partial = rotation.turned < int(shape[-1])
+    if not isinstance(heads, int) and (partial or rotation.layout == "mixed"):
+        return Miss("the number of heads is not known")
+    positions = _positions(rotation, shape, edit, whole=standard)
+    if isinstance(positions, Miss):
+        return positions
+    x, flat = rotation.source, rotation.layout == "mixed" and len(shape) == 4
+    if flat:
+        width = edit.constant(np.array([0, 0, heads * int(shape[-1])], np.int64), "width")
+        x = edit.op("Reshape", [x, width])
+    attributes: dict[str, Any] = {"interleaved": int(rotation.interleaved)}
+    if partial:
+        attributes["rotary_embedding_dim"] = rotation.turned
+    if partial or rotation.layout == "mixed":
+        attributes["num_heads"] = heads
+    if standard:
+        y = edit.op("RotaryEmbedding", [x, *tables, positions], attributes)
+    else:
+        y = edit.op("RotaryEmbedding", [x, positions, *tables], attributes, domain=_MS)
+    if flat:
+        apart = edit.constant(np.array([0, 0, heads, int(shape[-1])], np.int64), "heads_shape")
+        y = edit.op("Reshape", [y, apart])
+    return y
+
+
+def _positions(
+    rotation: Rotation, shape: tuple[Dim, ...], edit: Editor, *, whole: bool
+) -> ir.Value | Miss:
+    """Return positions: int64 `[batch, length]`, or where not `whole` also `[1]`, the first."""
+    offset = _offset(rotation)
+    if offset is not None and not whole:
+        return edit.constant(np.array([offset], np.int64), "first_position")
+    element, axis = rotation.position.element, 1 if rotation.layout == "mixed" else 2
+    value, index = rotation.position.value, rotation.position.index
+    if isinstance(element, Read):
+        value, index = element.value, element.index
+    places = [n for n, each in enumerate(index) if each != 0]
+    wanted = [AXES[0], AXES[axis]]
+    if edit.is_constant(value) and isinstance(element, Index):
+        return Miss("its positions begin where it is not known")
+    if [index[n] for n in places] not in ([], wanted, wanted[1:], wanted[:1]):
+        return Miss("its positions are no tensor of batch and length")
+    dtype = edit.dtype(value)
+    away = [n for n in range(len(index)) if n not in places]
+    if away:
+        value = edit.op("Squeeze", [value, edit.constant(np.array(away, np.int64), "axes")])
+    if dtype != ir.DataType.INT64:
+        value = edit.op("Cast", [value], {"to": int(ir.DataType.INT64)})
+    new = [n for n, each in enumerate(wanted) if each not in [index[m] for m in places]]
+    if new:
+        value = edit.op("Unsqueeze", [value, edit.constant(np.array(new, np.int64), "axes")])
+    own = edit.shape(value)
+    batch, length = shape[0], shape[axis]
+    fits = own is not None and edit.same_dim(own[0], batch) and edit.same_dim(own[1], length)
+    if fits:
+        return value
+    extents = edit.op("Shape", [rotation.source])
+    which = edit.constant(np.array([0, axis], np.int64), "axes")
+    return edit.op("Expand", [value, edit.op("Gather", [extents, which], {"axis": 0})])
