@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from lwc.core.errors import LwcError
 
 ROOT = Path(__file__).parents[2]
 COPIED = ("lwc", "passes", "backends", "docs", "tools")
@@ -88,6 +92,12 @@ def test_names_that_cannot_be_are_refused_in_one_line(checkout: Path) -> None:
         (("fuse-swish", "--area=../out"), "area '../out' is no name of a folder"),
         (("fuse-swish", "--package", "Swish!"), "'Swish!' is no name of a package"),
         (("fuse-swish", "--package", "docs"), "'docs' exists"),
+        (("class",), "'class' is a word of Python (write it like fuse-swish)"),
+        (("class", "--package", "lwc-new"), "'class' is a word of Python"),
+        (("fuse-swish", "--area=lambda"), "area 'lambda' is no name of a folder"),
+        (("fuse-swish", "--package", "import"), "'import' is no name of a package"),
+        (("none",), "'None' is a word of Python"),
+        (("rule-pass",), "'RulePass' is a name of lwc"),
     ):
         done = new_pass(checkout, *words)
         assert done.returncode == 2
@@ -95,6 +105,41 @@ def test_names_that_cannot_be_are_refused_in_one_line(checkout: Path) -> None:
         assert done.stderr.startswith("new-pass: error: ")
         assert done.stderr.count("\n") == 1
     assert sorted(checkout.rglob("*.py")) == before
+
+
+def test_what_was_made_before_a_failure_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = runpy.run_path(str(ROOT / "tools" / "new_pass.py"))
+    for name in ("tools", "passes/cleanup", "tests/unit"):
+        (tmp_path / name).mkdir(parents=True)
+    shutil.copy(ROOT / "tools" / "pass_table.py", tmp_path / "tools")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    for words in (("cleanup",), ("low_rank",)):
+        monkeypatch.setitem(tool["write_pass"].__globals__, "ROOT", tmp_path)
+        # The table of passes cannot be made here: there is no lwc to write it into.
+        with pytest.raises(LwcError, match=r"pass_table\.py failed"):
+            tool["write_pass"]("tidy-up", "rule", *words)
+        left = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+        cached = {"__pycache__", ".ruff_cache"}
+        assert {file for file in left if cached.isdisjoint(file.parts)} == set(before)
+        assert all(left[file] == content for file, content in before.items())
+        assert not (tmp_path / "passes" / "low_rank").exists()
+
+
+def test_a_package_that_cannot_be_finished_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = runpy.run_path(str(ROOT / "tools" / "new_pass.py"))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copymode", full)
+    with pytest.raises(OSError, match="No space left"):
+        tool["write_package"]("melt-gates", tmp_path / "more" / "lwc-melt")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
