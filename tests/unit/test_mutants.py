@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import io
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+RUN = subprocess.run
 MUTANTS = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "bench" / "mutants.py"))
 
 
@@ -42,3 +48,55 @@ def test_a_fault_that_does_not_run_is_not_found(clause: str, message: str, count
     result = MUTANTS["on_merit"]({"found": True, "clause": clause, "message": message})
     assert result["found"] is counts
     assert result.get("error") == (None if counts else "the fault itself does not run")
+
+
+@pytest.mark.parametrize("how", [[], ["--clean"]])
+def test_words_that_choose_nothing_are_an_error(
+    how: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["mutants.py", "--only", "no such fault", *how])
+    with pytest.raises(SystemExit) as caught:
+        MUTANTS["main"]()
+    assert caught.value.code == 2
+    assert "--only: nothing has 'no such fault' in its name or pass" in capsys.readouterr().err
+
+
+def test_faults_are_chosen_by_name_or_pass() -> None:
+    choose, mutations = MUTANTS["choose"], MUTANTS["MUTATIONS"]
+    assert choose(None) == list(mutations)
+    by_pass = choose("fold-linear")
+    assert {each.spec for each in mutations if "fold-linear" in each.spec} == {
+        each.spec for each in by_pass if "fold-linear" in each.spec
+    }
+    assert len(by_pass) >= 2
+    assert mutations[0] in choose(mutations[0].name)
+
+
+def test_a_process_that_dies_in_silence_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import os; os.kill(os.getpid(), 9)"
+    monkeypatch.setattr(
+        subprocess, "run", functools.partial(run_instead, [sys.executable, "-c", code])
+    )
+    result = MUTANTS["run_child"]([], 60.0)
+    assert (result["found"], result["error"]) == (False, "exit -9")
+
+
+def run_instead(command: list[str], asked: list[str], **settings: Any) -> Any:
+    """Run one command in place of another."""
+    return RUN(command, **settings)
+
+
+def test_the_table_says_how_many_graphs_found_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = iter(
+        [
+            {"found": False, "graphs": 17, "changed": 3, "seconds": 40.0},
+            {"found": False, "error": "exit -9", "seconds": 0.0},
+        ]
+    )
+    monkeypatch.setitem(MUTANTS["run_mutants"].__globals__, "run_child", lambda *_: next(rows))
+    written = io.StringIO()
+    console = Console(file=written, width=200)
+    MUTANTS["run_mutants"](list(MUTANTS["MUTATIONS"][:2]), 1, [], console)
+    table = written.getvalue()
+    assert "NOT FOUND on 17 graphs, 3 of them changed" in table
+    assert "exit -9" in table

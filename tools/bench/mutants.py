@@ -4,7 +4,8 @@
 Each fault of mutations.py is planted in a process of its own, in which `lwc.verify.check_pass`
 checks the pass with default settings. The table says what was found, after how many graphs and
 seconds, and how small the reproducer is. `--clean` runs the passes without a fault instead: every
-report is a false alarm then.
+report is a false alarm then. Drawing ends after a time, so that fewer graphs are drawn on a loaded
+machine: run it alone, and compare the numbers of graphs.
 
     python tools/bench/mutants.py [--only WORDS] [--jobs 2] [--json FILE]
     python tools/bench/mutants.py --clean [--examples 2000] [--json FILE]
@@ -133,7 +134,9 @@ def run_child(arguments: list[str], timeout: float) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         return {"found": False, "error": f"not done after {timeout:.0f} s", "seconds": timeout}
     if done.returncode:
-        return {"found": False, "error": done.stderr.strip().splitlines()[-1], "seconds": 0.0}
+        # Killed from outside, such as for want of memory, it says nothing.
+        said = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]
+        return {"found": False, "error": said[-1], "seconds": 0.0}
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
@@ -143,6 +146,21 @@ def on_merit(result: dict[str, Any]) -> dict[str, Any]:
     if result.get("clause") == "crash" and BROKEN_TEXT.search(result["message"]):
         return {**result, "found": False, "error": "the fault itself does not run"}
     return result
+
+
+def choose(words: str | None) -> list[Mutation]:
+    """Return the faults that have `words` in their name or in the pass that shows them."""
+    return [each for each in MUTATIONS if not words or words in each.name or words in each.spec]
+
+
+def verdict_on(row: dict[str, Any]) -> str:
+    """Say what found a fault, or on how much nothing did: a loaded machine draws fewer graphs."""
+    if "error" in row:
+        return str(row["error"])
+    if not row["found"]:
+        return f"NOT FOUND on {row['graphs']} graphs, {row['changed']} of them changed"
+    late = row["seconds"] > LIMIT
+    return f"NOT FOUND in time, but by {row['clause']}" if late else str(row["clause"])
 
 
 def run_mutants(
@@ -164,10 +182,8 @@ def run_mutants(
             column, justify="left" if column in "fault kind pass found by" else "right"
         )
     for row in rows:
-        found = row["found"] and row["seconds"] <= LIMIT
-        verdict = row["clause"] if found else row.get("error", "NOT FOUND")
         table.add_row(
-            row["name"], row["kind"], row["pass"], verdict, str(row.get("graphs", "-")),
+            row["name"], row["kind"], row["pass"], verdict_on(row), str(row.get("graphs", "-")),
             str(row.get("nodes", "-")), f"{row['seconds']:.1f}",
         )  # fmt: skip
     console.print(table)
@@ -224,7 +240,7 @@ def run_clean(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", metavar="WORDS", help="faults or passes whose name has them")
+    parser.add_argument("--only", metavar="WORDS", help="faults with them in their name or pass")
     parser.add_argument("--clean", action="store_true", help="check the passes without a fault")
     parser.add_argument("--examples", type=int, default=2000, help="graphs per pass with --clean")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
@@ -245,14 +261,19 @@ def main() -> None:
         result = check(arguments.clean_child, arguments.seed, arguments.examples, 3600.0)
         print(json.dumps(result))
         return
+    nothing = f"--only: nothing has '{arguments.only}' in its name or pass"
     console = Console(width=None if sys.stdout.isatty() else 160)
     if arguments.clean:
         specs = [spec for spec in CLEAN if not arguments.only or arguments.only in spec]
+        if not specs:
+            parser.error(nothing)
         summary, rows = run_clean(
             specs, arguments.examples, arguments.jobs, arguments.seed, console
         )
     else:
-        chosen = [m for m in MUTATIONS if not arguments.only or arguments.only in m.name]
+        chosen = choose(arguments.only)
+        if not chosen:
+            parser.error(nothing)
         extra = ["--seed", str(arguments.seed)]
         if arguments.seconds is not None:
             extra += ["--seconds", str(arguments.seconds)]
