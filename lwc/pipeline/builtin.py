@@ -106,6 +106,27 @@ BUILTIN: tuple[PassInfo, ...] = (
         ),
     ),
     PassInfo(
+        name="fuse-rotary",
+        target="lwc.passes.attention.fuse_rotary:FuseRotary",
+        summary="Compute rotary position embedding as one operator that looks cosines and sines up.",
+        contract="exact",
+        options=(
+            OptionInfo(
+                name="max-positions",
+                type="int",
+                default="0",
+                help="Positions in tables where the graph does not bound them; 0 for 4096.",
+                positional=True,
+            ),
+            OptionInfo(
+                name="form",
+                type="auto|standard|contrib",
+                default="auto",
+                help="`contrib` is ONNX Runtime's RotaryEmbedding, `standard` that of opset 23; `auto` takes the standard one where the model has that opset.",
+            ),
+        ),
+    ),
+    PassInfo(
         name="infer-shapes",
         target="lwc.passes.cleanup.infer_shapes:InferShapes",
         summary="Write the inferred type and shape on every value.",
