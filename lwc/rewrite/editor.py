@@ -293,7 +293,9 @@ class Editor:
     def share_constants(self) -> int:
         """Make small initializers of equal content in the main graph one; return how many went."""
         gone = 0
-        for value in list(self.module.graph.initializers.values()):
+        # Those that leave the graph stay, so one of them must be the one that others become.
+        initializers = self.module.graph.initializers.values()
+        for value in sorted(initializers, key=lambda each: not each.is_graph_output()):
             if not use_count(value):
                 continue
             tensor = self.tensor(value)

@@ -98,7 +98,8 @@ class QuantizeWeights(Pass):
                 chosen.append((weight, self._spec(weight, module, editor)))
             else:
                 skipped += 1
-                ctx.missed(f"'{weight.value.name}' stays: {reason}", weight.uses[0].node)
+                place = weight.uses[0].node if weight.uses else None
+                ctx.missed(f"'{weight.value.name}' stays: {reason}", place)
         results = in_threads(
             lambda item: quantize(item[0].tensor, item[1]),
             chosen,

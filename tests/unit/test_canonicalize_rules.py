@@ -595,3 +595,17 @@ def test_keepdims_is_only_one() -> None:
     run_pass(Canonicalize(), module)
     (found,) = run_plain(module, {"x": np.ones((3, 5, 2), np.float32)})
     assert found.tolist() == [5]
+
+
+@pytest.mark.parametrize("order", ["a, b", "b, a"])
+def test_equal_constants_become_the_one_that_leaves_the_graph(order: str) -> None:
+    """Whichever comes first: results do not depend on the order of initializers."""
+    numbers = {"a": "int64[2] a = {2, 4}", "b": "int64[2] b = {2, 4}"}
+    constants = ", ".join(numbers[name] for name in order.split(", "))
+    module = module_of(f"""
+    g (float[8] x, float[8] z) => (float[2, 4] y, float[2, 4] w, int64[2] b) <{constants}> {{
+        y = Reshape(x, a)
+        w = Reshape(z, b)
+    }}""")
+    canonicalize(module)
+    assert list(module.graph.initializers) == ["b"]

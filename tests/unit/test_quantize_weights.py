@@ -534,6 +534,17 @@ def test_weight_of_an_attention_product_is_no_layer() -> None:
     assert missed(module) == []
 
 
+def test_a_weight_whose_only_reader_leaves_the_graph_stays() -> None:
+    text = """<ir_version: 10, opset_import: ["" : 21]>
+    g (float[a,2] x) => (float[2,1] t, float[a,1] y) <float[1,2] w = {1.1, 1.8}> {
+        t = Transpose(w)
+        y = MatMul(x, t)
+    }"""
+    module = module_of(text)
+    assert not quantized(module).changed
+    assert missed(module) == ["'w' stays: its transpose is a graph output"]
+
+
 def test_statistics() -> None:
     module = module_of(LINEAR)
     statistics = quantized(module).statistics
