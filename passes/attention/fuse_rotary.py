@@ -11,6 +11,7 @@ import onnx_ir as ir
 from lwc.core.errors import UsageError
 from lwc.passes.attention.rotary_lowering import Form, Tables, bound_of, write_rotation
 from lwc.passes.attention.rotary_turns import read_rotation
+from lwc.passes.attention.rotary_waves import Known
 from lwc.pipeline.passes import Exact, PassContext
 from lwc.pipeline.rule_pass import AnyRule, RulePass
 from lwc.rewrite import Editor, Miss, Rule, attribute
@@ -65,16 +66,17 @@ class FuseRotary(RulePass):
         def rotary(node: ir.Node, edit: Editor) -> Outcome:
             """x · cos + rotate(x) · sin becomes one operator."""
             nonlocal told
-            if edit.in_function(node) or _is_part(node, edit):
+            if not state or state[0].edit is not edit:
+                state[:] = [Tables(edit)]
+            known = state[0].waves
+            if edit.in_function(node) or _is_part(node, edit, known):
                 return None
-            found = read_rotation(node, edit)
+            found = read_rotation(node, edit, known)
             if found is None or isinstance(found, Miss):
                 return found
             bound = bound_of(found, self.max_positions or _POSITIONS, edit)
             if isinstance(bound, Miss):
                 return bound
-            if not state or state[0].edit is not edit:
-                state[:] = [Tables(edit)]
             tables = state[0].compute(found, bound.positions)
             if isinstance(tables, Miss):
                 return tables
@@ -101,7 +103,7 @@ class FuseRotary(RulePass):
         )
 
 
-def _is_part(node: ir.Node, edit: Editor) -> bool:
+def _is_part(node: ir.Node, edit: Editor, known: Known) -> bool:
     """Tell whether what a node makes only goes into a rotation that is wider."""
     value = node.outputs[0]
     if node.op_type not in ("Add", "Sub", "Concat", "Reshape") or not edit.single_use(value):
@@ -112,4 +114,4 @@ def _is_part(node: ir.Node, edit: Editor) -> bool:
         return False
     if attribute(user, "axis") % rank != rank - 1:
         return False
-    return not isinstance(read_rotation(user, edit), Miss | type(None))
+    return not isinstance(read_rotation(user, edit, known), Miss | type(None))

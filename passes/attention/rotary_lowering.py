@@ -9,10 +9,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 import onnx_ir as ir
 
-from lwc.core.dims import Dim, subtract
+from lwc.core.dims import Dim, at_least, subtract, symbol
 from lwc.passes.attention.elements import Index, Read
 from lwc.passes.attention.rotary_turns import AXES, Rotation
-from lwc.passes.attention.rotary_waves import Lookup, Wave, evaluate, leaves
+from lwc.passes.attention.rotary_waves import Known, Lookup, Wave, evaluate, leaves
 from lwc.rewrite import Editor, Miss
 
 __all__ = ["Bound", "Form", "Tables", "bound_of", "write_rotation"]
@@ -38,24 +38,30 @@ def bound_of(rotation: Rotation, wished: int, edit: Editor) -> Bound | Miss:
     Constant tables say it, or a count of positions over a sequence whose length is a number; where
     neither does it is `wished`.
     """
-    rows = {
-        leaf.table.shape[leaf.axis]
+    rows = [
+        table.shape.numpy()[leaf.axis]
         for wave in (*rotation.cos, *rotation.sin)
         for leaf in leaves(wave)
-        if isinstance(leaf, Lookup) and leaf.table.shape is not None
-    }
-    offset = _offset(rotation)
-    counted = _last(rotation, edit) if offset is not None else None
+        if isinstance(leaf, Lookup) and (table := edit.tensor(leaf.table)) is not None
+    ]
+    element = rotation.position.element
+    if isinstance(element, Index) and not _never_negative(element.value):
+        return Miss("its positions may lie below 0")
     if rows:
-        smallest = min(int(n) for n in rows if isinstance(n, int))
-        return Bound(smallest, offset is not None and offset >= 0)
-    if counted is not None:
-        if offset is None or offset < 0:
-            return Miss("its positions begin below 0")
-        return Bound(counted, True)
-    if offset is not None and offset < 0:
-        return Miss("its positions begin below 0")
-    return Bound(wished, False)
+        return Bound(min(rows), isinstance(element, Index))
+    last = _last(rotation, edit)
+    if last is not None:
+        return Bound(last, True)
+    offset = _offset(rotation) or 0
+    if offset > wished:
+        return Miss(f"its positions begin at {offset}, behind tables of {wished}")
+    return Bound(wished + offset, False)
+
+
+def _never_negative(place: Dim) -> bool:
+    if isinstance(place, int):
+        return place >= 0
+    return at_least(place.subs({axis: symbol(axis.name) for axis in AXES}), 0)
 
 
 def _length_axis(rotation: Rotation, edit: Editor) -> int:
@@ -86,9 +92,11 @@ class Tables:
 
     Attributes:
         edit: The editor they are made with.
+        waves: Waves read with it.
     """
 
     edit: Editor
+    waves: Known = field(default_factory=dict)
     _made: dict[tuple[Any, ...], ir.Value] = field(default_factory=dict)
     _read: dict[tuple[Any, ...], tuple[Array, Array]] = field(default_factory=dict)
 

@@ -18,6 +18,7 @@ from lwc.passes.attention.elements import Read
 from lwc.passes.attention.rotary_waves import (
     Call,
     Constant,
+    Known,
     Lookup,
     Position,
     Wave,
@@ -75,8 +76,14 @@ class _Term(NamedTuple):
     wave: Wave | None
 
 
-def read_rotation(root: ir.Node, edit: Editor) -> Rotation | Miss | None:
-    """Read the last operator of a rotary embedding; None where it is nothing like it."""
+def read_rotation(root: ir.Node, edit: Editor, known: Known) -> Rotation | Miss | None:
+    """Read the last operator of a rotary embedding; None where it is nothing like it.
+
+    Args:
+        root: The operator.
+        edit: Knows shapes and constants.
+        known: Waves read before with this editor; it grows.
+    """
     result = root.outputs[0]
     shape = edit.shape(result)
     if shape is None or len(shape) not in (3, 4) or edit.dtype(result) not in _FLOATS:
@@ -86,7 +93,7 @@ def read_rotation(root: ir.Node, edit: Editor) -> Rotation | Miss | None:
         return None
     near: Miss | None = None
     for source in _sources(root, edit):
-        found = _from(source, result, size, edit)
+        found = _from(source, result, size, edit, known)
         if isinstance(found, Rotation):
             return found
         near = near or found
@@ -126,12 +133,14 @@ def _sources(root: ir.Node, edit: Editor) -> Iterator[ir.Value]:
                 queue.append(each)
 
 
-def _from(source: ir.Value, result: ir.Value, size: int, edit: Editor) -> Rotation | Miss | None:
+def _from(
+    source: ir.Value, result: ir.Value, size: int, edit: Editor, known: Known
+) -> Rotation | Miss | None:
     """Read a result as a rotation of `source`."""
     index = AXES[: (edit.rank(result) or 0) - 1]
     rows: list[tuple[_Term, ...]] = []
     for place in range(size):
-        reader = _Reader(source, index, edit)
+        reader = _Reader(source, index, edit, known)
         terms = reader.terms(result, (*index, place))
         if terms is None or not (place or _is_turn(terms, place)):
             near = place > 0 or reader.waves.trouble is not None
@@ -155,7 +164,7 @@ def _paired(
     turned = len(rows)
     partner = next((term.place for term in rows[0] if term.place), None)
     if turned % 2 or partner not in (1, turned // 2):
-        return Miss(f"{turned} elements are turned, the first with element {partner}")
+        return Miss("its elements are turned in other pairs than halves or neighbours make")
     interleaved = partner == 1 and turned > 2
     cos, sin = [], []
     for pair in range(turned // 2):
@@ -240,11 +249,13 @@ def _layout(position: Position, index: tuple[Dim, ...], shape: Sequence[Dim]) ->
 class _Reader:
     """Reads one element of a result as terms in elements of the source."""
 
-    def __init__(self, source: ir.Value, index: tuple[Dim, ...], edit: Editor) -> None:
+    def __init__(
+        self, source: ir.Value, index: tuple[Dim, ...], edit: Editor, known: Known
+    ) -> None:
         self._source = source
         self._index = index
         self._edit = edit
-        self.waves = WaveReader(edit, frozenset((source,)))
+        self.waves = WaveReader(edit, frozenset((source,)), known)
 
     def terms(self, value: ir.Value, index: tuple[Dim, ...]) -> tuple[_Term, ...] | None:
         """Return the sum that an element is; None where it is none of elements of the source."""

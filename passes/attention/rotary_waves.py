@@ -19,7 +19,17 @@ from lwc.core.walk import constant_tensor
 from lwc.passes.attention.elements import Element, Elements, Index, Number, Read
 from lwc.rewrite import Editor, attribute
 
-__all__ = ["Call", "Constant", "Lookup", "Position", "Wave", "WaveReader", "evaluate", "leaves"]
+__all__ = [
+    "Call",
+    "Constant",
+    "Known",
+    "Lookup",
+    "Position",
+    "Wave",
+    "WaveReader",
+    "evaluate",
+    "leaves",
+]
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Indices: TypeAlias = tuple[Dim, ...]
@@ -76,6 +86,7 @@ class Call:
 
 
 Wave: TypeAlias = Constant | Position | Lookup | Call
+Known: TypeAlias = dict[tuple[ir.Value, Indices], Wave]
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "Add": np.add,
@@ -101,14 +112,16 @@ class WaveReader:
     Args:
         edit: Knows shapes and constants.
         stops: Values that are no waves.
+        known: Waves read before in the same graph, by value and index; it grows.
 
     Attributes:
         trouble: Why something below a sine or cosine was no wave.
     """
 
-    def __init__(self, edit: Editor, stops: frozenset[ir.Value] = frozenset()) -> None:
+    def __init__(self, edit: Editor, stops: frozenset[ir.Value], known: Known) -> None:
         self._edit = edit
         self._stops = stops
+        self._known = known
         self.elements = Elements(edit, stops)
         self.trouble: str | None = None
 
@@ -116,8 +129,13 @@ class WaveReader:
         """Return the wave that the element of `value` at `index` is; None where it is none."""
         if value in self._stops or depth > _DEEPEST:
             return None
-        element = self.elements.at(value, index)
-        return self._of(element, value, index, depth)
+        found = self._known.get((value, index))
+        if found is None:
+            element = self.elements.at(value, index)
+            found = self._of(element, value, index, depth)
+            if found is not None:
+                self._known[value, index] = found
+        return found
 
     def _of(
         self, element: Element | None, value: ir.Value, index: Indices, depth: int

@@ -11,6 +11,7 @@ from lwc.verify.generate.motifs import (
     linear,
     norms,
     quantized,
+    rotary,
     sharing,
 )
 from lwc.verify.generate.sketch import Motif
@@ -27,5 +28,6 @@ MOTIFS: tuple[Motif, ...] = (
     *sharing.MOTIFS,
     *quantized.MOTIFS,
     *control.MOTIFS,
+    *rotary.MOTIFS,
 )
 """Every motif; draw from them with `sketches(MOTIFS)`."""
