@@ -238,6 +238,11 @@ def _add_action_options(group: argparse._ArgumentGroup) -> None:
         "write nothing",
     )
     group.add_argument(
+        "--feeds",
+        metavar="FILE.json",
+        help="for --check-contract, what the inputs may be, as beside a counterexample",
+    )
+    group.add_argument(
         "--report",
         metavar="FILE",
         action="append",

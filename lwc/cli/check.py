@@ -9,6 +9,7 @@ from lwc.core.errors import UsageError
 from lwc.pipeline.spec import to_spec
 
 if TYPE_CHECKING:
+    from lwc.calibration.feeds import FeedSpec
     from lwc.core.module import Module
     from lwc.pipeline.config import PipelineConfig
     from lwc.verify.contract.clauses import ContractOutcome
@@ -16,8 +17,15 @@ if TYPE_CHECKING:
 __all__ = ["check_lines"]
 
 
-def check_lines(module: Module, config: PipelineConfig) -> Iterator[tuple[str, bool]]:
+def check_lines(
+    module: Module, config: PipelineConfig, feeds: FeedSpec
+) -> Iterator[tuple[str, bool]]:
     """Check each pass on what the passes before it made of `module`, which is changed.
+
+    Args:
+        module: The module.
+        config: The passes and the settings of the run.
+        feeds: What is known of the inputs.
 
     Yields:
         One line for each pass, and whether it kept its contract. One that refuses leaves the
@@ -37,7 +45,7 @@ def check_lines(module: Module, config: PipelineConfig) -> Iterator[tuple[str, b
     passes = (*bind_pass(config.bind), *config.passes)
     if not passes:
         raise UsageError("--check-contract needs passes to check", remedy="add -p PIPELINE")
-    settings = ContractSettings(granted=frozenset(config.grant), seed=config.seed)
+    settings = ContractSettings(feeds, granted=frozenset(config.grant), seed=config.seed)
     for number, pass_ in enumerate(passes, 1):
         name = f"{number:>2} {to_spec(pass_)}"
         try:

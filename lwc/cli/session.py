@@ -39,6 +39,7 @@ _ACTIONS = ("plan", "explain", "bisect", "reduce", "check_contract")
 _NEVER_EMPTY = {
     "explain": "a pass",
     "reduce": "a file",
+    "feeds": "a file",
     "pass_pipeline_crash_reproducer": "a file",
 }
 
@@ -139,11 +140,14 @@ class Session:
 
     def check_contract(self) -> int:
         """Hold each pass to its whole contract; 1 if one breaks it."""
+        from lwc.calibration.feed_file import read_feed_spec
+        from lwc.calibration.feeds import FeedSpec
         from lwc.cli.check import check_lines
 
+        feeds = read_feed_spec(self.options.feeds) if self.options.feeds else FeedSpec()
         module = self._load()
         held = True
-        for line, kept in check_lines(module, self.config):
+        for line, kept in check_lines(module, self.config, feeds):
             print(printable(line))
             held = held and kept
         return 0 if held else 1
@@ -392,6 +396,8 @@ def _check_outputs(options: argparse.Namespace) -> None:
         _check_other_file(options.reduce, options.input, "the input")
     if options.pass_pipeline_crash_reproducer:
         _check_reproducer(options)
+    if options.feeds is not None and not options.check_contract:
+        raise UsageError("--feeds needs a check", remedy="add --check-contract")
     for name in ("measure", "text"):
         if getattr(options, name) and not options.report:
             raise UsageError(f"--{name} needs a report to go into", remedy="add --report FILE.md")

@@ -22,6 +22,7 @@ from rules_to_check import (
 from support import module_of
 
 import lwc
+from lwc.calibration.feed_file import read_feed_spec
 from lwc.cli.opt import main
 from lwc.core.errors import UsageError
 from lwc.core.module import Module
@@ -234,6 +235,38 @@ def test_assumptions_are_checked_from_both_sides(tmp_path: Path) -> None:
         check_pass(DropAbs, graphs=ABS, grant="all", folder=tmp_path)
     report = check_pass(DropAbs, graphs=ABS, must_change=False)
     assert any("no assumption was granted" in note for note in report.notes)
+
+
+def test_a_counterexample_replays_on_the_feeds_of_the_check(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = np.array([1.5, -np.inf], np.float32)
+    feeds = FeedSpec(dims={"N": 2}, ranges={"z": (-3, -1)}, values={"x": values})
+    with pytest.raises(PassBrokenError) as caught:
+        check_pass(DropAbs, graphs=ABS, grant="all", feeds=feeds, folder=tmp_path)
+    _, *words = shlex.split(caught.value.counterexample.command)
+    (file,) = tmp_path.glob("*.feeds.json")
+    assert words[-1] == f"--feeds={file}"
+    again = read_feed_spec(file)
+    assert (again.dims, again.ranges) == (feeds.dims, feeds.ranges)
+    assert again.values["x"].dtype == np.float32
+    assert np.array_equal(again.values["x"], values)
+    assert main(words) == 1
+    file.write_text('{"ranges": {"x": [0, 9]}}')
+    assert main(words) == 0
+    assert "keeps its contract" in capsys.readouterr().out
+    for text, message in (
+        ("{", "the feeds are no JSON"),
+        ('{"range": {}}', "it may have: dims, ranges"),
+        ('{"dims": 3}', "it may have: dims, ranges"),
+        ('{"ranges": {"x": 3}}', "a part of the feeds cannot be read"),
+        ('{"values": {"x": {}}}', "a part of the feeds cannot be read"),
+        ('{"ranges": {"x": [3, 1]}}', "the range of 'x' is empty"),
+    ):
+        file.write_text(text)
+        assert main(words) == 2
+        assert message in capsys.readouterr().err
+    assert main([*words[:-1], f"--feeds={tmp_path / 'none'}"]) == 2
 
 
 @dataclass(frozen=True)

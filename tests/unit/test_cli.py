@@ -196,6 +196,7 @@ def test_a_configuration_is_read_and_the_command_line_wins(run: Any) -> None:
         (["in.onnx", "--plan", "-o", "out.onnx"], "--plan writes nothing"),
         (["in.onnx", "--plan", "--bisect"], "do not go together"),
         (["in.onnx", "--bisect"], "--bisect needs passes"),
+        (["in.onnx", "-p", "canonicalize", "--feeds=f.json"], "(add --check-contract)"),
         (["in.onnx", "--plan", "--bind", "n=0"], "dimension 'n' cannot be 0"),
         (["in.onnx", "--plan", "--bind", "m=1"], "no input has a dimension 'm'"),
         (["in.onnx", "--config", "none.yaml"], "none.yaml: cannot read the configuration"),

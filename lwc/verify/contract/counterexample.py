@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lwc.calibration.feed_file import write_feed_spec
 from lwc.calibration.feeds import FeedSpec
-from lwc.core.errors import LwcError
+from lwc.core.errors import LwcError, UsageError
 from lwc.core.printer import print_module
 from lwc.pipeline.registry import default_registry
 from lwc.pipeline.spec import to_spec
@@ -55,6 +56,7 @@ def write_counterexample(
     """Write a graph and say how to replay it.
 
     The file is text where text shows the failure, and a binary `.onnx` file where it does not.
+    What `settings` say of the feeds goes beside it, into a `.feeds.json` file.
 
     Args:
         pass_: The pass.
@@ -115,8 +117,14 @@ def _command(pass_: Pass, path: Path, settings: ContractSettings) -> str:
     plugin = _plugin(pass_)
     if plugin is not None:
         words.append(f"--load-pass-plugin={plugin}")
-    line = shlex.join(words)
-    return line if settings.feeds == FeedSpec() else f"{line}  # on other feeds than feeds= gives"
+    if settings.feeds == FeedSpec():
+        return shlex.join(words)
+    feeds = path.with_suffix(".feeds.json")
+    try:
+        write_feed_spec(settings.feeds, feeds)
+    except UsageError:
+        return f"{shlex.join(words)}  # on other feeds than feeds= gives"
+    return shlex.join([*words, f"--feeds={feeds}"])
 
 
 def _plugin(pass_: Pass) -> str | None:
