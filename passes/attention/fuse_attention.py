@@ -10,9 +10,10 @@ import onnx_ir as ir
 
 from lwc.passes.attention.lowering import MASKS_PAD_RIGHT, Form, choose_form, write
 from lwc.passes.attention.recognise import recognise
+from lwc.passes.attention.rotary_in_attention import GQA, POSITIONS_COUNT, absorb_rotary
 from lwc.pipeline.passes import Exact, PassContext
 from lwc.pipeline.rule_pass import AnyRule, RulePass
-from lwc.rewrite import Editor, Miss, Rule
+from lwc.rewrite import EDITED, Editor, Miss, Rule
 from lwc.rewrite.rules import Outcome
 
 __all__ = ["FuseAttention"]
@@ -30,15 +31,18 @@ class FuseAttention(RulePass):
     form: Form = "auto"
 
     name: ClassVar[str] = "fuse-attention"
-    contract: ClassVar[Exact] = Exact(assumptions=(MASKS_PAD_RIGHT,))
+    contract: ClassVar[Exact] = Exact(assumptions=(MASKS_PAD_RIGHT, POSITIONS_COUNT))
 
     def find_rules(self) -> Iterable[AnyRule]:
-        """Return the rule as it is where nothing is granted."""
-        return (self._rule(None),)
+        """Return the rules as they are where nothing is granted."""
+        return (self._rule(None), _rotary_rule(None))
 
     def rules_under(self, ctx: PassContext) -> Iterable[AnyRule]:
-        """Return the rule; masks of causal decoders go where the user vouches for them."""
-        return (self._rule(ctx if ctx.is_granted(MASKS_PAD_RIGHT) else None),)
+        """Return the rules; masks of causal decoders go where the user vouches for them."""
+        return (
+            self._rule(ctx if ctx.is_granted(MASKS_PAD_RIGHT) else None),
+            _rotary_rule(ctx if ctx.is_granted(POSITIONS_COUNT) else None),
+        )
 
     def _rule(self, granting: PassContext | None) -> Rule:
         told = False
@@ -59,3 +63,21 @@ class FuseAttention(RulePass):
             return write(found, form, edit, granted=granted)
 
         return Rule("attention", ("MatMul",), attention)
+
+
+def _rotary_rule(granting: PassContext | None) -> Rule:
+    told = False
+
+    def rotary_in_attention(node: ir.Node, edit: Editor) -> Outcome:
+        """Rotary embeddings of queries and keys go into their GroupQueryAttention."""
+        nonlocal told
+        done = absorb_rotary(node, edit, granted=False)
+        if granting is None or not isinstance(done, Miss):
+            return done
+        done = absorb_rotary(node, edit, granted=True)
+        if done is EDITED and not told:
+            granting.assume(POSITIONS_COUNT)
+            told = True
+        return done
+
+    return Rule("rotary-in-attention", (GQA,), rotary_in_attention)
