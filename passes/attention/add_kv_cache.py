@@ -205,6 +205,9 @@ class _Cache:
             self.edit.at(node)
             for place in (1, 2):
                 self._add_to(node, place, past)
+        for node in self.flow.offsets:
+            self.edit.at(node)
+            self._add_to(node, 1, past)
 
     def _add_to(self, node: ir.Node, place: int, past: ir.Value) -> None:
         value = node.inputs[place]

@@ -64,6 +64,7 @@ class TokenFlow:
         flows: The flow of every value.
         ranges: `Range` nodes that count positions from the number of tokens.
         slices: `Slice` nodes that take rows of a table from the number of tokens.
+        offsets: `RotaryEmbedding` nodes that are told the first position only.
         shapes: Nodes that take the shape of something with an element for every token of the mask.
         joins: Places where a value for every token of the mask meets one for new tokens only: the
             node and the input that must be cut to the new tokens.
@@ -72,6 +73,7 @@ class TokenFlow:
     flows: dict[ir.Value, Flow] = field(default_factory=dict)
     ranges: list[ir.Node] = field(default_factory=list)
     slices: list[ir.Node] = field(default_factory=list)
+    offsets: list[ir.Node] = field(default_factory=list)
     shapes: list[ir.Node] = field(default_factory=list)
     joins: list[tuple[ir.Node, int]] = field(default_factory=list)
 
@@ -452,4 +454,6 @@ def _rotary(walk: _Walk, node: ir.Node) -> Flow:
     rank = walk.edit.rank(node.inputs[0])
     if not isinstance(flow, Tokens) or flow.axis != (rank or 0) - 2:
         return walk.refuse(node, "tokens do not lie where it wants them")
+    if node.domain and walk.edit.rank(node.inputs[1]) == 1:
+        walk.found.offsets.append(node)
     return flow
