@@ -30,7 +30,7 @@ from lwc.verify.contract.isomorphism import renamed, structure
 from lwc.verify.numeric.bounds import distance, root_mean_square, usual_size
 from lwc.verify.numeric.choosing import TestFeed
 from lwc.verify.numeric.comparer import Comparer
-from lwc.verify.numeric.running import compiled, fitted
+from lwc.verify.numeric.running import LOOP_SECONDS, compiled, fitted
 from lwc.verify.numeric.sensitivity import Sensitivity
 
 if TYPE_CHECKING:
@@ -91,12 +91,15 @@ class ContractSettings:
         seed: Seed of feeds and names.
         thorough: Tells from the rewrites of a run whether the clauses that run the pass again
             (`repetition`, `names`, `idempotence`, `round trip`, `cost`) are checked too.
+        limit: Seconds for one run of the module where it has loops; one that needs more is
+            malformed.
     """
 
     feeds: FeedSpec = field(default_factory=FeedSpec)
     granted: frozenset[str] = frozenset()
     seed: int = 0
     thorough: Callable[[Mapping[str, int]], bool] = lambda rewrites: True
+    limit: float = LOOP_SECONDS
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,7 @@ class _Check:
             seed=settings.seed,
             spec=settings.feeds,
             threads=1,
+            limit=settings.limit,
         )
 
     def run(self) -> ContractOutcome:

@@ -37,6 +37,8 @@ __all__ = ["CheckReport", "PassBrokenError", "check_pass", "passes_hold"]
 _REDUCTION_SECONDS = 20.0
 _REASONS = 3
 """Reasons shown why outputs were not compared."""
+_LOOP_SECONDS = 1.0
+"""Time of a drawn graph with loops: one that needs more hardly ends, and fills the memory."""
 _OFTEN = 20
 """Graphs on which each rule is checked in full."""
 _TURN = 8
@@ -180,7 +182,7 @@ def check_pass(
             )
     start = time.perf_counter()
     strategy = _default_graphs(chosen) if graphs is None else graphs
-    plain = ContractSettings(seed=seed)
+    plain = ContractSettings(seed=seed, limit=_LOOP_SECONDS)
     if not chosen.contract.assumptions:
         phases = {"": replace(plain, feeds=feeds or FeedSpec())}
     elif granted:
