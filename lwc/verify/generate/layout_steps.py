@@ -164,8 +164,8 @@ def nested_slices(s: Sketch) -> ir.Value:
     axis = s.ints(s.choose(s.rank(x) - 1, -1))
     first, second = s.choose((0, 6), (1, _END), (2, 7)), s.choose((1, _END), (0, 3), (2, 5))
     x = s.emit("Slice", x, s.ints(first[0]), s.ints(first[1]), axis)
-    if s.rarely() and s.rank(x) > 1:
-        axis, second = s.ints(0), (0, _END)
+    if s.flip() and s.rank(x) > 1:
+        axis, second = s.ints(0), s.choose((0, 1), (0, _END))
     return s.emit("Slice", x, s.ints(second[0]), s.ints(second[1]), axis)
 
 
@@ -240,7 +240,7 @@ def gather(s: Sketch) -> ir.Value:
 
 def gather_one(s: Sketch) -> ir.Value:
     """One element of any axis, and that axis put back, or another."""
-    x = s.pick(least=1)
+    x = s.pick(least=3 if s.flip() else 1)
     rank = s.rank(x)
     axis = s.integer(-rank, rank - 1)
     one = s.emit("Gather", x, s.constant(np.array(s.choose(0, -1), np.int64)), axis=axis)
@@ -256,12 +256,14 @@ def table(s: Sketch) -> ir.Value:
 
 
 def expand(s: Sketch) -> ir.Value:
-    """A value expanded by hand to the extents of another, then combined with it."""
+    """A value expanded by hand to the extents of another, then combined with it, or with less."""
     x = s.pick(least=1)
     row = s.weight(*([1] * s.integer(0, s.rank(x) - 1)), 1 if s.flip() else 8)
     if not s.broadcasts(s.shape(x), s.shape(row)):
         row = s.constant(np.float32(s.choose(1.0, 0.5)))
     wide = s.emit("Expand", row, s.extents(x))
+    if s.rarely():
+        x = s.constant(np.full(s.choose((), (1,)), 0.5, np.float32))
     return s.emit(s.choose("Mul", "Add", "Sub"), *((x, wide) if s.flip() else (wide, x)))
 
 
@@ -307,9 +309,9 @@ def two_unknown_extents(s: Sketch) -> ir.Value:
         return s.emit("Where", test, a, s.emit("Neg", a))
     if form == "broadcast":
         # Valid where one of the extents is 1, or both are equal.
-        both = s.emit("Add", a, b)
+        both = s.emit("Add", *((a, b) if s.flip() else (b, a)))
         wide = s.emit("Gather", s.extents(both), s.ints(0))
-        return s.emit("Mul", both, s.cast(s.emit("Sub", wide, sizes[0]), FLOAT))
+        return s.emit("Mul", both, s.cast(s.emit("Sub", wide, s.choose(*sizes)), FLOAT))
     # A row of ones for `a` times a column for `b`: an outer product of the extents.
     row = s.emit(
         "ReduceMean" if s.opset < 18 else "Identity", a, axes=[1] if s.opset < 18 else None
