@@ -26,6 +26,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fetch_models import cache_folder
 
 LAYERS, HIDDEN, HEADS, VOCABULARY = 2, 64, 4, 100
+SPELLING = 2
+"""Counts up when the files would be exported otherwise: cached ones of before are not used."""
+
 EXPORTERS = ("dynamo", "script")
 IMPLEMENTATIONS = ("eager", "sdpa")
 
@@ -57,6 +60,7 @@ class Family:
         model: Name of the model class.
         expected: What there is to fuse.
         options: Options of the configuration.
+        implementations: Those of attention that the architecture has.
     """
 
     kind: str
@@ -64,6 +68,7 @@ class Family:
     model: str
     expected: Expected
     options: dict[str, Any] = field(default_factory=dict)
+    implementations: tuple[str, ...] = IMPLEMENTATIONS
 
 
 def _sizes(**more: Any) -> dict[str, Any]:
@@ -111,7 +116,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma2": Family(
         "decoder", "Gemma2Config", "Gemma2ForCausalLM", Expected(2, 9, 2, 4),
-        _sizes(**_GROUPED, head_dim=16, sliding_window=8),
+        _sizes(**_GROUPED, head_dim=16, sliding_window=8), ("eager",),
     ),
     "phi": Family("decoder", "PhiConfig", "PhiForCausalLM", Expected(2, 3, 2, 4), _sizes()),
     "phi3": Family(
@@ -168,7 +173,7 @@ def variants(families: Sequence[str] = tuple(FAMILIES)) -> list[Variant]:
     return [
         Variant(family, implementation, exporter)
         for family in families
-        for implementation in IMPLEMENTATIONS
+        for implementation in FAMILIES[family].implementations
         for exporter in EXPORTERS
     ]
 
@@ -224,8 +229,16 @@ def _inputs(kind: str) -> dict[str, tuple[Any, dict[int, str]]]:
     return made
 
 
+def _free_axes(axes: Sequence[dict[int, str]]) -> tuple[dict[int, Any], ...]:
+    """Return torch's own dimensions: axes of one name are one dimension."""
+    import torch
+
+    made = {name: torch.export.Dim(name) for names in axes for name in names.values()}
+    return tuple({axis: made[name] for axis, name in names.items()} for names in axes)
+
+
 def export(model: Any, kind: str, exporter: str, path: Path, *, opset: int = 18) -> Path:
-    """Write a model as ONNX; batch and sequence are symbolic."""
+    """Write a model as ONNX; batch and sequence are symbolic, the same in every input."""
     import torch
 
     inputs = _inputs(kind)
@@ -241,11 +254,9 @@ def export(model: Any, kind: str, exporter: str, path: Path, *, opset: int = 18)
     ):
         warnings.simplefilter("ignore")
         if exporter == "dynamo":
-            shapes = tuple(
-                {axis: torch.export.Dim.DYNAMIC for axis in names} for names in axes.values()
-            )
             torch.onnx.export(
-                wrapped, tensors, str(path), dynamo=True, dynamic_shapes=(shapes,),
+                wrapped, tensors, str(path), dynamo=True,
+                dynamic_shapes=(_free_axes(list(axes.values())),),
                 input_names=list(inputs), output_names=["output"], opset_version=opset,
                 external_data=False, optimize=True, verbose=False,
             )  # fmt: skip
@@ -259,7 +270,7 @@ def export(model: Any, kind: str, exporter: str, path: Path, *, opset: int = 18)
 
 def variant_path(variant: Variant) -> Path:
     """Return the exported file in the cache folder, made if it is missing."""
-    path = cache_folder() / "families" / f"{variant.name}.onnx"
+    path = cache_folder() / f"families-{SPELLING}" / f"{variant.name}.onnx"
     if not path.exists():
         model = build(variant.family, variant.implementation)
         part = path.with_suffix(".part.onnx")

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from lwc.core.dims import Dim, multiply, product, quotient
 from lwc.rewrite import Editor, attribute, producer_of
 
-__all__ = ["Heads", "Piece", "View", "find_heads", "views"]
+__all__ = ["Heads", "Layout", "Piece", "View", "find_heads", "views"]
 
 _VIEWS = (
     "Reshape", "Transpose", "Unsqueeze", "Squeeze", "Expand", "Identity", "Flatten",
@@ -154,7 +154,9 @@ class Heads(NamedTuple):
         heads: How many there are before repetition.
         repeats: How often each is repeated, one after the other.
         size: Extent of a head.
-        whole: `[batch, heads · repeats, length, size]`, or as the product has it.
+        whole: What the product reads: `[batch, heads · repeats, length, size]`, or with one head
+            that broadcasts.
+        turned: Whether `whole` is `[batch, heads · repeats, size, length]`.
     """
 
     value: ir.Value
@@ -163,6 +165,7 @@ class Heads(NamedTuple):
     repeats: int
     size: int
     whole: ir.Value
+    turned: bool
 
 
 def find_heads(value: ir.Value, edit: Editor, *, turned: bool = False) -> Heads | None:
@@ -195,7 +198,7 @@ def find_heads(value: ir.Value, edit: Editor, *, turned: bool = False) -> Heads 
         apart = (batch, heads, length, size)
         layout = _layout(apart, edit.shape(source) or (), edit)
         if layout is not None:
-            made = Heads(source, layout, int(count), int(repeats), int(extent), value)
+            made = Heads(source, layout, int(count), int(repeats), int(extent), value, turned)
             if layout == "flat":
                 return made
             found = made if layout == "apart" or found is None else found

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from lwc.core.dims import Dim, integer, subtract
-from lwc.passes.attention.elements import (
-    AtMost,
-    Both,
-    Element,
-    Elements,
-    Index,
-    Number,
-    Read,
-    Select,
-)
+from lwc.core.dims import integer, subtract
+from lwc.passes.attention.element_kinds import opposite, truth
+from lwc.passes.attention.elements import AtMost, Both, Element, Elements, Number, Read, Select
 from lwc.rewrite import Editor
 
-__all__ = ["HIDES", "Mask", "read_bias", "read_condition"]
+__all__ = ["Mask", "hides", "lowest", "read_bias", "read_condition"]
 
-HIDES = -1e8
-"""Numbers up to this one hide a key: the exponential of anything so far below is 0."""
+_HIDES = {ir.DataType.FLOAT16: -3e4}
+"""Numbers up to this one hide a key: the exponential of anything so far below a score is 0."""
+
+_LOWEST = {
+    ir.DataType.FLOAT16: -65504.0,
+    ir.DataType.DOUBLE: -1.7976931348623157e308,
+}
 
 _BATCH, _HEAD, _QUERY, _KEY = (integer(f"{name} of a score") for name in ("b", "h", "i", "j"))
+
+
+def hides(number: float, dtype: ir.DataType | None) -> bool:
+    """Tell whether a number in place of a score, or added to it, hides a key."""
+    return dtype is not None and number <= _HIDES.get(dtype, -1e8)
+
+
+def lowest(dtype: ir.DataType | None) -> float:
+    """Return the lowest finite number of an element type; -inf is below it."""
+    return -3.4028234663852886e38 if dtype is None else _LOWEST.get(dtype, -3.4028234663852886e38)
 
 
 @dataclass(frozen=True)
@@ -34,18 +42,16 @@ class Mask:
     Attributes:
         causal: No key behind the query's own place.
         window: Most keys up to the query's own; None for all.
-        padding: Values `[batch, keys]`, or `[keys]` of one batch; a key is seen where it is not 0.
+        padding: Values `[batch, keys]`, or `[1, keys]`; a key is seen where it is not 0.
         known: Whether that is all there is to the mask.
-        hidden: The least number that is put in place of a hidden score, or added to it.
-        shift: Keys before the first query, which causality and window count from.
+        numbers: What is put in place of hidden scores, or added to them, by every step.
     """
 
     causal: bool = False
     window: int | None = None
     padding: tuple[ir.Value, ...] = ()
     known: bool = True
-    hidden: float = float("-inf")
-    shift: Dim = 0
+    numbers: tuple[float, ...] = ()
 
     def __and__(self, other: Mask) -> Mask:
         """Return the mask that hides what either hides."""
@@ -54,15 +60,23 @@ class Mask:
             self.causal or other.causal,
             min(windows, default=None),
             tuple(dict.fromkeys((*self.padding, *other.padding))),
-            self.known and other.known and self.shift == other.shift,
-            max(self.hidden, other.hidden),
-            self.shift,
+            self.known and other.known,
+            (*self.numbers, *other.numbers),
         )
 
     @property
     def shows_itself(self) -> bool:
-        """Tell whether every query sees a key: there is no row without one."""
-        return self.known and not self.padding and self.shift == 0
+        """Tell whether every query sees a key, where no query is behind the last key."""
+        return self.known and not self.padding
+
+    @property
+    def infinite(self) -> bool:
+        """Tell whether everything hidden is hidden by minus infinity."""
+        return self.known and all(number == -math.inf for number in self.numbers)
+
+    def finite(self, dtype: ir.DataType | None) -> bool:
+        """Tell whether what is hidden, however often, is hidden by numbers above the lowest."""
+        return self.known and sum(self.numbers) > lowest(dtype)
 
 
 @dataclass
@@ -77,16 +91,16 @@ class _Terms:
             for each in term.terms:
                 self.take(each)
         elif isinstance(term, AtMost):
-            self._take_distance(term.value)
+            self._take_distance(term)
         elif isinstance(term, Read) and _is_padding(term):
             self.padding.append(term.value)
         elif not (isinstance(term, Number) and term.value):
             self.known = False
 
-    def _take_distance(self, value: Dim) -> None:
+    def _take_distance(self, term: AtMost) -> None:
         """Causal is `j - i <= 0`; a window of w keys is `i - j - (w - 1) <= 0`."""
-        behind = subtract(subtract(_QUERY, _KEY), value)
-        if subtract(value, subtract(_KEY, _QUERY)) == 0:
+        behind = subtract(subtract(_QUERY, _KEY), term.value)
+        if subtract(term.value, subtract(_KEY, _QUERY)) == 0:
             self.causal = True
         elif isinstance(behind, int) and behind >= 0:
             self.window = behind + 1 if self.window is None else min(self.window, behind + 1)
@@ -106,19 +120,30 @@ def read_bias(value: ir.Value, edit: Editor) -> Mask:
     element = _score(value, edit)
     if isinstance(element, Number) and element.value == 0:
         return Mask()
-    if not isinstance(element, Select) or element.yes != 0 or element.no > HIDES:
+    if isinstance(element, Select) and element.no == 0:
+        other = opposite(element.condition)
+        element = None if other is None else Select(other, element.no, element.yes)
+    if not isinstance(element, Select) or element.yes != 0 or not hides(element.no, value.dtype):
         return Mask(known=False)
     return _of(element.condition, element.no)
 
 
-def read_condition(value: ir.Value, hidden: float, edit: Editor, *, shown: bool = True) -> Mask:
-    """Read the condition on which scores are kept (`shown`), or replaced by `hidden`."""
-    element = _score(value, edit)
+def read_condition(
+    value: ir.Value, hidden: float, dtype: ir.DataType | None, edit: Editor, *, shown: bool
+) -> Mask:
+    """Read the condition on which scores are kept (`shown`), or replaced by `hidden`.
+
+    Args:
+        value: The condition.
+        hidden: What takes the place of hidden scores.
+        dtype: The type of the scores.
+        edit: Knows shapes and constants.
+        shown: Whether scores are kept where the condition holds.
+    """
+    element = truth(_score(value, edit))
     if not shown:
-        element = Elements(edit).opposite(element)
-    if isinstance(element, Select) and (element.yes, element.no) == (1, 0):
-        element = element.condition
-    if element is None or isinstance(element, Index | Select) or hidden > HIDES:
+        element = opposite(element)
+    if element is None or not hides(hidden, dtype):
         return Mask(known=False)
     return _of(element, hidden)
 
@@ -126,7 +151,7 @@ def read_condition(value: ir.Value, hidden: float, edit: Editor, *, shown: bool 
 def _of(condition: Element, hidden: float) -> Mask:
     terms = _Terms()
     terms.take(condition)
-    return Mask(terms.causal, terms.window, tuple(terms.padding), terms.known, hidden)
+    return Mask(terms.causal, terms.window, tuple(terms.padding), terms.known, (hidden,))
 
 
 def _score(value: ir.Value, edit: Editor) -> Element | None:

@@ -13,6 +13,7 @@ from lwc.verify.generate.motifs import (
     quantized,
     rotary,
     sharing,
+    spelled_attention,
 )
 from lwc.verify.generate.sketch import Motif
 
@@ -23,6 +24,7 @@ MOTIFS: tuple[Motif, ...] = (
     *norms.MOTIFS,
     *activations.MOTIFS,
     *attention.MOTIFS,
+    *spelled_attention.MOTIFS,
     *embeddings.MOTIFS,
     *convolution.MOTIFS,
     *sharing.MOTIFS,

@@ -1,0 +1,235 @@
+#!/usr/bin/env python3
+"""Fusions expected and found in models of many families, exported in every way.
+
+Every variant of `tools/families.py` is canonicalized and goes through the fusing passes that are
+registered. What there is to fuse is counted from the configuration; what was found are the fused
+operators of the result, whether the exporter or a pass made them. The outputs are compared with
+the original's for masks that show everything, pad on the right, pad on the left and hide a row as
+a whole; rows for which the original has no numbers are not compared.
+
+    python tools/bench/fusion.py [--families NAME ...] [--passes NAME ...] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from families import (
+    EXPORTERS,
+    FAMILIES,
+    IMPLEMENTATIONS,
+    VOCABULARY,
+    Variant,
+    variant_path,
+    variants,
+)
+
+from lwc.analysis.manager import AnalysisManager
+from lwc.core.module import Module
+from lwc.frontend.load import load
+from lwc.pipeline.passes import PassContext
+from lwc.pipeline.registry import default_registry
+from lwc.pipeline.spec import parse
+
+Array = np.ndarray[Any, Any]
+
+KINDS: dict[str, tuple[str, frozenset[str]]] = {
+    "attention": (
+        "fuse-attention",
+        frozenset({"MultiHeadAttention", "GroupQueryAttention", "Attention"}),
+    ),
+    "norm": (
+        "fuse-norm",
+        frozenset(
+            {
+                "LayerNormalization",
+                "RMSNormalization",
+                "SimplifiedLayerNormalization",
+                "SkipLayerNormalization",
+                "SkipSimplifiedLayerNormalization",
+            }
+        ),
+    ),
+    "activation": (
+        "fuse-activation",
+        frozenset({"Gelu", "FastGelu", "BiasGelu", "QuickGelu", "Swish"}),
+    ),
+    "rotary": ("fuse-rotary", frozenset({"RotaryEmbedding"})),
+}
+"""What is counted: the pass that fuses it, and the operators it becomes."""
+
+TOLERANCE = 1e-4
+"""Largest difference of outputs, relative to the largest of them: float32 through two layers."""
+
+EXTENTS = ((1, 1), (2, 5), (3, 17))
+"""Batch and length that outputs are compared at; 17 is beyond the sliding windows."""
+
+
+def registered(names: Iterable[str]) -> list[str]:
+    """Return those of the names that are passes."""
+    known = {info.name for info in default_registry().infos()}
+    return [name for name in names if name in known]
+
+
+def fuse(path: Path, passes: Sequence[str]) -> tuple[Module, list[str]]:
+    """Canonicalize a model and run passes on it; return it with what they missed."""
+    module = load(path)
+    analyses = AnalysisManager(module)
+    for text in ("canonicalize", *passes):
+        for each in parse(text):
+            ctx = PassContext(analyses, source=each.name)
+            if each.run(module, ctx).changed:
+                analyses.invalidate()
+    missed = [each for each in module.remarks if each.kind == "missed"]
+    return module, [
+        each.message for each in missed if any(name.startswith(each.source) for name in passes)
+    ]
+
+
+def count(module: Module) -> dict[str, int]:
+    """Count fused operators by kind."""
+    ops = Counter(node.op_type for node in module.nodes())
+    return {kind: sum(ops[op] for op in made) for kind, (_, made) in KINDS.items()}
+
+
+def feeds(module: Module, seed: int = 0) -> Iterator[dict[str, Array]]:
+    """Yield feeds of several extents, each with several masks."""
+    random = np.random.default_rng(seed)
+    for batch, length in EXTENTS:
+        for padded in ("none", "right", "left", "row"):
+            feed: dict[str, Array] = {}
+            for value in module.graph.inputs:
+                name = value.name or ""
+                if value.dtype == ir.DataType.FLOAT:
+                    shape = [batch, *(int(dim) for dim in list(value.shape or ())[1:])]
+                    feed[name] = random.random(shape).astype(np.float32)
+                elif "mask" in name:
+                    feed[name] = _mask(batch, length, padded)
+                else:
+                    width = 2 if "decoder" in name else length
+                    feed[name] = random.integers(3, VOCABULARY, (batch, width))
+            yield feed
+
+
+def _mask(batch: int, length: int, padded: str) -> Array:
+    mask = np.ones((batch, length), np.int64)
+    hidden = length if padded == "row" else length // 2
+    if padded in ("right", "row"):
+        mask[-1, length - hidden :] = 0
+    elif padded == "left":
+        mask[-1, :hidden] = 0
+    return mask
+
+
+def difference(module: Module, original: Module) -> float:
+    """Return the largest difference of outputs, relative to the largest number in them."""
+    sessions = [_session(each) for each in (module, original)]
+    worst = 0.0
+    for feed in feeds(original):
+        found, wanted = (session.run(None, feed) for session in sessions)
+        for a, b in zip(found, wanted, strict=True):
+            there = np.isfinite(b)
+            apart = np.abs(a[there] - b[there])
+            scale = float(np.abs(b[there]).max(initial=1.0))
+            worst = max(
+                worst, float("inf") if np.isnan(apart).any() else apart.max(initial=0) / scale
+            )
+    return float(worst)
+
+
+def _session(module: Module) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    return ort.InferenceSession(
+        ir.to_proto(module.model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def measure(variant: Variant, passes: Sequence[str]) -> dict[str, Any]:
+    """Fuse one variant; count and compare."""
+    path = variant_path(variant)
+    module, missed = fuse(path, passes)
+    found = count(module)
+    error = difference(module, load(path))
+    return {
+        "model": variant.family,
+        "exporter": variant.exporter,
+        "implementation": variant.implementation,
+        "expected": {kind: getattr(variant.expected, kind) for kind in KINDS},
+        "found": found,
+        "missed": missed,
+        "error": error,
+        "agrees": error <= TOLERANCE,
+    }
+
+
+def summarize(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> dict[str, Any]:
+    """Add the rows up."""
+    summary: dict[str, Any] = {"models": len(rows), "agree": sum(row["agrees"] for row in rows)}
+    for kind in kinds:
+        expected = sum(row["expected"][kind] for row in rows)
+        found = sum(min(row["found"][kind], row["expected"][kind]) for row in rows)
+        summary[kind] = {"expected": expected, "found": found}
+    return summary
+
+
+def show(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str], console: Console) -> None:
+    """Print the table."""
+    table = Table(title="fusions, found of expected")
+    for column in ("model", "exporter", "implementation"):
+        table.add_column(column)
+    for column in (*kinds, "error"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        cells = [f"{row['found'][kind]}/{row['expected'][kind]}" for kind in kinds]
+        error = f"{row['error']:.1e}" + ("" if row["agrees"] else " differs")
+        table.add_row(row["model"], row["exporter"], row["implementation"], *cells, error)
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument(
+        "--implementations", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS
+    )
+    parser.add_argument("--exporters", nargs="+", choices=EXPORTERS, default=EXPORTERS)
+    parser.add_argument("--passes", nargs="+", help="by default every fusing pass there is")
+    parser.add_argument("--json", metavar="FILE", type=Path)
+    arguments = parser.parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    passes = arguments.passes or registered(name for name, _ in KINDS.values())
+    kinds = [kind for kind, (name, _) in KINDS.items() if any(p.startswith(name) for p in passes)]
+    rows = []
+    for variant in variants(arguments.families):
+        wanted = variant.implementation in arguments.implementations
+        if wanted and variant.exporter in arguments.exporters:
+            rows.append(measure(variant, passes))
+            print(variant.name, file=sys.stderr)
+    summary = summarize(rows, kinds)
+    show(rows, kinds, console)
+    for kind in kinds:
+        console.print(f"{kind}: {summary[kind]['found']} of {summary[kind]['expected']}")
+    console.print(f"{summary['agree']} of {summary['models']} agree")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"summary": summary, "rows": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
