@@ -92,6 +92,20 @@ BUILTIN: tuple[PassInfo, ...] = (
         options=(),
     ),
     PassInfo(
+        name="fuse-activation",
+        target="lwc.passes.fusion.fuse_activation:FuseActivation",
+        summary="Compute GELU and SiLU as one operator, with the bias before it.",
+        contract="exact",
+        options=(
+            OptionInfo(
+                name="form",
+                type="auto|standard|contrib",
+                default="auto",
+                help="`standard` is Gelu (opset 20) and Swish (opset 24), `contrib` ONNX Runtime's Gelu, FastGelu, BiasGelu and QuickGelu; `auto` takes the standard's Gelu where the opset has it and nothing is added before, and always QuickGelu, because ONNX Runtime takes Swish apart again.",
+            ),
+        ),
+    ),
+    PassInfo(
         name="fuse-attention",
         target="lwc.passes.attention.fuse_attention:FuseAttention",
         summary="Compute attention as one operator: MultiHeadAttention, GroupQueryAttention or Attention.",
@@ -102,6 +116,26 @@ BUILTIN: tuple[PassInfo, ...] = (
                 type="auto|standard|mha|gqa",
                 default="auto",
                 help="`gqa` and `mha` are ONNX Runtime's GroupQueryAttention and MultiHeadAttention, `standard` is the Attention of opset 23; `auto` takes the first that can express it.",
+            ),
+        ),
+    ),
+    PassInfo(
+        name="fuse-norm",
+        target="lwc.passes.fusion.fuse_norm:FuseNorm",
+        summary="Compute LayerNorm and RMSNorm as one operator, with the residual sum before it.",
+        contract="exact",
+        options=(
+            OptionInfo(
+                name="form",
+                type="auto|standard|contrib",
+                default="auto",
+                help="`standard` is LayerNormalization (opset 17) and RMSNormalization (opset 23), `contrib` ONNX Runtime's SimplifiedLayerNormalization for RMSNorm; `auto` takes the standard's where the opset has it, else ONNX Runtime's of the same domain, which other tools do not know.",
+            ),
+            OptionInfo(
+                name="skip",
+                type="auto|all|none",
+                default="auto",
+                help="Which norms take the sum before them along, into ONNX Runtime's SkipLayerNormalization and SkipSimplifiedLayerNormalization: `all`, `none`, or with `auto` those where that is no slower on the CPU, which is RMSNorm.",
             ),
         ),
     ),

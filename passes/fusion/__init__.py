@@ -1,0 +1,1 @@
+"""Passes that compute by one operator what exporters spell with many."""
