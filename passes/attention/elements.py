@@ -8,6 +8,7 @@ variables and the extents of the model.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -48,7 +49,7 @@ class Elements:
         stops: Values whose elements are read as such, whatever they are made of.
     """
 
-    def __init__(self, edit: Editor, stops: frozenset[ir.Value] = frozenset()) -> None:
+    def __init__(self, edit: Editor, stops: Container[ir.Value] = ()) -> None:
         self.edit = edit
         self._stops = stops
         self._known: dict[tuple[ir.Value, Indices], Element] = {}

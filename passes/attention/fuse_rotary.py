@@ -9,7 +9,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from lwc.core.errors import UsageError
-from lwc.passes.attention.rotary_lowering import Form, Tables, bound_of, write_rotation
+from lwc.passes.attention.rotary_lowering import Form, Tables, against, bound_of, write_rotation
 from lwc.passes.attention.rotary_turns import read_rotation
 from lwc.passes.attention.rotary_waves import Known
 from lwc.pipeline.passes import Exact, PassContext
@@ -77,6 +77,9 @@ class FuseRotary(RulePass):
             bound = bound_of(found, self.max_positions or _POSITIONS, edit)
             if isinstance(bound, Miss):
                 return bound
+            objection = against(found, self.form, edit)
+            if objection is not None:
+                return Miss(objection)
             tables = state[0].compute(found, bound.positions)
             if isinstance(tables, Miss):
                 return tables
@@ -87,7 +90,7 @@ class FuseRotary(RulePass):
                 for table, name in zip(tables, ("cos_table", "sin_table"), strict=True)
             ]
             made = write_rotation(found, (values[0], values[1]), self.form, edit)
-            if not isinstance(made, Miss) and not bound.proved and ctx is not None and not told:
+            if not bound.proved and ctx is not None and not told:
                 told = True
                 self._tell(ctx, bound.positions)
             return made

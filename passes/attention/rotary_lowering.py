@@ -15,7 +15,7 @@ from lwc.passes.attention.rotary_turns import AXES, Rotation
 from lwc.passes.attention.rotary_waves import Known, Lookup, Wave, evaluate, leaves
 from lwc.rewrite import Editor, Miss
 
-__all__ = ["Bound", "Form", "Tables", "bound_of", "write_rotation"]
+__all__ = ["Bound", "Form", "Tables", "against", "bound_of", "write_rotation"]
 
 Form: TypeAlias = Literal["auto", "standard", "contrib"]
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -135,10 +135,46 @@ def _columns(waves: tuple[Wave, ...], positions: Array, known: dict[Wave, Array]
     return np.stack([np.asarray(evaluate(wave, positions, known)) for wave in waves], axis=1)
 
 
+def against(rotation: Rotation, form: Form, edit: Editor) -> str | None:
+    """Tell why a form cannot express a rotation; None where it can."""
+    root, shape = edit.root, edit.shape(rotation.source)
+    assert root is not None
+    assert shape is not None
+    if form == "standard" and edit.opset(root) < STANDARD_OPSET:
+        return f"the standard form needs opset {STANDARD_OPSET}"
+    partial = rotation.turned < int(shape[-1])
+    if not isinstance(_heads(rotation, shape), int) and (partial or rotation.layout == "mixed"):
+        return "the number of heads is not known"
+    if _offset(rotation) is not None:
+        return None
+    value, index = _place(rotation)
+    if edit.is_constant(value):
+        return "its positions begin where it is not known"
+    extents, axis = edit.shape(value), 1 if rotation.layout == "mixed" else 2
+    if extents is None or any(at == 0 and dim != 1 for at, dim in zip(index, extents, strict=True)):
+        return "its positions are not all of a tensor"
+    batch, length = AXES[0], AXES[axis]
+    if [at for at in index if at != 0] not in ([], [batch, length], [batch], [length]):
+        return "its positions are no tensor of batch and length"
+    return None
+
+
+def _heads(rotation: Rotation, shape: tuple[Dim, ...]) -> Dim:
+    return shape[1 if rotation.layout == "apart" else 2] if len(shape) == 4 else 1
+
+
+def _place(rotation: Rotation) -> tuple[ir.Value, tuple[Dim, ...]]:
+    """Return the tensor that holds the positions, and the index of a token's."""
+    position = rotation.position
+    if isinstance(position.element, Read):
+        return position.element.value, position.element.index
+    return position.value, position.index
+
+
 def write_rotation(
     rotation: Rotation, tables: tuple[ir.Value, ir.Value], form: Form, edit: Editor
-) -> ir.Value | Miss:
-    """Write a rotation; return a value of its source's shape.
+) -> ir.Value:
+    """Write a rotation that nothing is `against`; return a value of its source's shape.
 
     Args:
         rotation: What was read.
@@ -146,70 +182,65 @@ def write_rotation(
         form: `contrib` or `standard`; `auto` takes the standard one from opset 23 on.
         edit: Writes before its root.
     """
-    root = edit.root
+    root, shape = edit.root, edit.shape(rotation.source)
     assert root is not None
-    standard = edit.opset(root) >= STANDARD_OPSET if form == "auto" else form == "standard"
-    if standard and edit.opset(root) < STANDARD_OPSET:
-        return Miss(f"the standard form needs opset {STANDARD_OPSET}")
-    shape = edit.shape(rotation.source)
     assert shape is not None
-    heads = shape[1 if rotation.layout == "apart" else 2] if len(shape) == 4 else 1
-    partial = rotation.turned < int(shape[-1])
-    if not isinstance(heads, int) and (partial or rotation.layout == "mixed"):
-        return Miss("the number of heads is not known")
-    positions = _positions(rotation, shape, edit, whole=standard)
-    if isinstance(positions, Miss):
-        return positions
+    standard = edit.opset(root) >= STANDARD_OPSET if form == "auto" else form == "standard"
+    heads, size = _heads(rotation, shape), int(shape[-1])
     x, flat = rotation.source, rotation.layout == "mixed" and len(shape) == 4
     if flat:
-        width = edit.constant(np.array([0, 0, heads * int(shape[-1])], np.int64), "width")
+        width = edit.constant(np.array([0, 0, heads * size], np.int64), "width")
         x = edit.op("Reshape", [x, width])
     attributes: dict[str, Any] = {"interleaved": int(rotation.interleaved)}
-    if partial:
+    if rotation.turned < size:
         attributes["rotary_embedding_dim"] = rotation.turned
-    if partial or rotation.layout == "mixed":
+    if rotation.turned < size or rotation.layout == "mixed":
         attributes["num_heads"] = heads
+    offset = _offset(rotation)
     if standard:
+        positions = _positions(rotation, shape, edit)
         y = edit.op("RotaryEmbedding", [x, *tables, positions], attributes)
     else:
+        first = None if offset is None else edit.constant([offset], "first_position")
+        positions = first or _positions(rotation, shape, edit)
         y = edit.op("RotaryEmbedding", [x, positions, *tables], attributes, domain=_MS)
     if flat:
-        apart = edit.constant(np.array([0, 0, heads, int(shape[-1])], np.int64), "heads_shape")
+        apart = edit.constant(np.array([0, 0, heads, size], np.int64), "heads_shape")
         y = edit.op("Reshape", [y, apart])
     return y
 
 
-def _positions(
-    rotation: Rotation, shape: tuple[Dim, ...], edit: Editor, *, whole: bool
-) -> ir.Value | Miss:
-    """Return positions: int64 `[batch, length]`, or where not `whole` also `[1]`, the first."""
-    offset = _offset(rotation)
-    if offset is not None and not whole:
-        return edit.constant(np.array([offset], np.int64), "first_position")
-    element, axis = rotation.position.element, 1 if rotation.layout == "mixed" else 2
-    value, index = rotation.position.value, rotation.position.index
-    if isinstance(element, Read):
-        value, index = element.value, element.index
-    places = [n for n, each in enumerate(index) if each != 0]
-    wanted = [AXES[0], AXES[axis]]
-    if edit.is_constant(value) and isinstance(element, Index):
-        return Miss("its positions begin where it is not known")
-    if [index[n] for n in places] not in ([], wanted, wanted[1:], wanted[:1]):
-        return Miss("its positions are no tensor of batch and length")
+def _positions(rotation: Rotation, shape: tuple[Dim, ...], edit: Editor) -> ir.Value:
+    """Return positions, int64 `[batch, length]`."""
+    axis, offset = 1 if rotation.layout == "mixed" else 2, _offset(rotation)
+    wanted = AXES[0], AXES[axis]
+    if offset is None:
+        value, index = _place(rotation)
+    else:
+        value, index = _counted(rotation, axis, offset, edit), (AXES[axis],)
     dtype = edit.dtype(value)
-    away = [n for n in range(len(index)) if n not in places]
+    away = [n for n, at in enumerate(index) if at == 0]
     if away:
-        value = edit.op("Squeeze", [value, edit.constant(np.array(away, np.int64), "axes")])
+        value = edit.op("Squeeze", [value, edit.constant(away, "axes")])
     if dtype != ir.DataType.INT64:
         value = edit.op("Cast", [value], {"to": int(ir.DataType.INT64)})
-    new = [n for n, each in enumerate(wanted) if each not in [index[m] for m in places]]
+    new = [n for n, each in enumerate(wanted) if each not in index]
     if new:
-        value = edit.op("Unsqueeze", [value, edit.constant(np.array(new, np.int64), "axes")])
+        value = edit.op("Unsqueeze", [value, edit.constant(new, "axes")])
     own = edit.shape(value)
     batch, length = shape[0], shape[axis]
-    fits = own is not None and edit.same_dim(own[0], batch) and edit.same_dim(own[1], length)
-    if fits:
+    if own is not None and edit.same_dim(own[0], batch) and edit.same_dim(own[1], length):
         return value
     extents = edit.op("Shape", [rotation.source])
-    which = edit.constant(np.array([0, axis], np.int64), "axes")
+    which = edit.constant([0, axis], "axes")
     return edit.op("Expand", [value, edit.op("Gather", [extents, which], {"axis": 0})])
+
+
+def _counted(rotation: Rotation, axis: int, offset: int, edit: Editor) -> ir.Value:
+    """Return positions `[length]`, counted up from a number."""
+    first, one = (edit.constant(np.array(n, np.int64), "number") for n in (offset, 1))
+    place = edit.constant(np.array(axis, np.int64), "axis")
+    last = edit.op("Gather", [edit.op("Shape", [rotation.source]), place], {"axis": 0})
+    if offset:
+        last = edit.op("Add", [last, first])
+    return edit.op("Range", [first, last, one])

@@ -106,6 +106,29 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 _TRANSCENDENT = ("Cos", "Sin", "Exp", "Pow", "Sqrt")
 
 
+class _Arithmetic:
+    """What elements are not read through: some values, and all arithmetic of floats.
+
+    Elements would evaluate it without the roundings of the graph, or take a product of an index
+    with 1 for an index.
+    """
+
+    def __init__(self, edit: Editor, stops: frozenset[ir.Value]) -> None:
+        self._edit = edit
+        self._stops = stops
+
+    def __contains__(self, value: object) -> bool:
+        if not isinstance(value, ir.Value):
+            return False
+        if value in self._stops:
+            return True
+        node = value.producer()
+        if node is None or node.op_type not in _FUNCTIONS or node.op_type == "Identity":
+            return False
+        dtype = self._edit.dtype(value)
+        return dtype is not None and dtype.is_floating_point()
+
+
 class WaveReader:
     """Reads elements of values as waves.
 
@@ -122,7 +145,7 @@ class WaveReader:
         self._edit = edit
         self._stops = stops
         self._known = known
-        self.elements = Elements(edit, stops)
+        self.elements = Elements(edit, _Arithmetic(edit, stops))
         self.trouble: str | None = None
 
     def at(self, value: ir.Value, index: Indices, depth: int = 0) -> Wave | None:
@@ -143,7 +166,7 @@ class WaveReader:
         if isinstance(element, Number):
             return Constant(float(element.value))
         if isinstance(element, Index):
-            return Position(element, *self._integer(value, index))
+            return Position(element, value, index)
         if not isinstance(element, Read) or element.nonzero or element.value in self._stops:
             return None
         if self._edit.is_constant(element.value):
@@ -153,17 +176,6 @@ class WaveReader:
             return Position(element, element.value, element.index)
         return self._call(element, dtype, depth)
 
-    def _integer(self, value: ir.Value, index: Indices) -> tuple[ir.Value, Indices]:
-        """Step back over casts of integers."""
-        node = value.producer()
-        while node is not None and node.op_type in ("Cast", "Identity") and not node.domain:
-            source = node.inputs[0]
-            dtype = self._edit.dtype(source)
-            if source is None or dtype is None or not dtype.is_integer():
-                break
-            value, node = source, source.producer()
-        return value, index
-
     def _lookup(self, element: Read) -> Wave | None:
         """Read a constant at an index that moves along one axis."""
         moving = [axis for axis, each in enumerate(element.index) if not isinstance(each, int)]
@@ -172,7 +184,22 @@ class WaveReader:
         (axis,) = moving
         place = tuple(0 if n == axis else int(each) for n, each in enumerate(element.index))
         row = Position(Index(element.index[axis]), element.value, element.index)
-        return Lookup(element.value, axis, place, row)
+        return self._looked_up(element.value, axis, place, row)
+
+    def _looked_up(
+        self, table: ir.Value, axis: int, place: tuple[int, ...], row: Position
+    ) -> Lookup:
+        """Return a lookup; of equal columns it takes the first, so that equal lookups are equal."""
+        tensor, last = self._edit.tensor(table), len(place) - 1
+        if tensor is None or axis == last:
+            return Lookup(table, axis, place, row)
+        columns = tensor.numpy()[
+            tuple(slice(None) if n in (axis, last) else at for n, at in enumerate(place))
+        ]
+        first = next(
+            n for n in range(place[last] + 1) if _same(columns[:, n], columns[:, place[last]])
+        )
+        return Lookup(table, axis, (*place[:last], first), row)
 
     def _call(self, element: Read, dtype: ir.DataType | None, depth: int) -> Wave | None:
         node = element.value.producer()
@@ -261,7 +288,7 @@ class WaveReader:
         ]
 
     def _gathered(self, node: ir.Node, index: Indices) -> Wave | None:
-        """Read a row of a constant table; which one is no index."""
+        """Read a row of a constant table that an integer tensor says."""
         table, where = node.inputs
         rank, width = self._edit.rank(table), self._edit.rank(where)
         if table is None or where is None or rank is None or width is None:
@@ -274,7 +301,11 @@ class WaveReader:
         if not isinstance(row, Position):
             return None
         place = (*map(int, index[:axis]), 0, *map(int, index[axis + width :]))
-        return Lookup(table, axis, place, row)
+        return self._looked_up(table, axis, place, row)
+
+
+def _same(a: Array, b: Array) -> bool:
+    return bool(np.array_equal(a, b))
 
 
 def leaves(wave: Wave) -> frozenset[Position | Lookup]:
