@@ -24,6 +24,7 @@ from lwc.pipeline.registry import default_registry
 from lwc.pipeline.spec import resolve
 
 if TYPE_CHECKING:
+    from lwc.analysis.target import Target
     from lwc.backends.base import Backend
     from lwc.core.module import Module
     from lwc.frontend.onnx_writer import SaveResult
@@ -208,6 +209,7 @@ def make_context(module: Module, settings: RunSettings) -> PassContext:
         seed=settings.seed,
         granted=settings.grant,
         explain=settings.explain,
+        find_target=_target_finder(settings),
     )
     if settings.progress is not None:
         ctx.progress = settings.progress
@@ -392,6 +394,19 @@ def _runner_maker(
         return backend().compile(module, threads=threads, expose=expose)
 
     return make
+
+
+def _target_finder(settings: RunSettings) -> Callable[[], Target | None]:
+    """Return what finds the machine that was measured with ONNX Runtime, where it is to run."""
+
+    def find() -> Target | None:
+        if settings.backend != "onnxruntime":
+            return None
+        from lwc.backends.onnxruntime.measure import load_target
+
+        return load_target(settings.threads or 1)
+
+    return find
 
 
 def _is_instance(value: object, module: str, name: str) -> bool:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
+    from lwc.analysis.target import Target
     from lwc.core.module import Module
     from lwc.rewrite import Editor, RewriteLimit, Rewriting
 
@@ -172,6 +173,8 @@ class PassContext:
             driver consult it.
         explain: Report everything that rules saw at nodes whose description contains this text,
             also where nothing was like what they look for; None reports near misses only.
+        find_target: Returns the measured machine that the module is to run on, or None where it
+            was not measured.
     """
 
     analyses: AnalysisManager
@@ -183,6 +186,7 @@ class PassContext:
     granted: frozenset[str] = frozenset()
     limit: RewriteLimit = field(default_factory=_unlimited)
     explain: str | None = None
+    find_target: Callable[[], Target | None] = lambda: None
 
     def editor(self) -> Editor:
         """Return an editor of the module that obeys the limit and records this pass."""
