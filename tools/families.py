@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Small models of many transformer families with random weights, exported by both of torch's exporters.
+"""Small models of many transformer families with random weights, by both of torch's exporters.
 
     python tools/families.py --list
     python tools/families.py llama-sdpa-dynamo -o llama.onnx
@@ -16,7 +16,7 @@ import contextlib
 import io
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,57 +90,116 @@ FAMILIES: dict[str, Family] = {
     "bert": Family("encoder", "BertConfig", "BertModel", Expected(2, 5, 2), _sizes()),
     "roberta": Family("encoder", "RobertaConfig", "RobertaModel", Expected(2, 5, 2), _sizes()),
     "distilbert": Family(
-        "encoder", "DistilBertConfig", "DistilBertModel", Expected(2, 5, 2),
-        {"dim": HIDDEN, "n_layers": LAYERS, "n_heads": HEADS, "hidden_dim": 128, "vocab_size": VOCABULARY},
+        "encoder",
+        "DistilBertConfig",
+        "DistilBertModel",
+        Expected(2, 5, 2),
+        {
+            "dim": HIDDEN,
+            "n_layers": LAYERS,
+            "n_heads": HEADS,
+            "hidden_dim": 128,
+            "vocab_size": VOCABULARY,
+        },
     ),
     "gpt2": Family(
-        "decoder", "GPT2Config", "GPT2LMHeadModel", Expected(2, 5, 2),
-        {"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS, "vocab_size": VOCABULARY, "n_positions": 512},
+        "decoder",
+        "GPT2Config",
+        "GPT2LMHeadModel",
+        Expected(2, 5, 2),
+        {
+            "n_embd": HIDDEN,
+            "n_layer": LAYERS,
+            "n_head": HEADS,
+            "vocab_size": VOCABULARY,
+            "n_positions": 512,
+        },
     ),
     "opt": Family(
-        "decoder", "OPTConfig", "OPTForCausalLM", Expected(2, 5, 0),
+        "decoder",
+        "OPTConfig",
+        "OPTForCausalLM",
+        Expected(2, 5, 0),
         {**_sizes(ffn_dim=128, word_embed_proj_dim=HIDDEN)},
     ),
-    "llama": Family("decoder", "LlamaConfig", "LlamaForCausalLM", Expected(2, 5, 2, 4), _sizes(**_GROUPED)),
+    "llama": Family(
+        "decoder", "LlamaConfig", "LlamaForCausalLM", Expected(2, 5, 2, 4), _sizes(**_GROUPED)
+    ),
     "mistral": Family(
-        "decoder", "MistralConfig", "MistralForCausalLM", Expected(2, 5, 2, 4),
+        "decoder",
+        "MistralConfig",
+        "MistralForCausalLM",
+        Expected(2, 5, 2, 4),
         _sizes(**_GROUPED, sliding_window=8),
     ),
-    "qwen2": Family("decoder", "Qwen2Config", "Qwen2ForCausalLM", Expected(2, 5, 2, 4), _sizes(**_GROUPED)),
+    "qwen2": Family(
+        "decoder", "Qwen2Config", "Qwen2ForCausalLM", Expected(2, 5, 2, 4), _sizes(**_GROUPED)
+    ),
     "qwen3": Family(
-        "decoder", "Qwen3Config", "Qwen3ForCausalLM", Expected(2, 9, 2, 4), _sizes(**_GROUPED, head_dim=16)
+        "decoder",
+        "Qwen3Config",
+        "Qwen3ForCausalLM",
+        Expected(2, 9, 2, 4),
+        _sizes(**_GROUPED, head_dim=16),
     ),
     "gemma": Family(
-        "decoder", "GemmaConfig", "GemmaForCausalLM", Expected(2, 5, 2, 4),
+        "decoder",
+        "GemmaConfig",
+        "GemmaForCausalLM",
+        Expected(2, 5, 2, 4),
         _sizes(**_GROUPED, head_dim=16),
     ),
     "gemma2": Family(
-        "decoder", "Gemma2Config", "Gemma2ForCausalLM", Expected(2, 9, 2, 4),
-        _sizes(**_GROUPED, head_dim=16, sliding_window=8), ("eager",),
+        "decoder",
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        Expected(2, 9, 2, 4),
+        _sizes(**_GROUPED, head_dim=16, sliding_window=8),
+        ("eager",),
     ),
     "phi": Family("decoder", "PhiConfig", "PhiForCausalLM", Expected(2, 3, 2, 4), _sizes()),
     "phi3": Family(
-        "decoder", "Phi3Config", "Phi3ForCausalLM", Expected(2, 5, 2, 4),
+        "decoder",
+        "Phi3Config",
+        "Phi3ForCausalLM",
+        Expected(2, 5, 2, 4),
         _sizes(**_GROUPED, pad_token_id=0),
     ),
-    "neox": Family("decoder", "GPTNeoXConfig", "GPTNeoXForCausalLM", Expected(2, 5, 2, 4), _sizes()),
+    "neox": Family(
+        "decoder", "GPTNeoXConfig", "GPTNeoXForCausalLM", Expected(2, 5, 2, 4), _sizes()
+    ),
     "bart": Family(
-        "seq2seq", "BartConfig", "BartModel", Expected(6, 12, 4),
+        "seq2seq",
+        "BartConfig",
+        "BartModel",
+        Expected(6, 12, 4),
         {
-            "d_model": HIDDEN, "encoder_layers": LAYERS, "decoder_layers": LAYERS, "vocab_size": VOCABULARY,
-            "encoder_attention_heads": HEADS, "decoder_attention_heads": HEADS,
-            "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "max_position_embeddings": 512,
+            "d_model": HIDDEN,
+            "encoder_layers": LAYERS,
+            "decoder_layers": LAYERS,
+            "vocab_size": VOCABULARY,
+            "encoder_attention_heads": HEADS,
+            "decoder_attention_heads": HEADS,
+            "encoder_ffn_dim": 128,
+            "decoder_ffn_dim": 128,
+            "max_position_embeddings": 512,
         },
     ),
     "t5": Family(
-        "seq2seq", "T5Config", "T5Model", Expected(6, 12, 0),
+        "seq2seq",
+        "T5Config",
+        "T5Model",
+        Expected(6, 12, 0),
         {**_T5, "vocab_size": VOCABULARY, "decoder_start_token_id": 0},
     ),
     "vit": Family(
-        "vision", "ViTConfig", "ViTModel", Expected(2, 5, 2),
+        "vision",
+        "ViTConfig",
+        "ViTModel",
+        Expected(2, 5, 2),
         _sizes(image_size=32, patch_size=8),
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -290,7 +349,7 @@ def main() -> None:
         elif not arguments.names or variant.name in arguments.names:
             try:
                 print(variant_path(variant))
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:
                 print(f"{variant.name}: {type(error).__name__}: {str(error)[:200]}")
 
 

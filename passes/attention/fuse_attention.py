@@ -9,7 +9,8 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from lwc.passes.attention.lowering import MASKS_PAD_RIGHT, Form, choose_form, write
-from lwc.passes.attention.recognise import recognise
+from lwc.passes.attention.recognise import Attention, recognise
+from lwc.passes.attention.recognise_standard import recognise_standard
 from lwc.passes.attention.rotary_in_attention import GQA, POSITIONS_COUNT, absorb_rotary
 from lwc.pipeline.passes import Exact, PassContext
 from lwc.pipeline.rule_pass import AnyRule, RulePass
@@ -50,19 +51,28 @@ class FuseAttention(RulePass):
         def attention(node: ir.Node, edit: Editor) -> Outcome:
             """softmax(q kᵀ · scale + mask) v becomes one operator."""
             nonlocal told
-            found = recognise(node, edit)
+            is_operator = node.op_type == "Attention"
+            found = recognise_standard(node, edit) if is_operator else recognise(node, edit)
             if found is None or isinstance(found, Miss):
                 return found
             granted = granting is not None
             form = choose_form(found, self.form, edit, granted=granted)
+            if is_operator and "standard" in (form, self.form) and not _repeats_in_graph(found):
+                return None
             if isinstance(form, Miss):
                 return form
             if granting is not None and found.mask.padding and found.mask.causal and not told:
                 granting.assume(MASKS_PAD_RIGHT)
                 told = True
-            return write(found, form, edit, granted=granted)
+            flat = is_operator and edit.rank(node.inputs[0]) == 3
+            return write(found, form, edit, granted=granted, flat=flat)
 
-        return Rule("attention", ("MatMul",), attention)
+        return Rule("attention", ("MatMul", "Attention"), attention)
+
+
+def _repeats_in_graph(found: Attention) -> bool:
+    """Tell whether keys are repeated by what stands before the operator."""
+    return found.key.repeats > 1 and found.key.whole is not found.key.value
 
 
 def _rotary_rule(granting: PassContext | None) -> Rule:

@@ -154,8 +154,8 @@ class Heads(NamedTuple):
         heads: How many there are before repetition.
         repeats: How often each is repeated, one after the other.
         size: Extent of a head.
-        whole: What the product reads: `[batch, heads · repeats, length, size]`, or with one head
-            that broadcasts.
+        whole: What the product reads: `[batch, heads · repeats, length, size]`, or with fewer
+            heads, or flat, where the product repeats them.
         turned: Whether `whole` is `[batch, heads · repeats, size, length]`.
     """
 

@@ -174,6 +174,8 @@ def _against_mask(problem: _Problem, form: Form) -> str | None:
         return "rows that are hidden as a whole may be rounded otherwise in float16"
     if not problem.needs_bias(form):
         return None
+    if not problem.attention.steps:
+        return "it has no flag for causality"
     for step in problem.attention.steps:
         value = step.value if isinstance(step, Added) else step.condition
         rank = problem.edit.rank(value)
@@ -194,12 +196,31 @@ _OBJECTIONS: dict[Form, Callable[[_Problem], str | None]] = {
 # Writing
 
 
-def write(attention: Attention, form: Form, edit: Editor, *, granted: bool = False) -> ir.Value:
-    """Write attention in a form that `choose_form` gave; return `[batch, heads, queries, size]`."""
+def write(
+    attention: Attention,
+    form: Form,
+    edit: Editor,
+    *,
+    granted: bool = False,
+    flat: bool = False,
+) -> ir.Value:
+    """Write attention in a form that `choose_form` gave.
+
+    Args:
+        attention: What was recognised.
+        form: The form.
+        edit: Makes the nodes.
+        granted: Whether `MASKS_PAD_RIGHT` holds.
+        flat: Which shape the result gets.
+
+    Returns:
+        `[batch, heads, queries, size]`; `flat`: `[batch, queries, heads · size]`.
+    """
     problem = _Problem(attention, edit, granted)
     result = _WRITERS[form](problem)
-    apart = edit.constant([0, 0, attention.heads, attention.value.size], "heads_shape")
-    result = edit.op("Transpose", [edit.op("Reshape", [result, apart])], {"perm": [0, 2, 1, 3]})
+    if not flat:
+        apart = edit.constant([0, 0, attention.heads, attention.value.size], "heads_shape")
+        result = edit.op("Transpose", [edit.op("Reshape", [result, apart])], {"perm": [0, 2, 1, 3]})
     if problem.guarded and problem.needs_bias(form) and form != "standard":
         result = edit.op("Where", [edit.op("IsNaN", [result]), _number(problem, 0), result])
     return result
@@ -220,11 +241,14 @@ def _flat_repeated(heads: Heads, edit: Editor) -> ir.Value:
     """Return heads, repeated, as `[batch, length, heads · repeats · size]`."""
     if heads.repeats == 1:
         return _flat(heads, edit)
-    count, value = heads.heads * heads.repeats, heads.whole
-    shape = edit.shape(value)
-    if shape is None or shape[1] != count:
-        value = edit.op("Expand", [value, edit.constant([1, count, 1, 1], "repeated")])
-    return _joined(value, "turned" if heads.turned else "apart", count * heads.size, edit)
+    count, shape = heads.heads * heads.repeats, edit.shape(heads.whole) or ()
+    if len(shape) == 4 and shape[1] == count:
+        layout: Layout = "turned" if heads.turned else "apart"
+        return _joined(heads.whole, layout, count * heads.size, edit)
+    apart = edit.constant([0, 0, heads.heads, 1, heads.size], "heads_shape")
+    times = edit.constant([1, 1, 1, heads.repeats, 1], "repeats")
+    wide = edit.op("Expand", [edit.op("Reshape", [_flat(heads, edit), apart]), times])
+    return edit.op("Reshape", [wide, edit.constant([0, 0, count * heads.size], "width")])
 
 
 def _joined(value: ir.Value, layout: Layout, width: int, edit: Editor) -> ir.Value:

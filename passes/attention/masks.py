@@ -110,9 +110,7 @@ class _Terms:
 
 def _is_padding(term: Read) -> bool:
     index = term.index
-    if not term.nonzero and term.value.dtype != ir.DataType.BOOL:
-        return False
-    return len(index) == 2 and index[1] == _KEY and index[0] in (_BATCH, 0)
+    return term.nonzero and len(index) == 2 and index[1] == _KEY and index[0] in (_BATCH, 0)
 
 
 def read_bias(value: ir.Value, edit: Editor) -> Mask:
@@ -123,7 +121,11 @@ def read_bias(value: ir.Value, edit: Editor) -> Mask:
     if isinstance(element, Select) and element.no == 0:
         other = opposite(element.condition)
         element = None if other is None else Select(other, element.no, element.yes)
-    if not isinstance(element, Select) or element.yes != 0 or not hides(element.no, value.dtype):
+    if (
+        not isinstance(element, Select)
+        or element.yes != 0
+        or not hides(element.no, edit.dtype(value))
+    ):
         return Mask(known=False)
     return _of(element.condition, element.no)
 

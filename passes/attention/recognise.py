@@ -188,7 +188,7 @@ def extents_of(heads: Heads, edit: Editor) -> tuple[Dim, Dim]:
     """Return batch and length of heads."""
     shape = edit.shape(heads.whole)
     assert shape is not None
-    return shape[0], shape[3 if heads.turned else 2]
+    return shape[0], shape[1 if len(shape) == 3 else 3 if heads.turned else 2]
 
 
 def _unrepeated(heads: Heads) -> Heads:

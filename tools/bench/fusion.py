@@ -115,7 +115,7 @@ def feeds(module: Module, seed: int = 0) -> Iterator[dict[str, Array]]:
             for value in module.graph.inputs:
                 name = value.name or ""
                 if value.dtype == ir.DataType.FLOAT:
-                    shape = [batch, *(int(dim) for dim in list(value.shape or ())[1:])]
+                    shape = [batch, *(dim for dim in value.shape or () if isinstance(dim, int))]
                     feed[name] = random.random(shape).astype(np.float32)
                 elif "mask" in name:
                     feed[name] = _mask(batch, length, padded)
