@@ -22,7 +22,14 @@ if TYPE_CHECKING:
     from lwc.core.module import Module
     from lwc.pipeline.passes import Feed
 
-__all__ = ["OnnxRuntimeBackend", "OnnxRuntimeExecutable", "Optimize", "make_runner"]
+__all__ = [
+    "ORT_ERRORS",
+    "OnnxRuntimeBackend",
+    "OnnxRuntimeExecutable",
+    "Optimize",
+    "make_runner",
+    "translated",
+]
 
 Optimize: TypeAlias = Literal["all", "basic", "none"]
 
@@ -36,10 +43,11 @@ _EXACT_CONFIG = {"session.qdq_matmulnbits_accuracy_level": "0"}
 """By default ONNX Runtime turns DequantizeLinear + MatMul into MatMulNBits with int8 activations,
 so a weight-only graph would compute something else than it says."""
 
-_ORT_ERRORS: tuple[type[Exception], ...] = (
+ORT_ERRORS: tuple[type[Exception], ...] = (
     RuntimeError,
     *(k for k in vars(ort_errors).values() if isinstance(k, type) and issubclass(k, Exception)),
 )
+"""What ONNX Runtime raises."""
 
 _NODE_PATTERNS = (
     re.compile(r"while running (?P<op>\S+) node\. Name:'(?P<name>[^']*)'"),
@@ -142,11 +150,11 @@ class OnnxRuntimeExecutable:
                     remedy="name it in expose= when compiling",
                 )
         arrays = self._checked(feed)
-        session = self._opened()
+        session = self.opened()
         try:
             results = self._run_in_time(session, names, arrays)
-        except _ORT_ERRORS as error:
-            raise _translated(error, self._file) from error
+        except ORT_ERRORS as error:
+            raise translated(error, self._file) from error
         return dict(zip(names, results, strict=True))
 
     def _run_in_time(
@@ -174,7 +182,7 @@ class OnnxRuntimeExecutable:
         cannot stay in place: with one of them the call is a plain run.
         """
         arrays, results = self._checked(feed), self.run(feed)
-        session = self._opened()
+        session = self.opened()
         if not all(_is_numeric(value) for value in [*arrays.values(), *results.values()]):
             return lambda: session.run(None, arrays)
         binding = session.io_binding()
@@ -202,8 +210,8 @@ class OnnxRuntimeExecutable:
         arrays = self._checked(feed)
         try:
             return profiled(self._open, self._options, arrays, runs)
-        except _ORT_ERRORS as error:
-            raise _translated(error, self._file) from error
+        except ORT_ERRORS as error:
+            raise translated(error, self._file) from error
 
     def close(self) -> None:
         """Free the session."""
@@ -224,12 +232,17 @@ class OnnxRuntimeExecutable:
                 providers=["CPUExecutionProvider"],
                 disabled_optimizers=list(self._packed.disabled_optimizers) or None,
             )
-        except _ORT_ERRORS as error:
-            raise _translated(error, self._file) from error
+        except ORT_ERRORS as error:
+            raise translated(error, self._file) from error
         del buffers
         return session
 
-    def _opened(self) -> ort.InferenceSession:
+    def opened(self) -> ort.InferenceSession:
+        """Return the session.
+
+        Raises:
+            LwcError: It is closed.
+        """
         if self._session is None:
             raise LwcError("the executable is closed", file=self._file, remedy="compile it again")
         return self._session
@@ -293,7 +306,7 @@ def _wanted(value: ir.Value) -> str:
     return f"{kind} [{dims}]"
 
 
-def _translated(error: Exception, file: str | None) -> LwcError:
+def translated(error: Exception, file: str | None) -> LwcError:
     """Turn ONNX Runtime's message into one line that names the node."""
     text = " ".join(str(error).split())
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)

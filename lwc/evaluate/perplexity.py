@@ -17,7 +17,7 @@ from lwc.core.errors import InputError, LwcError
 from lwc.core.module import Module
 from lwc.evaluate.execution import ModelLike, executable, module_of
 
-__all__ = ["Perplexity", "PerplexityRatio", "perplexity"]
+__all__ = ["Perplexity", "PerplexityRatio", "perplexity", "token_losses"]
 
 Array = np.ndarray[Any, Any]
 
@@ -119,7 +119,7 @@ def perplexity(
             feed = token_feed(module, ids[None, start:stop])
             logits = compiled.run(feed, [logits_name])[logits_name]
             _check_logits(logits, stop - start, ids, module, logits_name)
-            losses.append(_nll(logits[0, scored - start :], ids[scored + 1 : stop + 1]))
+            losses.append(token_losses(logits[0, scored - start :], ids[scored + 1 : stop + 1]))
     nll = np.concatenate(losses)
     return Perplexity(_exp(float(nll.mean())), len(nll), nll, window, stride)
 
@@ -153,7 +153,7 @@ def _check_logits(logits: Array, length: int, ids: Array, module: Module, name: 
         )
 
 
-def _nll(logits: Array, targets: Array) -> Array:
+def token_losses(logits: Array, targets: Array) -> Array:
     """Return `logsumexp(logits) - logits[target]` of each row, in float64, `[rows]`."""
     losses = np.empty(len(targets))
     for start in range(0, len(targets), _ROWS):
