@@ -300,6 +300,7 @@ def _mask(shape: tuple[int, ...], kind: MaskKind, rng: np.random.Generator) -> A
 # Extents a model runs at
 
 _BATCHES = (2, 1, 3)
+_BRIEF_LENGTHS = (5, 7, 1)
 _LENGTHS = (16, 7, 1, 576, 640, 64, 128, 2048)
 _PASTS = (8, 5, 0)
 _SPATIAL = ((224, 224), (96, 160), (48, 320), (48, 192), (32, 320), (32, 128), (384, 384))
@@ -359,14 +360,24 @@ def working_trials(
     seed: int = 0,
     *,
     spec: FeedSpec = _NO_SPEC,
+    brief: bool = False,
 ) -> list[Trial]:
-    """Find feeds the model runs on, with what it gives on them; see `working_feeds`."""
+    """Find feeds the model runs on, with what it gives on them; see `working_feeds`.
+
+    Args:
+        module: The model.
+        runner: Runs the model.
+        count: Feeds wanted.
+        seed: Seed of the random numbers.
+        spec: What the user knows about the inputs.
+        brief: Try sequences of a few tokens first, on which a large model takes little time.
+    """
     free = {name: kind for name, kind in dim_names(module).items() if name not in spec.dims}
     chosen: list[Trial] = []
     spare: list[Trial] = []
     tried: list[dict[str, int]] = []
     failure: LwcError | None = None
-    for extents in itertools.islice(_candidates(free), _TRIALS):
+    for extents in itertools.islice(_candidates(free, brief), _TRIALS):
         if len(chosen) == count:
             break
         if extents in tried:
@@ -392,7 +403,7 @@ def working_trials(
     return [*chosen, *spare][:count]
 
 
-def _candidates(free: Mapping[str, str]) -> Iterator[dict[str, int]]:
+def _candidates(free: Mapping[str, str], brief: bool = False) -> Iterator[dict[str, int]]:
     """Yield extents to try, every dimension with its own first, then alike where kinds agree."""
     if not free:
         yield {}
@@ -401,7 +412,8 @@ def _candidates(free: Mapping[str, str]) -> Iterator[dict[str, int]]:
     for swaps in _subsets(doubtful):
         kinds = {name: "batch" if name in swaps else kind for name, kind in free.items()}
         present = set(kinds.values())
-        lengths = _LENGTHS if "length" in present else (0,)
+        known = (*_BRIEF_LENGTHS, *_LENGTHS) if brief else _LENGTHS
+        lengths = known if "length" in present else (0,)
         spatial = _SPATIAL if "spatial" in present else ((0, 0),)
         pasts = _PASTS if "past" in present else (0,)
         batches = _BATCHES if "batch" in present else (0,)

@@ -80,7 +80,7 @@ def choose_feeds(
             chosen.append((TestFeed(arrays), dict(runner.run(arrays))))
         odd: Mapping[str, int] = bindings[min(1, len(bindings) - 1)]
     else:
-        trials = working_trials(module, runner, 3, seed, spec=spec)
+        trials = working_trials(module, runner, 3, seed, spec=spec, brief=not is_small(module))
         chosen += [(TestFeed(trial.feed), trial.outputs) for trial in trials]
         odd = trials[min(1, len(trials) - 1)].extents
     if edges:
