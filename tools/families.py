@@ -257,7 +257,7 @@ def build(family: str, implementation: str) -> Any:
 def _wrap(model: Any, names: Sequence[str]) -> Any:
     import torch
 
-    class First(torch.nn.Module):
+    class First(torch.nn.Module):  # type: ignore[misc]
         """Takes its inputs by position and returns the first output."""
 
         def __init__(self) -> None:

@@ -27,6 +27,7 @@ SMALL = {
         "--rounds",
         "1",
     ],
+    "fusion": ["--families", "vit", "--exporters", "script", "--implementations", "eager"],
     "mutants": ["--only", "branches of a decided if"],
     "quantize_weights": ["--variants", "8 bits", "--tokens", "33"],
     "scale": [

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 from support import module_of, ops, run_pass_to_the_end, run_plain
 
 from lwc.analysis.manager import AnalysisManager
+from lwc.cli.opt import main
 from lwc.core.module import Module
 from lwc.passes.attention.fuse_attention import FuseAttention
 from lwc.passes.attention.lowering import MASKS_PAD_RIGHT
@@ -42,12 +46,13 @@ def attend(
 ) -> Module:
     """Read attention of heads, its parts given as text."""
     more = f", {constants}" if constants else ""
-    return module_of(
+    module: Module = module_of(
         f"g ({inputs}) => (float[N, heads, S, width] y) "
         f"<float scale = {{0.3}}, float fill = {{{LOWEST}}}, float nothing = {{0}}, "
         f"{NUMBERS}{more}> {{ {kt}\n {scores}\n {masked}\n y = MatMul (shares, {value}) }}",
         opset=opset,
     )
+    return module
 
 
 def fused(module: Module, form: str = "auto", feed: dict[str, Array] | None = None) -> list[str]:
@@ -237,7 +242,7 @@ def test_the_standard_operator_is_read(form: str, attributes: str, mask: str) ->
         pytest.skip("has a test of its own")
     module = module_of(STANDARD.format(attributes=attributes, mask=mask), opset=23)
     random = np.random.default_rng(0)
-    feed = {
+    feed: dict[str, Array] = {
         name: random.standard_normal((2, count, 5, 8)).astype(np.float32)
         for name, count in (("q", 4), ("k", 2), ("v", 2))
     }
@@ -308,3 +313,16 @@ def test_shares_read_elsewhere_stay() -> None:
         "shares = Softmax (scores)\n y = MatMul (shares, v) }"
     )
     assert missed(module) == ""
+
+
+def test_explain_shows_node_and_reason_and_require_match_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "turned.onnx"
+    onnx.save(ir.to_proto(attend("shares = Softmax <axis = 2> (scores)").model), file)
+    words = [str(file), "-p", "fuse-attention"]
+    assert main([*words, "--explain=fuse-attention"]) == 0
+    told = "".join(capsys.readouterr())
+    assert "Softmax -> 'shares'" in told
+    assert "softmax is along axis 2, not along the keys" in told
+    assert main([*words, "--require-match=fuse-attention:1"]) != 0
