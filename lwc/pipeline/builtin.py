@@ -135,7 +135,7 @@ BUILTIN: tuple[PassInfo, ...] = (
                 name="skip",
                 type="auto|all|none",
                 default="auto",
-                help="Which norms take the sum before them along, into ONNX Runtime's SkipLayerNormalization and SkipSimplifiedLayerNormalization: `all`, `none`, or with `auto` those where that is no slower on the CPU, which is RMSNorm.",
+                help="Which norms take the sum before them along, into ONNX Runtime's SkipLayerNormalization and SkipSimplifiedLayerNormalization: `all`, `none`, or with `auto` those where that is no slower on the CPU, which is RMSNorm. None where `form` is `standard`.",
             ),
         ),
     ),

@@ -41,7 +41,8 @@ class FuseNorm(RulePass):
             tools do not know.
         skip: Which norms take the sum before them along, into ONNX Runtime's
             SkipLayerNormalization and SkipSimplifiedLayerNormalization: `all`, `none`, or with
-            `auto` those where that is no slower on the CPU, which is RMSNorm.
+            `auto` those where that is no slower on the CPU, which is RMSNorm. None where `form`
+            is `standard`.
     """
 
     form: Form = "auto"

@@ -116,7 +116,9 @@ def _repeats(value: ir.Value, whole: ir.Value, edit: Editor) -> bool:
 
 def _is_early(value: ir.Value | None, edit: Editor) -> bool:
     """Tell whether `_earlier` finds a value before any node."""
-    return value is None or value.producer() is None or edit.is_constant(value)
+    node = None if value is None else value.producer()
+    # A function holds its constants in nodes: a copy would be one more.
+    return node is None or (edit.is_constant(value) and not edit.in_function(node))
 
 
 def _earlier(value: ir.Value | None, edit: Editor) -> ir.Value | None:

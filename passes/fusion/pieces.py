@@ -43,14 +43,20 @@ def same(a: ir.Value | None, b: ir.Value | None, edit: Editor, depth: int = _DEP
         return False
     if first.op_type not in _PURE or not (is_default_domain(first) and is_default_domain(second)):
         return False
-    if len(first.inputs) != len(second.inputs) or _attributes(first) != _attributes(second):
+    attributes = _attributes(first)
+    if len(first.inputs) != len(second.inputs) or attributes is None:
+        return False
+    if attributes != _attributes(second):
         return False
     pairs = zip(first.inputs, second.inputs, strict=True)
     return all(same(one, other, edit, depth - 1) for one, other in pairs)
 
 
-def _attributes(node: ir.Node) -> dict[str, object]:
-    return {name: each.value for name, each in node.attributes.items() if not each.is_ref()}
+def _attributes(node: ir.Node) -> dict[str, object] | None:
+    """Return attributes by name; None where they are parameters of a function."""
+    if any(each.is_ref() for each in node.attributes.values()):
+        return None
+    return {name: each.value for name, each in node.attributes.items()}
 
 
 def inner_nodes(root: ir.Node, ends: Sequence[ir.Value | None], edit: Editor) -> list[ir.Node]:
