@@ -73,7 +73,7 @@ class Elements:
             return self._constant(value, index)
         content = self.edit.symbolic(value)
         if content is not None and len(content) == 1:
-            return Index(content[0])
+            return _known(content[0])
         node = value.producer()
         if node is None or node.domain:
             return None
@@ -135,12 +135,17 @@ class Elements:
             return None
         content = self.edit.symbolic(value)
         if content is not None and len(content) == 1:
-            return Index(content[0])
+            return _known(content[0])
         return self.at(value, (0,) * len(shape))
 
     def rank(self, value: ir.Value | None) -> int | None:
         """Return the rank of a value where it is known."""
         return self.edit.rank(value)
+
+
+def _known(content: Dim | float) -> Element:
+    """Return the only element of a small tensor, integer or not."""
+    return Number(content) if isinstance(content, float) else Index(content)
 
 
 def _band(tensor: ir.TensorProtocol, index: Indices) -> Element | None:

@@ -9,7 +9,8 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from lwc.core.errors import UsageError
-from lwc.passes.attention.rotary_lowering import Form, Tables, against, bound_of, write_rotation
+from lwc.passes.attention.rotary_bounds import bound_of
+from lwc.passes.attention.rotary_lowering import Form, Tables, against, write_rotation
 from lwc.passes.attention.rotary_turns import read_rotation
 from lwc.passes.attention.rotary_waves import Known
 from lwc.pipeline.passes import Exact, PassContext

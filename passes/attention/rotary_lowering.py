@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
 
-from lwc.core.dims import Dim, at_least, subtract, symbol
-from lwc.passes.attention.elements import Index, Read
+from lwc.core.dims import Dim
+from lwc.passes.attention.elements import Read
 from lwc.passes.attention.rotary_turns import AXES, Rotation
-from lwc.passes.attention.rotary_waves import Known, Lookup, Wave, evaluate, leaves
+from lwc.passes.attention.rotary_waves import Known, Wave, evaluate
 from lwc.rewrite import Editor, Miss
 
-__all__ = ["Bound", "Form", "Tables", "against", "bound_of", "write_rotation"]
+__all__ = ["Form", "Tables", "against", "write_rotation"]
 
 Form: TypeAlias = Literal["auto", "standard", "contrib"]
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -23,67 +23,6 @@ Array: TypeAlias = np.ndarray[Any, Any]
 STANDARD_OPSET = 23
 _MS = "com.microsoft"
 _SPILL_BYTES = 1 << 20
-
-
-class Bound(NamedTuple):
-    """How many positions a table must hold, and whether that is proved."""
-
-    positions: int
-    proved: bool
-
-
-def bound_of(rotation: Rotation, wished: int, edit: Editor) -> Bound | Miss:
-    """Return the extent of the tables.
-
-    Constant tables say it, or a count of positions over a sequence whose length is a number; where
-    neither does it is `wished`.
-    """
-    rows = [
-        table.shape.numpy()[leaf.axis]
-        for wave in (*rotation.cos, *rotation.sin)
-        for leaf in leaves(wave)
-        if isinstance(leaf, Lookup) and (table := edit.tensor(leaf.table)) is not None
-    ]
-    element = rotation.position.element
-    if isinstance(element, Index) and not _never_negative(element.value):
-        return Miss("its positions may lie below 0")
-    if rows:
-        return Bound(min(rows), isinstance(element, Index))
-    last = _last(rotation, edit)
-    if last is not None:
-        return Bound(last, True)
-    offset = _offset(rotation) or 0
-    if offset > wished:
-        return Miss(f"its positions begin at {offset}, behind tables of {wished}")
-    return Bound(wished + offset, False)
-
-
-def _never_negative(place: Dim) -> bool:
-    if isinstance(place, int):
-        return place >= 0
-    return at_least(place.subs({axis: symbol(axis.name) for axis in AXES}), 0)
-
-
-def _length_axis(rotation: Rotation, edit: Editor) -> int:
-    rank = edit.rank(rotation.source) or 0
-    return 2 if rotation.layout == "apart" and rank == 4 else 1
-
-
-def _offset(rotation: Rotation) -> int | None:
-    """Return the position of the first token where positions count up by one from a number."""
-    element = rotation.position.element
-    if not isinstance(element, Index):
-        return None
-    axis = 2 if rotation.layout == "apart" else 1
-    first = subtract(element.value, AXES[axis])
-    return first if isinstance(first, int) else None
-
-
-def _last(rotation: Rotation, edit: Editor) -> int | None:
-    """Return one more than the last position where positions count up and both ends are known."""
-    offset, shape = _offset(rotation), edit.shape(rotation.source)
-    length = None if shape is None else shape[_length_axis(rotation, edit)]
-    return offset + length if offset is not None and isinstance(length, int) else None
 
 
 @dataclass
@@ -145,12 +84,12 @@ def against(rotation: Rotation, form: Form, edit: Editor) -> str | None:
     partial = rotation.turned < int(shape[-1])
     if not isinstance(_heads(rotation, shape), int) and (partial or rotation.layout == "mixed"):
         return "the number of heads is not known"
-    if _offset(rotation) is not None:
+    if rotation.offset is not None:
         return None
     value, index = _place(rotation)
     if edit.is_constant(value):
         return "its positions begin where it is not known"
-    extents, axis = edit.shape(value), 1 if rotation.layout == "mixed" else 2
+    extents, axis = edit.shape(value), rotation.length_axis
     if extents is None or any(at == 0 and dim != 1 for at, dim in zip(index, extents, strict=True)):
         return "its positions are not all of a tensor"
     batch, length = AXES[0], AXES[axis]
@@ -196,7 +135,7 @@ def write_rotation(
         attributes["rotary_embedding_dim"] = rotation.turned
     if rotation.turned < size or rotation.layout == "mixed":
         attributes["num_heads"] = heads
-    offset = _offset(rotation)
+    offset = rotation.offset
     if standard:
         positions = _positions(rotation, shape, edit)
         y = edit.op("RotaryEmbedding", [x, *tables, positions], attributes)
@@ -212,7 +151,7 @@ def write_rotation(
 
 def _positions(rotation: Rotation, shape: tuple[Dim, ...], edit: Editor) -> ir.Value:
     """Return positions, int64 `[batch, length]`."""
-    axis, offset = 1 if rotation.layout == "mixed" else 2, _offset(rotation)
+    axis, offset = rotation.length_axis, rotation.offset
     wanted = AXES[0], AXES[axis]
     if offset is None:
         value, index = _place(rotation)

@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import onnx_ir as ir
 
-from lwc.core.dims import Dim, integer
-from lwc.passes.attention.elements import Read
+from lwc.core.dims import Dim, integer, subtract
+from lwc.passes.attention.elements import Index, Read
 from lwc.passes.attention.rotary_waves import (
     Call,
     Constant,
@@ -66,6 +66,20 @@ class Rotation:
     cos: tuple[Wave, ...]
     sin: tuple[Wave, ...]
     position: Position
+
+    @property
+    def length_axis(self) -> int:
+        """The axis of `source` along which tokens follow each other."""
+        return 2 if self.layout == "apart" else 1
+
+    @property
+    def offset(self) -> int | None:
+        """The first position where positions count up by one from a number."""
+        element = self.position.element
+        if not isinstance(element, Index):
+            return None
+        first = subtract(element.value, AXES[self.length_axis])
+        return first if isinstance(first, int) else None
 
 
 class _Term(NamedTuple):

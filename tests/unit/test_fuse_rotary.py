@@ -239,6 +239,26 @@ def test_positions_of_an_input() -> None:
     np.testing.assert_allclose(result, turned(feed, at), atol=ATOL)
 
 
+@pytest.mark.parametrize("less", [1, 3])
+def test_positions_counted_in_a_mask(less: int) -> None:
+    """As Hugging Face has them for padding on the left: -1 never arrives, -3 may."""
+    graph = Graph()
+    x, mask = graph.input("x", ["N", HEADS, "S", SIZE]), graph.input("mask", ["N", "S"], np.int64)
+    places = graph.op("CumSum", mask, graph.constant(1))
+    places = graph.op("Sub", places, graph.constant(less))
+    hidden = graph.op("Equal", mask, graph.constant(0))
+    places = graph.op("Where", hidden, graph.constant(1), places)
+    module, feed = graph.module(graph.usual(x, places)), heads()
+    result = run_pass(FuseRotary(), module)
+    assert bool(result.rewrites) == (less == 1)
+    if less == 3:
+        assert "below 0" in missed(module)
+        return
+    (found,) = run_plain(module, {"x": feed, "mask": np.array([[0, 0, 1, 1, 1], [1] * 5])})
+    at = np.array([[1, 1, 0, 1, 2], [0, 1, 2, 3, 4]])
+    np.testing.assert_allclose(found, turned(feed, at), atol=ATOL)
+
+
 def test_positions_that_all_sequences_share() -> None:
     graph = Graph()
     x = graph.input("x", ["N", HEADS, "S", SIZE])
@@ -458,6 +478,18 @@ def test_tables_that_begin_elsewhere_stay() -> None:
     module = graph.module(graph.halves(x, cos, sin))
     assert not run_pass(FuseRotary(), module).rewrites
     assert "at position 0 it turns" in missed(module)
+
+
+def test_one_position_that_is_a_number_stays() -> None:
+    """Found by check_pass: what is known of a float scalar is a number, not an index."""
+    graph = Graph()
+    x = graph.input("x", ["N", HEADS, 1, SIZE])
+    row = graph.op("Unsqueeze", graph.constant([0.0], np.float32), graph.constant([1]))
+    row = graph.op("MatMul", row, graph.constant([frequencies(SIZE // 2)], np.float32))
+    waves = [graph.op(kind, graph.op("Concat", row, row, axis=-1)) for kind in ("Cos", "Sin")]
+    module = graph.module(graph.halves(x, waves[0], waves[1]))
+    assert not run_pass(FuseRotary(), module).rewrites
+    assert "depend on no position" in missed(module)
 
 
 # Inside attention

@@ -1,0 +1,94 @@
+"""How far the positions of a rotary embedding reach."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import onnx_ir as ir
+
+from lwc.core.dims import Dim, at_least, symbol
+from lwc.passes.attention.elements import Index, Read
+from lwc.passes.attention.rotary_turns import AXES, Rotation
+from lwc.passes.attention.rotary_waves import Lookup, leaves
+from lwc.rewrite import Editor, Miss
+
+__all__ = ["Bound", "bound_of"]
+
+_VIEWS = (
+    "Cast", "Identity", "Unsqueeze", "Squeeze", "Reshape", "Expand", "Transpose", "Slice",
+)  # fmt: skip
+_DEEPEST = 16
+
+
+class Bound(NamedTuple):
+    """How many positions a table must hold, and whether that is proved."""
+
+    positions: int
+    proved: bool
+
+
+def bound_of(rotation: Rotation, wished: int, edit: Editor) -> Bound | Miss:
+    """Return the extent of the tables.
+
+    Constant tables say it, or a count of positions over a sequence whose length is a number; where
+    neither does it is `wished`, from the first position on.
+    """
+    element = rotation.position.element
+    if _may_be_negative(element, edit):
+        return Miss("its positions may lie below 0")
+    rows = [
+        table.shape.numpy()[leaf.axis]
+        for wave in (*rotation.cos, *rotation.sin)
+        for leaf in leaves(wave)
+        if isinstance(leaf, Lookup) and (table := edit.tensor(leaf.table)) is not None
+    ]
+    if rows:
+        return Bound(min(rows), isinstance(element, Index))
+    offset, shape = rotation.offset, edit.shape(rotation.source)
+    length = None if shape is None else shape[rotation.length_axis]
+    if offset is not None and isinstance(length, int):
+        return Bound(offset + length, True)
+    if offset is not None and offset > wished:
+        return Miss(f"its positions begin at {offset}, behind tables of {wished}")
+    return Bound(wished + (offset or 0), False)
+
+
+def _may_be_negative(element: Index | Read, edit: Editor) -> bool:
+    """Tell whether there is reason to think so; what inputs say is taken to be positions."""
+    if isinstance(element, Read):
+        low = _least(element.value, edit)
+        return low is not None and low < 0
+    if isinstance(element.value, int):
+        return element.value < 0
+    place: Dim = element.value.subs({axis: symbol(axis.name) for axis in AXES})
+    return not at_least(place, 0)
+
+
+def _least(value: ir.Value | None, edit: Editor, depth: int = 0) -> int | None:
+    """Return a number that integers are not below, given that those of inputs are not below 0."""
+    if value is None or depth > _DEEPEST:
+        return None
+    array = edit.array(value)
+    if array is not None:
+        return int(array.min()) if array.size and array.dtype.kind in "biu" else None
+    if value.is_graph_input():
+        return 0
+    node = value.producer()
+    if node is None or node.domain:
+        return None
+    if node.op_type in (*_VIEWS, "CumSum"):
+        return _least(node.inputs[0], edit, depth + 1)
+    operands = [_least(each, edit, depth + 1) for each in node.inputs]
+    if node.op_type == "Where":
+        # A count of tokens less one is -1 before the first of them, which is what Where hides.
+        known = [0 if low == -1 else low for low in operands[1:] if low is not None]
+        return min(known) if len(known) == 2 else None
+    known = [low for low in operands if low is not None]
+    if node.op_type in ("Max", "Clip"):
+        return max((low for low in operands[:2] if low is not None), default=None)
+    if len(known) != 2:
+        return None
+    if node.op_type == "Add":
+        return sum(known)
+    number = edit.scalar(node.inputs[1])
+    return known[0] - int(number) if node.op_type == "Sub" and number is not None else None
