@@ -346,11 +346,13 @@ class Trial:
         extents: Those of the free dimensions, by name.
         feed: The feed.
         outputs: What the model gave.
+        edge: How the feed is filled.
     """
 
     extents: Mapping[str, int]
     feed: dict[str, Array]
     outputs: dict[str, Array]
+    edge: Edge = "plain"
 
 
 def working_trials(
@@ -361,6 +363,7 @@ def working_trials(
     *,
     spec: FeedSpec = _NO_SPEC,
     brief: bool = False,
+    first: Edge = "plain",
 ) -> list[Trial]:
     """Find feeds the model runs on, with what it gives on them; see `working_feeds`.
 
@@ -371,12 +374,14 @@ def working_trials(
         seed: Seed of the random numbers.
         spec: What the user knows about the inputs.
         brief: Try sequences of a few tokens first, on which a large model takes little time.
+        first: How the first feed is filled, if the model runs on that.
     """
     free = {name: kind for name, kind in dim_names(module).items() if name not in spec.dims}
     chosen: list[Trial] = []
     spare: list[Trial] = []
     tried: list[dict[str, int]] = []
     failure: LwcError | None = None
+    edge: Edge = first
     for extents in itertools.islice(_candidates(free, brief), _TRIALS):
         if len(chosen) == count:
             break
@@ -387,13 +392,14 @@ def working_trials(
         clash = any(extents[name] == trial.extents[name] for trial in chosen for name in free)
         if clash and len(found) >= count:
             continue
-        feed = make_feed(module, extents, seed + len(found), spec=spec)
+        feed = make_feed(module, extents, seed + len(found), spec=spec, edge=edge)
         try:
             outputs = dict(runner.run(feed))
         except LwcError as error:
-            failure = failure or error
+            failure, edge = failure or error, "plain"
             continue
-        (spare if clash else chosen).append(Trial(extents, feed, outputs))
+        (spare if clash else chosen).append(Trial(extents, feed, outputs, edge))
+        edge = "plain"
     if not chosen:
         raise LwcError(
             f"the model runs at none of the input shapes tried; the first failure: {failure}",

@@ -74,22 +74,25 @@ def choose_feeds(
         if planned:
             return planned
     chosen = []
+    wanted = _edges(module) if edges else []
     if bindings:
         for index, at in enumerate(bindings):
             arrays = make_feed(module, at, seed + index, spec=spec)
             chosen.append((TestFeed(arrays), dict(runner.run(arrays))))
         odd: Mapping[str, int] = bindings[min(1, len(bindings) - 1)]
     else:
-        trials = working_trials(module, runner, 3, seed, spec=spec, brief=not is_small(module))
-        chosen += [(TestFeed(trial.feed), trial.outputs) for trial in trials]
+        large = not is_small(module)
+        first: Edge = "masked" if large and "masked" in wanted else "plain"
+        trials = working_trials(module, runner, 3, seed, spec=spec, brief=large, first=first)
+        chosen += [(TestFeed(trial.feed, trial.edge), trial.outputs) for trial in trials]
         odd = trials[min(1, len(trials) - 1)].extents
-    if edges:
-        for edge in _edges(module):
-            feed = TestFeed(make_feed(module, odd, seed + 1, spec=spec, edge=edge), edge)
-            try:
-                chosen.append((feed, dict(runner.run(feed.arrays))))
-            except LwcError:
-                continue  # an edge that the model refuses is none
+        wanted = [edge for edge in wanted if edge not in {trial.edge for trial in trials}]
+    for edge in wanted:
+        feed = TestFeed(make_feed(module, odd, seed + 1, spec=spec, edge=edge), edge)
+        try:
+            chosen.append((feed, dict(runner.run(feed.arrays))))
+        except LwcError:
+            continue  # an edge that the model refuses is none
     return chosen
 
 
