@@ -40,12 +40,7 @@ class _Sizes:
     keys: Extent
     size: int
     dtype: ir.DataType
-
-    @property
-    def low(self) -> tuple[float, ...]:
-        """Numbers that hide, or nearly do."""
-        lowest = float(np.finfo(self.dtype.numpy()).min)
-        return (lowest, -math.inf, -1e9, -10000.0)
+    low: float
 
 
 def _number(sketch: Sketch, sizes: _Sizes, number: float) -> ir.Value:
@@ -60,9 +55,10 @@ def _sizes(sketch: Sketch) -> _Sizes:
     keys = sketch.choose(*_OTHERS) if sketch.rarely() else queries
     dtype = sketch.choose(FLOAT16, ir.DataType.DOUBLE) if sketch.rarely() else FLOAT
     groups = sketch.choose(heads, heads, 2, 1)
-    return _Sizes(
-        sketch.choose(*_BATCHES), heads, groups, queries, keys, sketch.choose(8, 4), dtype
-    )
+    lowest = float(np.finfo(dtype.numpy()).min)
+    low = sketch.choose(lowest, -math.inf, -1e9, -10000.0)
+    size = sketch.choose(8, 4)
+    return _Sizes(sketch.choose(*_BATCHES), heads, groups, queries, keys, size, dtype, low)
 
 
 # Heads
@@ -174,6 +170,12 @@ def _padding(sketch: Sketch, sizes: _Sizes, scores: ir.Value) -> ir.Value:
     return sketch.emit("GatherND", mask, sketch.emit("Concat", *pair, axis=-1))
 
 
+def _is_infinite(sizes: _Sizes) -> bool:
+    """Tell whether what hides is minus infinity as a number of its type."""
+    with np.errstate(over="ignore"):
+        return bool(np.isinf(np.asarray(sizes.low).astype(sizes.dtype.numpy())))
+
+
 def _by_condition(sketch: Sketch, sizes: _Sizes, scores: ir.Value) -> ir.Value:
     form = sketch.choose("square", "padding", "both")
     conditions = []
@@ -184,13 +186,14 @@ def _by_condition(sketch: Sketch, sizes: _Sizes, scores: ir.Value) -> ir.Value:
     shown = conditions[0]
     if len(conditions) > 1:
         shown = either(sketch, "And", *conditions)
-    low = _number(sketch, sizes, sketch.choose(*sizes.low))
+    low = _number(sketch, sizes, sizes.low)
     place = sketch.choose("added", "replaced", "swapped")
     if place == "replaced":
         return sketch.emit("Where", shown, scores, low)
     if place == "swapped":
         return sketch.emit("Where", sketch.emit("Not", shown), low, scores)
-    if sketch.flip():
+    # What is shown would be minus infinity times 0.
+    if _is_infinite(sizes) or sketch.flip():
         zero = _number(sketch, sizes, 0)
         return either(sketch, "Add", scores, sketch.emit("Where", shown, zero, low))
     hidden = sketch.emit("Sub", _number(sketch, sizes, 1), sketch.cast(shown, sizes.dtype))
@@ -215,7 +218,7 @@ def _by_table(sketch: Sketch, sizes: _Sizes, scores: ir.Value) -> ir.Value:
     table = np.tri(8, dtype=bool)[None, None]
     ends = sketch.emit("Concat", extent(sketch, scores, -2), extent(sketch, scores, -1), axis=0)
     cut = sketch.emit("Slice", sketch.constant(table), sketch.ints(0, 0), ends, sketch.ints(2, 3))
-    return sketch.emit("Where", cut, scores, _number(sketch, sizes, sketch.choose(*sizes.low)))
+    return sketch.emit("Where", cut, scores, _number(sketch, sizes, sizes.low))
 
 
 # Together
@@ -229,12 +232,12 @@ def _scaled(sketch: Sketch, sizes: _Sizes, x: ir.Value) -> ir.Value:
     return either(sketch, "Mul", x, _number(sketch, sizes, 0.6))
 
 
-def _softmax(sketch: Sketch, sizes: _Sizes, scores: ir.Value) -> ir.Value:
+def _softmax(sketch: Sketch, sizes: _Sizes, scores: ir.Value, guarded: bool) -> ir.Value:
     wide = sizes.dtype == FLOAT16 and sketch.flip()
     if wide:
         scores = sketch.cast(scores, FLOAT)
     shares = sketch.emit("Softmax", scores, axis=2 if sketch.rarely() else sketch.choose(-1, 3))
-    if sketch.choose(False, False, True):
+    if guarded or sketch.choose(False, False, True):
         zero = sketch.constant(np.zeros((), (FLOAT if wide else sizes.dtype).numpy()))
         shares = sketch.emit("Where", sketch.emit("IsNaN", shares), zero, shares)
     return sketch.cast(shares, FLOAT16) if wide else shares
@@ -256,16 +259,19 @@ def spelled(sketch: Sketch) -> list[ir.Value]:
         cap = _number(sketch, sizes, 2.0)
         scores = sketch.emit("Mul", sketch.emit("Tanh", sketch.emit("Div", scores, cap)), cap)
     masks: tuple[Mask, ...] = (_by_condition, _by_condition, _by_bias, _by_table)
-    for _ in range(sketch.choose(1, 0, 2)):
+    count = sketch.choose(1, 0, 2)
+    # No output may be no number: it could not be compared.
+    guarded = count > 1 or (count == 1 and (_is_infinite(sizes) or sizes.dtype == FLOAT16))
+    for _ in range(count):
         scores = sketch.choose(*masks)(sketch, sizes, scores)
     if sketch.rarely():
         scores = _scaled(sketch, sizes, scores)
-    shares = _softmax(sketch, sizes, scores)
+    shares = _softmax(sketch, sizes, scores, guarded)
     y = sketch.emit("MatMul", shares, v)
     if sketch.flip():
         y = sketch.emit("Transpose", y, perm=[0, 2, 1, 3])
         y = sketch.reshape(y, 0, 0, -1)
-    return [sketch.choose(scores, shares), y] if sketch.rarely() else [y]
+    return [shares, y] if sketch.rarely() else [y]
 
 
 MOTIFS = (Motif("spelled-attention", spelled),)
