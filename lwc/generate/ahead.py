@@ -13,10 +13,11 @@ T = TypeVar("T")
 
 
 def work_ahead(items: Iterable[T]) -> Generator[T]:
-    """Yield items that a thread of its own makes, one ahead of what was taken.
+    """Yield items that a thread of its own makes, at most two more than were taken.
 
-    What an item's making raises is raised where the item would be yielded. Closing the iterator
-    ends the thread after the item it is at.
+    Were it one, the thread would wait at each item until the one before it is taken. What an
+    item's making raises is raised where the item would be yielded. Closing the iterator ends the
+    thread after the item it is at.
     """
     made: queue.SimpleQueue[tuple[T] | BaseException | None] = queue.SimpleQueue()
     room = threading.Semaphore(1)

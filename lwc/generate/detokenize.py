@@ -50,7 +50,9 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Holds back text that may be the beginning of a stop string, and ends before the first one.
+    """Holds back text that may be the beginning of a stop string, and ends before one.
+
+    The first to be complete counts, so that it does not matter in what pieces the text comes.
 
     Attributes:
         found: The stop string that was found.
@@ -66,9 +68,13 @@ class StopStrings:
         if self.found is not None:
             return ""
         self._held += text
-        places = [(at, each) for each in self._strings if (at := self._held.find(each)) >= 0]
+        places = [
+            (at + len(each), at, each)
+            for each in self._strings
+            if (at := self._held.find(each)) >= 0
+        ]
         if places:
-            at, self.found = min(places)
+            _, at, self.found = min(places)
             certain, self._held = self._held[:at], ""
             return certain
         keep = max((_beginning(self._held, each) for each in self._strings), default=0)

@@ -31,6 +31,9 @@ _KEY_OPS = _CAST | _OF_KEYS | {"Div", "Mul", "Unsqueeze"}
 _SCORE_OPS = _CAST | {"Add", "Clip", "Div", "Max", "Mul", "Reshape", "Sub", "Tanh", "Where"}
 _PRODUCTS = {"MatMul", "com.microsoft::FusedMatMul"}
 
+_AS_IT_IS = 0
+"""What Reshape takes for the extent that is there."""
+
 _FUSED = {GQA: ("qk_output", 2), "Attention": ("qk_matmul_output_mode", 3)}
 """The attribute and its value that let an operator give probabilities as its fourth output."""
 
@@ -142,10 +145,7 @@ def weighed(module: Module, interface: CacheInterface) -> tuple[Module, CacheInt
     twin = module.clone()
     outputs = {value.name: value for value in twin.graph.outputs}
     keys = [outputs[tensor.present] for tensor in interface.tensors[::2]]
-    as_it_is = 0
-    kept = twin.add_initializer("masses_shape", np.array([as_it_is, *heads, -1, as_it_is]))
-    queries = twin.add_initializer("masses_axes", np.array([2], np.int64))
-    parts = [_mass(twin, key, kept, queries) for key in keys]
+    parts = [_mass(twin, key, *heads, in_place=interface.in_place) for key in keys]
     masses = _append(twin, "Concat", parts, "attention_masses", {"axis": 0})
     masses.type = ir.TensorType(ir.DataType.FLOAT)
     masses.shape = ir.Shape([len(keys), *heads, None])
@@ -153,12 +153,24 @@ def weighed(module: Module, interface: CacheInterface) -> tuple[Module, CacheInt
     return twin, replace(interface, masses=str(masses.name))
 
 
-def _mass(module: Module, key: ir.Value, kept: ir.Value, queries: ir.Value) -> ir.Value:
+def _mass(module: Module, key: ir.Value, heads: int, *, in_place: bool) -> ir.Value:
+    """Add what sums the probabilities of a layer to `[1, heads, past + new]`."""
     shares = _shares(module, key)
     if shares.dtype != ir.DataType.FLOAT:
         shares = _append(module, "Cast", [shares], "shares", {"to": int(ir.DataType.FLOAT)})
-    grouped = _append(module, "Reshape", [shares, kept], "grouped_shares")
-    return _append(module, "ReduceSum", [grouped, queries], "masses", {"keepdims": 0})
+    if in_place:  # the present has entries to spare
+        grouped = _constant(module, [1, heads, -1, _AS_IT_IS])
+    else:  # ONNX infers for the probabilities of Attention that they are of no entries
+        extents = _append(module, "Shape", [key], "extents")
+        entries = _append(module, "Gather", [extents, _constant(module, [2])], "entries")
+        parts = [_constant(module, [1, heads, -1]), entries]
+        grouped = _append(module, "Concat", parts, "grouped", {"axis": 0})
+    shares = _append(module, "Reshape", [shares, grouped], "grouped_shares")
+    return _append(module, "ReduceSum", [shares, _constant(module, [2])], "masses", {"keepdims": 0})
+
+
+def _constant(module: Module, numbers: list[int]) -> ir.Value:
+    return module.add_initializer("masses_constant", np.array(numbers, np.int64))
 
 
 def _shares(module: Module, key: ir.Value) -> ir.Value:
