@@ -10,7 +10,7 @@ from lwc.core.dims import Dim, at_least, symbol
 from lwc.passes.attention.elements import Index, Read
 from lwc.passes.attention.rotary_turns import AXES, Rotation
 from lwc.passes.attention.rotary_waves import Lookup, leaves
-from lwc.rewrite import Editor, Miss
+from lwc.rewrite import Editor, Miss, attribute, producer_of
 
 __all__ = ["Bound", "bound_of"]
 
@@ -80,8 +80,11 @@ def _least(value: ir.Value | None, edit: Editor, depth: int = 0) -> int | None:
         return _least(node.inputs[0], edit, depth + 1)
     operands = [_least(each, edit, depth + 1) for each in node.inputs]
     if node.op_type == "Where":
-        # A count of tokens less one is -1 before the first of them, which is what Where hides.
-        known = [0 if low == -1 else low for low in operands[1:] if low is not None]
+        branches = operands[1:]
+        counting = _counting_branch(node, edit)
+        if counting is not None and branches[counting] == -1:
+            branches[counting] = 0
+        known = [low for low in branches if low is not None]
         return min(known) if len(known) == 2 else None
     known = [low for low in operands if low is not None]
     if node.op_type in ("Max", "Clip"):
@@ -92,3 +95,37 @@ def _least(value: ir.Value | None, edit: Editor, depth: int = 0) -> int | None:
         return sum(known)
     number = edit.scalar(node.inputs[1])
     return known[0] - int(number) if node.op_type == "Sub" and number is not None else None
+
+
+def _counting_branch(node: ir.Node, edit: Editor) -> int | None:
+    """Return which branch of a Where counts tokens of a mask from 0 on, only where it shows one.
+
+    The count of tokens up to one that is shown, less one, is never -1.
+    """
+    mask, hides = _mask_of(node.inputs[0], edit)
+    branch = 1 if hides else 0
+    less = _without_casts(node.inputs[1 + branch])
+    step = producer_of(less, "Sub", "Add")
+    if mask is None or step is None:
+        return None
+    count = producer_of(_without_casts(step.inputs[0]), "CumSum")
+    if edit.scalar(step.inputs[1]) != (1 if step.op_type == "Sub" else -1) or count is None:
+        return None
+    same = _without_casts(count.inputs[0]) is mask
+    return branch if same and not attribute(count, "exclusive", 0) else None
+
+
+def _mask_of(condition: ir.Value | None, edit: Editor) -> tuple[ir.Value | None, bool]:
+    """Return the mask a condition asks about, and whether it is true where that is 0."""
+    hides = False
+    while (node := producer_of(condition, "Not", "Equal")) is not None:
+        if node.op_type == "Equal" and edit.scalar(node.inputs[1]) != 0:
+            break
+        condition, hides = _without_casts(node.inputs[0]), not hides
+    return _without_casts(condition), hides
+
+
+def _without_casts(value: ir.Value | None) -> ir.Value | None:
+    while (node := producer_of(value, "Cast", "Identity")) is not None:
+        value = node.inputs[0]
+    return value

@@ -239,19 +239,21 @@ def test_positions_of_an_input() -> None:
     np.testing.assert_allclose(result, turned(feed, at), atol=ATOL)
 
 
-@pytest.mark.parametrize("less", [1, 3])
-def test_positions_counted_in_a_mask(less: int) -> None:
+@pytest.mark.parametrize(("less", "swapped"), [(1, False), (3, False), (1, True)])
+def test_positions_counted_in_a_mask(less: int, swapped: bool) -> None:
     """As Hugging Face has them for padding on the left: -1 never arrives, -3 may."""
     graph = Graph()
     x, mask = graph.input("x", ["N", HEADS, "S", SIZE]), graph.input("mask", ["N", "S"], np.int64)
     places = graph.op("CumSum", mask, graph.constant(1))
     places = graph.op("Sub", places, graph.constant(less))
     hidden = graph.op("Equal", mask, graph.constant(0))
-    places = graph.op("Where", hidden, graph.constant(1), places)
+    branches = [graph.constant(1), places]
+    places = graph.op("Where", hidden, *(branches[::-1] if swapped else branches))
     module, feed = graph.module(graph.usual(x, places)), heads()
     result = run_pass(FuseRotary(), module)
-    assert bool(result.rewrites) == (less == 1)
-    if less == 3:
+    legal = less == 1 and not swapped
+    assert bool(result.rewrites) == legal
+    if not legal:
         assert "below 0" in missed(module)
         return
     (found,) = run_plain(module, {"x": feed, "mask": np.array([[0, 0, 1, 1, 1], [1] * 5])})
