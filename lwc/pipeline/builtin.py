@@ -194,6 +194,20 @@ BUILTIN: tuple[PassInfo, ...] = (
         ),
     ),
     PassInfo(
+        name="pack-projections",
+        target="lwc.passes.attention.pack_projections:PackProjections",
+        summary="Compute linear operators that read one activation as one, with joined weights.",
+        contract="exact",
+        options=(
+            OptionInfo(
+                name="when",
+                type="auto|decode|prefill|always",
+                default="auto",
+                help="When to pack: `auto` where it pays for one token and for a prompt of 512, `decode` where it pays for one token, `prefill` for a prompt, `always` in any case. The cost model decides: by predicted time on the measured target of a run, and without one by the bytes that are moved.",
+            ),
+        ),
+    ),
+    PassInfo(
         name="quantize-weights",
         target="lwc.passes.quantization.quantize_weights:QuantizeWeights",
         summary="Round the weights of linear layers and embeddings to 4 or 8 bits, in blocks.",
@@ -249,6 +263,47 @@ BUILTIN: tuple[PassInfo, ...] = (
                 type="0|1|2|3|4",
                 default="4",
                 help="How MatMulNBits computes: 4 rounds activations to int8 per block, which is fast and adds about 0.5 % relative error to a layer's output; 1 is float32.",
+            ),
+        ),
+    ),
+    PassInfo(
+        name="sparse-attention",
+        target="lwc.passes.attention.sparse_attention:SparseAttention",
+        summary="Let attention see a window, strides or summaries, and global tokens, instead of all keys.",
+        contract="lossy",
+        options=(
+            OptionInfo(
+                name="pattern", type="window|strided|fixed", default="window", help="See above."
+            ),
+            OptionInfo(
+                name="window",
+                type="int",
+                default="512",
+                help="With `window`: keys seen on each side, the query's own among them.",
+            ),
+            OptionInfo(
+                name="stride",
+                type="int",
+                default="128",
+                help="With `strided` and `fixed`: the stride, or the extent of a block.",
+            ),
+            OptionInfo(
+                name="summary",
+                type="int",
+                default="8",
+                help="With `fixed`: how many keys at the end of each block all later queries see.",
+            ),
+            OptionInfo(
+                name="global-tokens",
+                type="int",
+                default="0",
+                help="How many tokens at the beginning see all and are seen by all.",
+            ),
+            OptionInfo(
+                name="layers",
+                type="list of int",
+                default="",
+                help="Attention operators to change, by their order in the graph from 0; all by default.",
             ),
         ),
     ),

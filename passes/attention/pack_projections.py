@@ -32,9 +32,10 @@ _SIZES: dict[When, tuple[int, ...]] = {
 class PackProjections(RulePass):
     """Compute linear operators that read one activation as one, with joined weights.
 
-    Query, key and value projections of a GroupQueryAttention go into it whole; other results are
-    cut apart by a Split. Biases are joined too, zeros where an operator has none. Weights that
-    something else reads are left alone, and quantized ones must have the same bits and blocks.
+    Query, key and value projections of a GroupQueryAttention go into it whole, also where they
+    are one already and are cut apart before it; other results are cut apart by a Split. Biases are
+    joined too, zeros where an operator has none. Weights that something else reads are left alone,
+    and quantized ones must have the same bits and blocks.
 
     Attributes:
         when: When to pack: `auto` where it pays for one token and for a prompt of 512, `decode`
@@ -61,6 +62,7 @@ class PackProjections(RulePass):
         packing = _Packing(self.when, ctx)
         return (
             Rule("into-attention", (_GQA,), packing.into_attention),
+            Rule("uncut-into-attention", (_GQA,), uncut_into_attention),
             Rule("with-split", LINEAR_OPS, packing.with_split),
         )
 
@@ -86,6 +88,7 @@ class _Packing:
         for place in (1, 2):
             edit.set_input(node, place, None)
         for each in found:
+            _let_go(each.end, each.source, edit)
             _erase(each, edit)
         return EDITED
 
@@ -158,7 +161,7 @@ def _projections(node: ir.Node, edit: Editor) -> tuple[Linear, ...] | Miss | Non
     query, key, value = linears
     if not query.source is key.source is value.source:
         return None
-    if any(not edit.single_use(each.end) for each in linears):
+    if not all(_is_read_once(each.end, each.source, edit) for each in linears):
         return Miss("something else reads its query, key or value too")
     if any(each.node.graph is not node.graph for each in linears):
         return Miss("its projections belong to another graph")
@@ -166,7 +169,7 @@ def _projections(node: ir.Node, edit: Editor) -> tuple[Linear, ...] | Miss | Non
         reason = difference(query, each)
         if reason is not None:
             return Miss(f"its projections differ: {reason}", each.node)
-    if any(place < len(node.inputs) and node.inputs[place] for place in _QUANTIZED_CACHE):
+    if _has_quantized_cache(node):
         return Miss("its cache is quantized")
     heads, groups = attribute(node, "num_heads", 0), attribute(node, "kv_num_heads", 0)
     if heads == 0 or key.columns != value.columns or query.columns * groups != key.columns * heads:
@@ -190,16 +193,76 @@ def _projection(value: ir.Value | None, edit: Editor) -> Linear | Miss | None:
 
 def _is_packed(linear: Linear, edit: Editor) -> bool:
     """Tell whether an operator gives several results already, or will go into attention."""
-    uses = list(linear.end.uses())
+    uses = _readers(linear.end, linear.source, edit)
     if len(uses) != 1 or linear.end.is_graph_output():
         return False
-    (user, place) = uses[0]
+    user, place = uses[0]
     if op_name(user) == _GQA:
         whole = place == 0 and (len(user.inputs) < 2 or user.inputs[1] is None)
         return whole or isinstance(_projections(user, edit), tuple)
     rank = edit.rank(linear.end)
     axis = attribute(user, "axis", 0)
     return op_name(user) == "Split" and place == 0 and axis in (-1, (rank or 0) - 1)
+
+
+def uncut_into_attention(node: ir.Node, edit: Editor) -> Outcome:
+    """Query, key and value that are cut out of one value go into attention as one."""
+    if len(node.inputs) < 3 or any(value is None for value in node.inputs[:3]):
+        return None
+    cut = producer_of(node.inputs[0], "Split")
+    if cut is None or tuple(cut.outputs) != tuple(node.inputs[:3]):
+        return None
+    whole, rank = cut.inputs[0], edit.rank(cut.inputs[0])
+    if whole is None or rank is None or attribute(cut, "axis", 0) not in (-1, rank - 1):
+        return None
+    if not all(_is_read_once(part, whole, edit) for part in cut.outputs):
+        return Miss("something else reads its query, key or value too", cut)
+    if _has_quantized_cache(node):
+        return Miss("its cache is quantized")
+    edit.set_input(node, 0, whole)
+    for place in (1, 2):
+        edit.set_input(node, place, None)
+    for part in cut.outputs:
+        _let_go(part, whole, edit)
+    edit.erase(cut)
+    return EDITED
+
+
+def _has_quantized_cache(node: ir.Node) -> bool:
+    return any(place < len(node.inputs) and node.inputs[place] for place in _QUANTIZED_CACHE)
+
+
+def _is_read_once(value: ir.Value, source: ir.Value, edit: Editor) -> bool:
+    return len(_readers(value, source, edit)) == 1 and not value.is_graph_output()
+
+
+def _let_go(value: ir.Value, source: ir.Value, edit: Editor) -> None:
+    """Let what asks for the length of a value ask its source."""
+    for user, place in list(value.uses()):
+        edit.set_input(user, place, source)
+
+
+def _readers(value: ir.Value, source: ir.Value, edit: Editor) -> list[tuple[ir.Node, int]]:
+    """Return what reads a value, but for what asks for extents that its source has too."""
+    rank = edit.rank(value) if edit.rank(value) == edit.rank(source) else None
+    return [
+        (use.node, use.idx)
+        for use in value.uses()
+        if rank is None or not _asks_for_lengths(use.node, rank, edit)
+    ]
+
+
+def _asks_for_lengths(node: ir.Node, rank: int, edit: Editor) -> bool:
+    """Tell whether a node is a Shape of which nothing takes the last extent."""
+    if op_name(node) != "Shape" or node.outputs[0].is_graph_output():
+        return False
+    if attribute(node, "start", 0) or "end" in node.attributes:
+        return False
+    for user, place in node.outputs[0].uses():
+        picked = edit.ints(user.inputs[1]) if op_name(user) == "Gather" and place == 0 else None
+        if picked is None or not all(0 <= axis < rank - 1 for axis in picked):
+            return False
+    return True
 
 
 def _has_siblings(node: ir.Node) -> bool:

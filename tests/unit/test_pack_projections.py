@@ -290,6 +290,46 @@ def test_what_else_reads_keys_keeps_attention_as_it_is() -> None:
     assert "reads its query, key or value too" in missed(module)
 
 
+@pytest.mark.parametrize(
+    ("order", "kept"), [("(q, k, v,", False), ("(q, v, k,", True), ("(q, k, k,", True)]
+)
+def test_what_is_cut_before_attention_goes_in_whole(order: str, kept: bool) -> None:
+    text = ATTENTION.replace("v = MatMul (x, wv)", "p = MatMul (x, w)")
+    text = text.replace("q = MatMul (x, wq)", "q, k, v = Split <axis = 2> (p, sizes)")
+    text = text.replace("k = MatMul (x, wk)", "").replace("(q, k, v,", order)
+    text = re.sub(r"<float.*wv>", f"<float[{WIDTH}, {QUERY + 2 * KEY}] w, int64[3] sizes = "
+                  f"{{{QUERY}, {KEY}, {KEY}}}>", text)  # fmt: skip
+    expected = ["MatMul", *["Split"] * kept, "GroupQueryAttention"]
+    assert packed(module_of(text), "auto") == expected
+
+
+LENGTHS = """
+    extents = Shape (q)
+    length = Gather (extents, second)
+    whole = Cast <to = 6> (length)
+    one = Constant <value = int32 {1}> ()
+    end = Sub (whole, one)
+    batch = Gather (extents, first)
+    lasts = Expand (end, batch)
+"""
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_lengths_are_asked_of_what_is_projected(axis: int) -> None:
+    """Where the last extent is among them, the query must stay."""
+    text = ATTENTION.replace("y = com", f"{LENGTHS} y = com").replace(
+        "last, total)", "lasts, whole)"
+    )
+    text = text.replace(", int32[batch] lasts, int32 whole)", ")")
+    text = text.replace(", int32[batch] last, int32 total)", ")")
+    text = text.replace("wv> {", f"wv, int64 second = {{{axis}}}, int64[1] first = {{0}}> {{")
+    module = module_of(text)
+    if axis == 1:
+        assert packed(module, "auto").count("MatMul") == 1
+    else:
+        assert not run_pass(PackProjections("auto"), module).changed
+
+
 def test_projections_with_biases_and_quantized_ones_go_into_attention() -> None:
     text = ATTENTION.replace("k = MatMul (x, wk)", "m = MatMul (x, wk) k = Add (m, bk)")
     text = text.replace("float[64, 32] wv", "float[64, 32] wv, float[32] bk")
