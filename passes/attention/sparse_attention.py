@@ -42,7 +42,8 @@ class SparseAttention(Pass):
     With global tokens query i sees key j also where one of them is among the first ones
     (Longformer, section 3.1). It works on what `fuse-attention` makes. A window alone becomes
     `local_window_size` of a causal GroupQueryAttention; everything else is a mask made in the
-    graph, one for all layers.
+    graph, one for all layers. ONNX Runtime's CPU kernels compute hidden scores too: what it
+    changes there is what a model sees, not its speed.
 
     Attributes:
         pattern: See above.

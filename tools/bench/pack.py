@@ -80,7 +80,13 @@ class Graph:
             weight = self._numbers((depth, columns)) / np.float32(np.sqrt(depth))
             return self.node("MatMul", [source, self.constant(weight)])[0]
         codes, scales = self._packed(depth, columns)
-        attributes = {"K": depth, "N": columns, "bits": 4, "block_size": BLOCK, "accuracy_level": 4}
+        attributes: dict[str, Any] = {
+            "K": depth,
+            "N": columns,
+            "bits": 4,
+            "block_size": BLOCK,
+            "accuracy_level": 4,
+        }
         inputs = [source, self.constant(codes), self.constant(scales)]
         return self.node("MatMulNBits", inputs, domain=_MS, **attributes)[0]
 
@@ -116,7 +122,7 @@ class Graph:
     def expert(self, source: str) -> str:
         """Add gate, up, their product and down as a mixture of one expert."""
         router = self.constant(np.zeros((1, 1), np.float32))
-        attributes = {
+        attributes: dict[str, Any] = {
             "k": 1, "activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0,
             "activation_beta": 0.0,
         }  # fmt: skip
@@ -296,6 +302,8 @@ def _predicted(model: ModelProto, threads: int, layers: int) -> float | None:
     if target is None:
         return None
     cost = AnalysisManager(from_proto(model)).get(Cost)
+    if cost.uncounted:
+        return None
     return 1e6 * (predict(cost, target, {}).seconds - target.run_seconds) / layers
 
 
