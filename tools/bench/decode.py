@@ -68,7 +68,7 @@ class Contender:
 
 def _lwc(bits: int) -> Contender:
     make = partial(models.lwc_model, bits=bits)
-    return Contender("onnxruntime", "onnxruntime", make, float32=bits == 32)
+    return Contender("onnxruntime", "lwc", make, float32=bits == 32)
 
 
 def _genai(precision: str, *options: str) -> Contender:

@@ -29,10 +29,14 @@ from fetch_models import cache_folder
 from lwc.calibration.text import load_tokenizer, read_text
 from lwc.frontend.huggingface import offline
 
+DECODER = (
+    "canonicalize,fuse-norm,fuse-activation,fuse-rotary,fuse-attention,add-kv-cache,"
+    "last-logits,canonicalize"
+)
 LWC = {
-    32: "canonicalize,fold-linear",
-    8: "canonicalize,fold-linear,quantize-weights{bits=8}",
-    4: "canonicalize,fold-linear,quantize-weights{bits=4}",
+    32: f"{DECODER},pack-projections",
+    8: f"{DECODER},quantize-weights{{bits=8}},pack-projections",
+    4: f"{DECODER},quantize-weights{{bits=4}},pack-projections",
 }
 """The pipeline of `lwc_model`, by bits of a weight."""
 
@@ -244,11 +248,11 @@ def _fuse(export: Path, model_folder: Path, folder: Path) -> None:
 
 
 def lwc_model(source: Source, bits: int) -> Path:
-    """Return a folder with the export after lwc, made anew each time: lwc may have changed."""
+    """Return a folder with the model after lwc, made anew each time: lwc may have changed."""
     folder = source.home / f"lwc-{bits}"
     shutil.rmtree(folder, ignore_errors=True)
-    words = [sys.executable, "-m", "lwc.cli.opt", str(cached_export(source) / "model.onnx")]
-    run([*words, "-q", "-o", f"{folder}/", "-p", LWC[bits]])
+    words = [sys.executable, "-m", "lwc.cli.opt", str(source.gguf), "-q", "-o", f"{folder}/"]
+    run([*words, "-p", LWC[bits], "--grant", "all"])
     return folder
 
 

@@ -99,6 +99,33 @@ class OnnxRuntime:
             yield ids[0]
 
 
+class Lwc:
+    """What lwc made of the model, as `lwc-generate` runs it: one cache, bound once."""
+
+    def __init__(self, model: Path, threads: int, context: int) -> None:
+        import onnxruntime as ort
+
+        import lwc
+        from lwc.generate.feeding import CHUNK, Feeder
+        from lwc.generate.policies import FullCache
+
+        self.version = f"onnxruntime {ort.__version__}"
+        self._chunk = CHUNK
+        self._feeder = Feeder(lwc.load(model / "model.onnx"), FullCache(), threads)
+        self._feeder.start(context)
+
+    def start(self, prompt: Sequence[int], count: int) -> Iterator[int]:
+        self._feeder.start(len(prompt) + count)
+        return self._steps(list(prompt))
+
+    def _steps(self, ids: list[int]) -> Iterator[int]:
+        while True:
+            for at in range(0, len(ids), self._chunk):
+                logits = self._feeder.feed(ids[at : at + self._chunk])
+            ids = [int(logits.argmax())]
+            yield ids[0]
+
+
 class GenAI:
     """A folder of ONNX Runtime GenAI's model builder."""
 
@@ -203,6 +230,7 @@ class PyTorch:
 
 RUNNERS: dict[str, type[Runner]] = {
     "onnxruntime": OnnxRuntime,
+    "lwc": Lwc,
     "genai": GenAI,
     "llama.cpp": LlamaCpp,
     "pytorch": PyTorch,
