@@ -67,7 +67,8 @@ def neutral_constant(s: Sketch) -> ir.Value:
         x = s.reduce("ReduceMax", x, [s.integer(0, rank - 1)], keepdims=1)
     shape = [1] * s.choose(0, rank, rank + 1)
     if shape and s.flip():
-        shape[-1] = 8 if not isinstance(s.shape(x)[-1], int) or s.shape(x)[-1] in (1, 8) else 1
+        last = s.shape(x)[-1] if rank else 1
+        shape[-1] = 8 if not isinstance(last, int) or last in (1, 8) else 1
     neutral = s.constant(np.full(shape, -number if s.rarely() else number, np.float32))
     if not s.broadcasts(s.shape(x), s.shape(neutral)):
         neutral = s.constant(np.float32(number))
