@@ -11,8 +11,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 from bench.decode_models import Source, cached_export, huggingface_folder, open_source  # noqa: E402
+from run_page import Page, PageError  # noqa: E402
 
-import lwc  # noqa: E402
 from lwc.core.module import Module  # noqa: E402
 from lwc.frontend.load import load  # noqa: E402
 from lwc.generate.generator import TextGenerator  # noqa: E402
@@ -23,7 +23,8 @@ from lwc.generate.tokenizer import TextTokenizer, load_text_tokenizer, tokenizer
 
 pytestmark = [pytest.mark.models, pytest.mark.slow]
 
-PIPELINE = "canonicalize,fuse-rotary,fuse-attention,add-kv-cache"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "generation.md"
 PROMPTS = ("The capital of France is", "def fibonacci(n):\n", "Once upon a time, 小さな 🐱")
 NO_END: frozenset[int] = frozenset()
 
@@ -34,9 +35,21 @@ def gguf(model_file: Callable[[str], Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cached(gguf: Path) -> Module:
-    """The GGUF file with a cache, which GroupQueryAttention writes in place."""
-    return lwc.optimize(load(gguf), PIPELINE, grant="all").module
+def page(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder in which the page of the documentation was run, and where the page is wrong."""
+    folder = tmp_path_factory.mktemp("page").resolve()
+    (folder / "smollm2.gguf").symlink_to(gguf)
+    try:
+        Page(PAGE, folder, {"PYTHONPATH": str(ROOT)}).run()
+    except PageError as error:
+        return folder, str(error)
+    return folder, ""
+
+
+@pytest.fixture(scope="module")
+def cached(page: tuple[Path, str]) -> Module:
+    """The model that the page makes: with a cache that GroupQueryAttention writes in place."""
+    return load(page[0] / "smollm2")
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +82,10 @@ def said(model: Any, tokenizer: TextTokenizer, **options: Any) -> tuple[list[lis
     with TextGenerator(model, tokenizer, **options) as generator:
         found = [generator.generate(prompt, Settings(24, stop_tokens=NO_END)) for prompt in PROMPTS]
     return [list(each.tokens) for each in found], {each.cache_mode for each in found}
+
+
+def test_the_page_runs_and_shows_what_is_printed(page: tuple[Path, str]) -> None:
+    assert page[1] == ""
 
 
 def test_it_says_what_transformers_says(
@@ -126,7 +143,7 @@ def test_heavy_hitters_lose_less_than_a_window(
         "heavy": HeavyHitters(budget // 2, budget - budget // 2),
     }
     found = {
-        name: perplexity_with_cache(cached, tokens, policy, chunk=16)
+        name: perplexity_with_cache(cached, tokens, policy, chunk=32)
         for name, policy in policies.items()
     }
     assert found["recent"].value > 1.5 * found["sinks"].value

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -329,3 +331,15 @@ def test_wrong_usage_is_one_line(
 ) -> None:
     assert main([str(folder), *words]) == 2
     assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--help", "--version", "--no-such-option"])
+def test_the_program_starts_without_heavy_imports(option: str) -> None:
+    code = (
+        "import json, sys\nfrom lwc.cli.generate import main\n"
+        f"try:\n    main(['m', {option!r}])\nexcept SystemExit:\n    pass\n"
+        "print('@' + json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(json.loads(done.stdout.rpartition("@")[2]))
+    assert loaded.isdisjoint({"numpy", "onnx_ir", "onnxruntime", "sympy", "tokenizers", "torch"})
