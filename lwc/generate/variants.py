@@ -176,6 +176,8 @@ def _constant(module: Module, numbers: list[int]) -> ir.Value:
 def _shares(module: Module, key: ir.Value) -> ir.Value:
     """Return the attention probabilities of a layer, `[batch, heads, new, past + new]`."""
     maker = key.producer()
+    while maker is not None and op_name(maker) in _CAST and maker.inputs[0] is not None:
+        maker = maker.inputs[0].producer()
     found = {maker} if maker is not None and op_name(maker) in _FUSED else set(_readers(key))
     if len(found) != 1:
         raise LwcError(

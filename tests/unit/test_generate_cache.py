@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers")
 from support import module_of  # noqa: E402
 from tiny_llama import KV_HEADS, LAYERS, SIZE, WORDS, Spelling, as_module, tiny_llama  # noqa: E402
 
+import lwc  # noqa: E402
 from lwc.backends.onnxruntime.decoding import open_decoder  # noqa: E402
 from lwc.core.errors import LwcError, UsageError  # noqa: E402
 from lwc.core.module import Module  # noqa: E402
@@ -299,6 +300,22 @@ def test_masses_are_the_attention_of_each_step(llama: Any, written: dict[str, Mo
             decoder.step(np.array([TOKENS[:4]]), np.arange(4)[None])
             decoder.step(np.array([TOKENS[4:6]]), np.arange(4, 6)[None])
             np.testing.assert_allclose(decoder.masses(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("keep_io", "mode"), [(True, "fixed"), (False, "in place")])
+def test_caches_in_half_precision(keep_io: bool, mode: str, written: dict[str, Module]) -> None:
+    """Behind a Cast the cache is no buffer of attention; without, it takes half the bytes."""
+    option = str(keep_io).lower()
+    half = lwc.optimize(written["gqa"], f"convert-dtype{{keep-io={option}}}").module
+    policy = HeavyHitters(5, 3)
+    with Feeder(half, policy, threads=1) as feeder:
+        feeder.start(30, 1)
+        found = np.stack([feeder.feed([token]) for token in TOKENS[:30]])
+        assert feeder.decoder.cache_mode == mode
+        assert feeder.interface.tensors[0].dtype == (np.float32 if keep_io else np.float16)
+    expected = fed(written["gqa"], policy, [1] * 30)
+    # Eleven bits of a number, and here and there another entry that stays.
+    assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.95
 
 
 def test_a_planted_key_outlives_the_window() -> None:
