@@ -12,6 +12,7 @@ import pytest
 BENCH = Path(__file__).parents[2] / "tools" / "bench"
 
 SMALL = {
+    "attention_memory": ["--only", "window", "--lengths", "256", "512"],
     "backend_nodes": ["--kinds", "node", "--only", "scan"],
     "cost_model": ["--only", "flops", "--models", "magika"],
     "decode": [
@@ -29,6 +30,7 @@ SMALL = {
     ],
     "fusion": ["--families", "vit", "--exporters", "script", "--implementations", "eager"],
     "mutants": ["--only", "branches of a decided if"],
+    "pack": ["--threads", "1", "--tokens", "1", "--rounds", "1"],
     "quantize_weights": ["--variants", "8 bits", "--tokens", "33"],
     "scale": [
         "--layers",
@@ -46,6 +48,7 @@ SMALL = {
     ],
     "simplify": ["--only", "magika", "--repeats", "1"],
     "verification": ["--models", "magika", "--repeats", "1"],
+    "window": ["--lengths", "256", "--rounds", "1"],
 }
 
 

@@ -167,7 +167,7 @@ def test_near_misses_of_matches(rule: type[PatternRule]) -> None:
     found: Counter[bool] = Counter()
 
     @DRAWN
-    @given(matching(rule))
+    @given(matching(rule, evenly=True))
     def run(module: Module) -> None:
         assert is_valid(module)
         texts.add(print_module(module))

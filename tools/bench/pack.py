@@ -338,7 +338,11 @@ def main() -> None:
                         )
                 console.print(table)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"rows": rows}, indent=2))
+        summary = {
+            f"{row['weights']}, {row['tokens']} tokens, {row['spelling']}": row["ratio"]
+            for row in rows
+        }
+        arguments.json.write_text(json.dumps({"summary": summary, "rows": rows}, indent=2))
 
 
 if __name__ == "__main__":

@@ -136,7 +136,8 @@ def main() -> None:
                 table.add_row(str(new), str(new + past), name, f"{taken:.2f}")
     Console(width=None if os.isatty(1) else 120).print(table)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"window": window, "rows": rows}, indent=2))
+        summary = {"window": window, "lengths": arguments.lengths}
+        arguments.json.write_text(json.dumps({"summary": summary, "rows": rows}, indent=2))
 
 
 if __name__ == "__main__":

@@ -441,7 +441,6 @@ def wrapped_in_if(m: Mutant) -> str | None:
 MUTATIONS: tuple[Mutation, ...] = (
     extra_consumer,
     inner_output,
-    weight_output,
     moved_attribute,
     moved_constant,
     widened_constant,
@@ -455,6 +454,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     duplicated_node,
     split_initializer,
     merged_initializers,
+    weight_output,
     wrapped_in_if,
 )
 """Every mutation, those that rewrites trip over most often first."""
