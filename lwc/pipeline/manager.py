@@ -15,7 +15,7 @@ from lwc.analysis.manager import Analysis, AnalysisManager
 from lwc.analysis.shapes import Shapes
 from lwc.core.errors import LwcError, PassError, Terminated, UsageError, VerificationError
 from lwc.pipeline.instruments import Instrument
-from lwc.pipeline.passes import Contract, Pass, PassContext, PassResult, Verify
+from lwc.pipeline.passes import Contract, Pass, PassContext, PassResult, Verify, vouched
 from lwc.pipeline.record import (
     PassRecord,
     PipelineRecord,
@@ -185,7 +185,7 @@ class PassManager:
         if self.verify == "numeric" and result.changed:
             assert self.numeric is not None
             assert before is not None
-            verification = self.numeric(before, module, pass_.contract)
+            verification = self.numeric(before, module, vouched(pass_.contract, ctx.granted))
         end = time.perf_counter()
         return _Outcome(result, state, verification, middle - start, end - middle)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, get_args
 
 from lwc.analysis.manager import Analysis, AnalysisManager
@@ -33,6 +33,7 @@ __all__ = [
     "Runner",
     "Verify",
     "check_settings",
+    "vouched",
 ]
 
 Verify: TypeAlias = Literal["none", "structural", "numeric"]
@@ -104,6 +105,21 @@ class Lossy:
 
 
 Contract: TypeAlias = Exact | Approximate | Lossy
+
+
+def vouched(contract: Contract, granted: frozenset[str]) -> Contract:
+    """Return a contract with those of its assumptions that the user vouches for.
+
+    Args:
+        contract: What a pass promises.
+        granted: See `PassContext`.
+    """
+    held = tuple(each for each in contract.assumptions if _is_granted(each, granted))
+    return replace(contract, assumptions=held)
+
+
+def _is_granted(assumption: str, granted: frozenset[str]) -> bool:
+    return any(words == "all" or assumption.startswith(words) for words in granted)
 
 
 @dataclass(frozen=True)
@@ -232,7 +248,7 @@ class PassContext:
 
     def is_granted(self, assumption: str) -> bool:
         """Tell whether the user vouches for one of the sentences in the pass's contract."""
-        return any(words == "all" or assumption.startswith(words) for words in self.granted)
+        return _is_granted(assumption, self.granted)
 
     def assume(self, assumption: str) -> None:
         """Go on only if the user vouches for something that the pass cannot prove.

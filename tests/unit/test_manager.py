@@ -763,3 +763,31 @@ GRANT_MODEL = """
 <ir_version: 10, opset_import: ["" : 18]>
 graph (float[n] x) => (float[n] y) { y = Relu (x) }
 """
+
+
+@pytest.mark.parametrize(("granted", "held"), [((), ()), (("The mask",), ("The mask is 0 or 1.",))])
+def test_the_numeric_check_takes_for_granted_what_the_user_granted(
+    module: Module, granted: tuple[str, ...], held: tuple[str, ...]
+) -> None:
+    """What a pass would assume, but may not, excuses nothing: it is compared on every mask."""
+
+    @dataclass(frozen=True)
+    class Assumes(Pass):
+        """Rename a node."""
+
+        name = "assumes"
+        contract = Exact(assumptions=("The mask is 0 or 1.",))
+
+        def run(self, module: Module, ctx: PassContext) -> PassResult:
+            next(iter(module.graph)).name = module.fresh_name("another")
+            return PassResult(True)
+
+    seen: list[tuple[str, ...]] = []
+
+    def check(before: Module, after: Module, contract: Contract) -> str:
+        seen.append(contract.assumptions)
+        return "compared"
+
+    ctx = PassContext(AnalysisManager(module), granted=frozenset(granted))
+    PassManager([Assumes()], verify="numeric", numeric=check).run(module, ctx)
+    assert seen == [held]
