@@ -99,7 +99,7 @@ def generate_batch(
             break
         logits = decoder.step(np.array(tokens, np.int64)[:, None], lengths[:, None])
         lengths = lengths + 1
-    return [_result(row, decoder, feeder, first - begun, row.last - first) for row in rows]
+    return [_result(row, feeder, first - begun, row.last - first) for row in rows]
 
 
 def _check(feeder: Feeder, lengths: Array) -> None:
@@ -137,17 +137,9 @@ def _prefill(
     return np.stack(last)
 
 
-def _result(row: _Row, decoder: Decoder, feeder: Feeder, first: float, after: float) -> Generated:
+def _result(row: _Row, feeder: Feeder, first: float, after: float) -> Generated:
     assert row.stopped is not None
-    return Generated(
-        text=row.text,
-        tokens=tuple(row.tokens),
-        prompt_tokens=len(row.prompt),
-        stopped=row.stopped,
-        seconds_to_first=first,
-        prefill_per_second=len(row.prompt) / first,
-        decode_per_second=(len(row.tokens) - 1) / after if after else None,
-        cache_mode=decoder.cache_mode,
-        cache_tokens=feeder.kept(len(row.prompt) + len(row.tokens) - 1),
-        cache_bytes=decoder.cache_bytes,
-    )
+    return Generated.of(
+        feeder, row.text, row.tokens,
+        prompt=len(row.prompt), stopped=row.stopped, first=first, after=after,
+    )  # fmt: skip

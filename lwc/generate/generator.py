@@ -207,17 +207,8 @@ class TextStream(Iterator[str]):
             yield text
 
     def _summary(self) -> Generated:
-        decoder = self._feeder.decoder
-        first, last = self._times[0] - self._began, self._times[-1] - self._times[0]
-        return Generated(
-            text="".join(self._text),
-            tokens=tuple(self._tokens),
-            prompt_tokens=len(self._ids),
-            stopped=self._stopped,
-            seconds_to_first=first,
-            prefill_per_second=len(self._ids) / first,
-            decode_per_second=(len(self._tokens) - 1) / last if last else None,
-            cache_mode=decoder.cache_mode,
-            cache_tokens=self._feeder.kept(len(self._ids) + len(self._tokens) - 1),
-            cache_bytes=decoder.cache_bytes,
-        )
+        first, after = self._times[0] - self._began, self._times[-1] - self._times[0]
+        return Generated.of(
+            self._feeder, "".join(self._text), self._tokens,
+            prompt=len(self._ids), stopped=self._stopped, first=first, after=after,
+        )  # fmt: skip

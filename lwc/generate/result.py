@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from lwc.core.errors import UsageError
-from lwc.generate.feeding import CHUNK
+from lwc.generate.feeding import CHUNK, Feeder
 from lwc.generate.sampling import Sampling
 
 __all__ = ["Generated", "Settings", "Stopped"]
@@ -65,6 +66,43 @@ class Generated:
     cache_mode: str
     cache_tokens: int
     cache_bytes: int
+
+    @classmethod
+    def of(
+        cls,
+        feeder: Feeder,
+        text: str,
+        tokens: Sequence[int],
+        *,
+        prompt: int,
+        stopped: Stopped,
+        first: float,
+        after: float,
+    ) -> Generated:
+        """Sum up a text.
+
+        Args:
+            feeder: What ran the model.
+            text: The text.
+            tokens: Its tokens.
+            prompt: Tokens of the prompt.
+            stopped: What ended it.
+            first: Seconds to the first token.
+            after: Seconds from the first token to the last.
+        """
+        decoder = feeder.decoder
+        return cls(
+            text=text,
+            tokens=tuple(tokens),
+            prompt_tokens=prompt,
+            stopped=stopped,
+            seconds_to_first=first,
+            prefill_per_second=prompt / first,
+            decode_per_second=(len(tokens) - 1) / after if after else None,
+            cache_mode=decoder.cache_mode,
+            cache_tokens=feeder.kept(prompt + len(tokens) - 1),
+            cache_bytes=decoder.cache_bytes,
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as data for JSON."""
