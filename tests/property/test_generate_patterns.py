@@ -166,7 +166,7 @@ def test_near_misses_of_matches(rule: type[PatternRule]) -> None:
     texts: set[str] = set()
     found: Counter[bool] = Counter()
 
-    @DRAWN
+    @settings(DRAWN, max_examples=100)
     @given(matching(rule, evenly=True))
     def run(module: Module) -> None:
         assert is_valid(module)
@@ -174,8 +174,7 @@ def test_near_misses_of_matches(rule: type[PatternRule]) -> None:
         found[hits(rule, module) > 0] += 1
 
     run()
-    assert found[True] > 5
-    assert found[False] > 5
+    assert min(found[True], found[False]) > 5, found
     assert len(texts) > 20
 
 
