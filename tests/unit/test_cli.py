@@ -657,14 +657,9 @@ def test_a_reader_that_goes_away_is_no_error_message(folder: Path) -> None:
 def test_signals_end_it_cleanly(folder: Path, number: signal.Signals, code: int) -> None:
     Path("out.onnx").write_bytes(b"old")
     command = [sys.executable, "-m", "lwc.cli.opt", "in.onnx", "-o", "out.onnx", *act("wait")]
-    child = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A test run in the background ignores the interrupt, and its children would, too.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    # A test run in the background ignores the interrupt, and its children would, too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert child.stdout is not None
     assert child.stdout.readline() == "waiting\n"
     time.sleep(0.1)
