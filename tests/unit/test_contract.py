@@ -287,11 +287,12 @@ def test_a_refusal_is_no_violation() -> None:
     assert check_contract(broken(refuse), module_of(GRAPH)).refused is not None
 
 
-def matmul() -> Module:
-    graph = module_of("g (float[N, 64] x) => (float[N, 64] y) { y = Identity(x) }").graph
+def matmul(rest: str = "y = Identity(a)") -> Module:
+    text = f"g (float[N, 64] x) => (float[N, 64] y) {{ a = Identity(x) {rest} }}"
+    graph = module_of(text).graph
     module = Module(ir.Model(graph, ir_version=8))
     weights = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
-    node = node_of(module, "Identity")
+    node = module.graph[0]
     node.op_type = "MatMul"
     node.resize_inputs(2)
     node.replace_input_with(1, module.add_initializer("w", weights))
@@ -300,8 +301,9 @@ def matmul() -> Module:
 
 @dataclass(frozen=True)
 class Shrink(Pass):
-    """A lossy pass that makes every weight smaller by a tenth."""
+    """A lossy pass that multiplies every weight by a factor."""
 
+    factor: ClassVar[float] = 0.9
     name: ClassVar[str] = "shrink"
     contract: ClassVar[Contract] = Lossy(noise=0.01)
     changes_again: ClassVar[str | None] = "it shrinks again"
@@ -309,7 +311,9 @@ class Shrink(Pass):
     def run(self, module: Module, ctx: PassContext) -> PassResult:
         value = module.graph.initializers["w"]
         assert value.const_value is not None
-        module.replace_initializer(value, ir.Tensor(value.const_value.numpy() * np.float32(0.9)))
+        module.replace_initializer(
+            value, ir.Tensor(value.const_value.numpy() * np.float32(self.factor))
+        )
         return PassResult(True)
 
 
@@ -322,6 +326,25 @@ def test_a_lossy_pass_is_held_to_the_noise_it_states() -> None:
 def test_quantization_is_within_the_noise_it_states() -> None:
     outcome = check_contract(QuantizeWeights(), matmul())
     assert outcome.changed
+
+
+class Spoil(Shrink):
+    factor: ClassVar[float] = float("nan")
+
+
+POLE = "b = Relu(a) y = Reciprocal(b)"
+
+
+def test_noise_may_take_an_element_across_a_pole() -> None:
+    """Some of the many elements change their sign here that did not under the draws."""
+    assert check_contract(QuantizeWeights(), matmul(POLE)).changed
+
+
+@pytest.mark.parametrize("rest", ["y = Identity(a)", "b = Sigmoid(a) y = Reciprocal(b)"])
+def test_infinities_that_noise_does_not_make_are_reported(rest: str) -> None:
+    with pytest.raises(ContractViolation, match="ceases to be finite") as caught:
+        check_contract(Spoil(), matmul(rest))
+    assert caught.value.clause == "noise"
 
 
 def test_a_model_that_does_not_run_is_no_example() -> None:

@@ -9,10 +9,11 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from support import ops, run_pass, run_pass_to_the_end, run_plain
+from support import module_of, ops, run_pass, run_pass_to_the_end, run_plain
 
 from lwc.core.module import Module
 from lwc.passes.cleanup.fold_linear import FoldLinear
+from lwc.verify.contract.clauses import check_contract
 
 Array = np.ndarray[Any, Any]
 RTOL, ATOL = 1e-4, 1e-5
@@ -103,6 +104,15 @@ def test_batch_norm_after_transposed_conv(groups: int) -> None:
     graph = Graph(IMAGE)
     graph.add("ConvTranspose", graph.weight(4, 6 // groups, 3, 3), group=groups, strides=[2, 2])
     assert fold(batch_norm(graph, 6))[0] == ["ConvTranspose"]
+
+
+def test_batch_norm_in_float64_with_the_epsilon_of_the_standard() -> None:
+    """It is a float32: 1e-5 as a float64 is another number."""
+    text = """g (double[N, 2] x) => (double[N, 2] y)
+        <double[2, 2] w = {0.37, 0.63, 0.36, 0.48}, double[2] scale = {1.1, 0.77},
+         double[2] bias = {2.0, -2.6}, double[2] mean = {0.35, 0.82}, double[2] var = {1.0, 0.84}>
+        { a = MatMul(x, w) y = BatchNormalization(a, scale, bias, mean, var) }"""
+    assert check_contract(FoldLinear(), module_of(text)).float64
 
 
 @pytest.mark.parametrize("groups", [1, 2])

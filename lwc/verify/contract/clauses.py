@@ -65,6 +65,10 @@ _NOISE_MARGIN = 3.0
 """An output may move this many times as far as under the stated noise: it is drawn a few times,
 and rounding errors are less alike than the draws."""
 
+_POLE_NOISE = 16.0
+"""Where an element becomes or ceases to be finite, this many times the stated noise must do that
+to some element of the output."""
+
 
 class ContractViolation(VerificationError):
     """A pass broke a clause of its contract.
@@ -281,15 +285,21 @@ class _Check:
         """Compare how far outputs moved with how far the stated noise moves them."""
         _, results = self.comparer.last
         prepared = functools.partial(compiled, limit=self.comparer.limit)
+
+        def movements(feed: TestFeed, wanted: dict[str, Array], size: float) -> Mapping[str, Array]:
+            return Sensitivity.measure(
+                self.module, feed.arrays, wanted, prepared, size=size, results=size, twice=False
+            ).movement
+
         # Each feed takes a model per draw; the first is plain, at odd extents.
         for feed, wanted, result in list(zip(feeds, expected, results, strict=True))[:_NOISE_FEEDS]:
-            moved = Sensitivity.measure(
-                self.module, feed.arrays, wanted, prepared, size=noise, results=noise, twice=False
-            )
-            for name, movement in moved.movement.items():
+            for name, movement in movements(feed, wanted, noise).items():
                 error = distance(wanted[name], result[name])
                 if np.any(np.isinf(error) & np.isfinite(movement)):
-                    self._fail("noise", f"output '{name}' becomes or ceases to be finite")
+                    # A few draws seldom take just this element across a pole.
+                    wide = movements(feed, wanted, _POLE_NOISE * noise)[name]
+                    if np.all(np.isfinite(wide)):
+                        self._fail("noise", f"output '{name}' becomes or ceases to be finite")
                 finite = np.isfinite(error) & np.isfinite(movement)
                 far, usual = root_mean_square(error[finite]), root_mean_square(movement[finite])
                 if far > _NOISE_MARGIN * usual + 1e-5 * usual_size(wanted[name]):

@@ -103,5 +103,6 @@ def _batch_norm(node: ir.Node, edit: Editor) -> Affine | None:
     if source is None or len(parameters) != 4:
         return None
     gamma, beta, mean, variance = parameters
-    scale = gamma / np.sqrt(variance + attribute(node, "epsilon", 1e-5))
+    epsilon = attribute(node, "epsilon", float(np.float32(1e-5)))  # attributes are float32
+    scale = gamma / np.sqrt(variance + epsilon)
     return Affine(source, scale, beta - mean * scale, 1)
