@@ -340,7 +340,7 @@ def test_noise_may_take_an_element_across_a_pole() -> None:
     assert check_contract(QuantizeWeights(), matmul(POLE)).changed
 
 
-@pytest.mark.parametrize("rest", ["y = Identity(a)", "b = Sigmoid(a) y = Reciprocal(b)"])
+@pytest.mark.parametrize("rest", ["y = Identity(a)", "b = Abs(a) y = Sqrt(b)"])
 def test_infinities_that_noise_does_not_make_are_reported(rest: str) -> None:
     with pytest.raises(ContractViolation, match="ceases to be finite") as caught:
         check_contract(Spoil(), matmul(rest))
