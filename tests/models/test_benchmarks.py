@@ -14,6 +14,7 @@ BENCH = Path(__file__).parents[2] / "tools" / "bench"
 SMALL = {
     "attention_memory": ["--only", "window", "--lengths", "256", "512"],
     "backend_nodes": ["--kinds", "node", "--only", "scan"],
+    "cache_policies": ["--layers", "2", "--tokens", "64"],
     "cost_model": ["--only", "flops", "--models", "magika"],
     "decode": [
         "--layers",
@@ -29,6 +30,7 @@ SMALL = {
         "1",
     ],
     "fusion": ["--families", "vit", "--exporters", "script", "--implementations", "eager"],
+    "greedy": ["--layers", "2", "--prompts", "2", "--tokens", "4"],
     "mutants": ["--only", "branches of a decided if"],
     "pack": ["--threads", "1", "--tokens", "1", "--rounds", "1"],
     "quantize_weights": ["--variants", "8 bits", "--tokens", "33"],

@@ -244,7 +244,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "epsilon of a batch norm forgotten", "lost attribute", LINEAR + "affine",
-        '    scale = gamma / np.sqrt(variance + attribute(node, "epsilon", 1e-5))\n',
+        "    scale = gamma / np.sqrt(variance + epsilon)\n",
         "    scale = gamma / np.sqrt(variance)\n",
         "fold-linear",
     ),
