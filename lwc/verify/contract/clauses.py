@@ -65,9 +65,10 @@ _NOISE_MARGIN = 3.0
 """An output may move this many times as far as under the stated noise: it is drawn a few times,
 and rounding errors are less alike than the draws."""
 
-_POLE_NOISE = 4.0
-"""Where an element becomes or ceases to be finite, this many times the stated noise must do that
-to some element of the output."""
+_WIDE = 4.0
+"""Before a report, this many times the stated noise is drawn. What a few draws seldom do, and the
+pass may do, shows there: an element that becomes or ceases to be finite, or an output that moves
+out of proportion, since a condition turns."""
 
 _SKEW = 5.0
 """Next to a pole, too, a few elements move far, under the noise and in the pass. Where the root
@@ -304,13 +305,15 @@ class _Check:
                 finite = np.isfinite(error) & np.isfinite(movement)
                 far, usual = root_mean_square(error[finite]), root_mean_square(movement[finite])
                 least = 1e-5 * usual_size(wanted[name])
-                if burst:
-                    # A few draws seldom take just this element across a pole.
-                    wide = movements(feed, wanted, _POLE_NOISE * noise)[name]
-                    if np.all(np.isfinite(wide)):
-                        self._fail("noise", f"output '{name}' becomes or ceases to be finite")
-                if far > _NOISE_MARGIN * usual + least and _is_skewed(movement[finite]):
+                if not burst and far <= _NOISE_MARGIN * usual + least:
+                    continue
+                wide = movements(feed, wanted, _WIDE * noise)[name]
+                if burst and np.all(np.isfinite(wide)):
+                    self._fail("noise", f"output '{name}' becomes or ceases to be finite")
+                if _is_skewed(movement[finite]):
                     far, usual = _without_largest(error[finite]), _without_largest(movement[finite])
+                jump = root_mean_square(wide[np.isfinite(wide)])
+                usual = jump if jump > 2.0 * _WIDE * usual else usual
                 if far > _NOISE_MARGIN * usual + least:
                     self._fail(
                         "noise",
