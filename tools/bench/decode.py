@@ -66,9 +66,9 @@ class Contender:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _lwc(bits: int) -> Contender:
-    make = partial(models.lwc_model, bits=bits)
-    return Contender("onnxruntime", "lwc", make, float32=bits == 32)
+def _lwc(form: str) -> Contender:
+    make = partial(models.lwc_model, form=form)
+    return Contender("onnxruntime", "lwc", make, float32=form == "f32")
 
 
 def _genai(precision: str, *options: str) -> Contender:
@@ -94,12 +94,11 @@ CONTENDERS: dict[str, Contender] = {
     "llama-q8_0": _llama("q8_0"),
     "llama-q4_0": _llama("q4_0"),
     "llama-q4_k_m": _llama("q4_k_m"),
-    "lwc-f32": _lwc(32),
-    "lwc-8bit": _lwc(8),
-    "lwc-4bit": _lwc(4),
+    **{f"lwc-{form}": _lwc(form) for form in models.LWC},
 }
 """By name. `genai-int4` is what the model builder does by itself, `-tuned` with all that it offers;
-`llama-file` runs the GGUF file as it is, in 4-bit blocks with a minimum (Q4_1)."""
+`llama-file` runs the GGUF file as it is, in 4-bit blocks with a minimum (Q4_1); `lwc-int4` has the
+same form of weights as `genai-int4`, `lwc-4bit` zero points and a head of 8 bits besides."""
 
 
 @dataclass(frozen=True)

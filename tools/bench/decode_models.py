@@ -34,11 +34,13 @@ DECODER = (
     "last-logits,canonicalize"
 )
 LWC = {
-    32: f"{DECODER},pack-projections",
-    8: f"{DECODER},quantize-weights{{bits=8}},pack-projections",
-    4: f"{DECODER},quantize-weights{{bits=4}},pack-projections",
+    "f32": f"{DECODER},pack-projections",
+    "8bit": f"{DECODER},quantize-weights{{bits=8}},pack-projections",
+    "4bit": f"{DECODER},quantize-weights{{bits=4}},pack-projections",
+    "int4": f"{DECODER},quantize-weights{{bits=4 symmetric=true embeddings=4}},pack-projections",
 }
-"""The pipeline of `lwc_model`, by bits of a weight."""
+"""Pipelines of `lwc_model`. `4bit` is what quantize-weights does by itself: zero points, and a head
+of 8 bits; `int4` stores weights as GenAI's model builder does."""
 
 GENAI_BLOCKS = ("block_size=32", "accuracy_level=4")
 GENAI_TUNED = (*GENAI_BLOCKS, "prune_lm_head=true", "fuse_mlp_gate_up=true")
@@ -247,12 +249,12 @@ def _fuse(export: Path, model_folder: Path, folder: Path) -> None:
     optimized.save_model_to_file(str(folder / "model.onnx"), use_external_data_format=True)
 
 
-def lwc_model(source: Source, bits: int) -> Path:
+def lwc_model(source: Source, form: str) -> Path:
     """Return a folder with the model after lwc, made anew each time: lwc may have changed."""
-    folder = source.home / f"lwc-{bits}"
+    folder = source.home / f"lwc-{form}"
     shutil.rmtree(folder, ignore_errors=True)
     words = [sys.executable, "-m", "lwc.cli.opt", str(source.gguf), "-q", "-o", f"{folder}/"]
-    run([*words, "-p", LWC[bits], "--grant", "all"])
+    run([*words, "-p", LWC[form], "--grant", "all"])
     return folder
 
 

@@ -128,7 +128,7 @@ def main() -> None:
     prompts = list(islice(PROMPTS, arguments.prompts))
     folder = models.huggingface_folder(source)
     wanted = choose(folder, prompts, arguments.tokens, arguments.threads)
-    module = lwc.load(models.lwc_model(source, 32) / "model.onnx")
+    module = lwc.load(models.lwc_model(source, "f32") / "model.onnx")
     rows = []
     with Feeder(module, FullCache(), arguments.threads) as feeder:
         for prompt, (ids, chosen, logits) in zip(prompts, wanted, strict=True):
