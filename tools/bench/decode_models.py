@@ -33,11 +33,12 @@ DECODER = (
     "canonicalize,fuse-norm,fuse-activation,fuse-rotary,fuse-attention,add-kv-cache,"
     "last-logits,canonicalize"
 )
+_PACK = "pack-projections{when=decode}"
 LWC = {
-    "f32": f"{DECODER},pack-projections",
-    "8bit": f"{DECODER},quantize-weights{{bits=8}},pack-projections",
-    "4bit": f"{DECODER},quantize-weights{{bits=4}},pack-projections",
-    "int4": f"{DECODER},quantize-weights{{bits=4 symmetric=true embeddings=4}},pack-projections",
+    "f32": f"{DECODER},{_PACK}",
+    "8bit": f"{DECODER},quantize-weights{{bits=8}},{_PACK}",
+    "4bit": f"{DECODER},quantize-weights{{bits=4}},{_PACK}",
+    "int4": f"{DECODER},quantize-weights{{bits=4 symmetric=true embeddings=4}},{_PACK}",
 }
 """Pipelines of `lwc_model`. `4bit` is what quantize-weights does by itself: zero points, and a head
 of 8 bits; `int4` stores weights as GenAI's model builder does."""
