@@ -64,8 +64,15 @@ PROMPTS = (
 )
 
 
-def choose(folder: Path, prompts: Sequence[str], tokens: int, threads: int) -> list[Any]:
-    """Return, for each prompt, its ids, the tokens that transformers chose, and their logits."""
+def choose(
+    folder: Path, prompts: Sequence[str], tokens: int, threads: int
+) -> tuple[list[tuple[list[int], list[int], Array]], list[int]]:
+    """Let transformers continue the prompts.
+
+    Returns:
+        For each prompt its ids, the tokens that were chosen, and the logits of each step. And the
+        tokens that end a text, which are barred so that there are as many tokens as asked for.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
@@ -88,18 +95,21 @@ def choose(folder: Path, prompts: Sequence[str], tokens: int, threads: int) -> l
         chosen = made.sequences[0, ids.shape[1] :].tolist()
         logits = np.stack([step[0].numpy() for step in made.logits])
         found.append((ids[0].tolist(), chosen, logits))
-    return found
+    ends = np.atleast_1d(model.generation_config.eos_token_id)
+    return found, ends.tolist()
 
 
-def follow(feeder: Feeder, ids: list[int], chosen: list[int], wanted: Array) -> dict[str, Any]:
+def follow(
+    feeder: Feeder, ids: list[int], chosen: list[int], wanted: Array, barred: list[int]
+) -> dict[str, Any]:
     """Compare the logits of every step that leads to the chosen tokens."""
     feeder.start(len(ids) + len(chosen))
     error, equal, ties, others = 0.0, 0, 0, 0
     logits = feeder.feed(ids)
     for step, token in enumerate(chosen):
         error = max(error, float(np.abs(logits - wanted[step]).max()))
-        # `generate` bars the end of the text until there are as many tokens as were asked for.
-        best = int(np.where(np.isfinite(wanted[step]), logits, -np.inf).argmax())
+        logits[barred] = -np.inf
+        best = int(logits.argmax())
         equal += best == token
         if best != token:
             close = abs(float(logits[best] - logits[token])) <= TIE
@@ -127,12 +137,12 @@ def main() -> None:
     source = models.open_source(model_path("smollm2"), arguments.layers)
     prompts = list(islice(PROMPTS, arguments.prompts))
     folder = models.huggingface_folder(source)
-    wanted = choose(folder, prompts, arguments.tokens, arguments.threads)
+    wanted, ends = choose(folder, prompts, arguments.tokens, arguments.threads)
     module = lwc.load(models.lwc_model(source, "f32") / "model.onnx")
     rows = []
     with Feeder(module, FullCache(), arguments.threads) as feeder:
         for prompt, (ids, chosen, logits) in zip(prompts, wanted, strict=True):
-            rows.append({"prompt": prompt, **follow(feeder, ids, chosen, logits)})
+            rows.append({"prompt": prompt, **follow(feeder, ids, chosen, logits, ends)})
     counts = ("tokens", "equal", "ties", "others")
     table = Table("prompt", title="greedy tokens of lwc and transformers, float32")
     for column in (*counts, "largest logit error"):
