@@ -12,6 +12,7 @@ from rich.table import Table
 from lwc.analysis.manager import AnalysisManager
 from lwc.analysis.plan import Plan, PlanRow, plan_rows
 from lwc.analysis.shapes import Shapes
+from lwc.cli.plan_phases import phases_table
 from lwc.core import text
 from lwc.core.errors import UsageError
 from lwc.pipeline.options import did_you_mean
@@ -70,6 +71,9 @@ def print_plan(
         unbound = [name for name in names if name not in bindings]
         if unbound:
             say(f"numbers: {' '.join(f'--bind {name}=N' for name in unbound)}")
+    phases = phases_table(module, analyses, bindings, target)
+    if phases is not None:
+        console.print(phases)
     if plan.uncounted:
         listed = ", ".join(f"{count} {op}" for op, count in sorted(plan.uncounted.items()))
         say(f"in no figure, for want of a rule or of a known shape: {listed}")
