@@ -84,7 +84,8 @@ def _reshape(of: Elements, node: ir.Node, index: Indices) -> Element | None:
     place: Dim = 0
     for at, dim in zip(index, whole, strict=True):
         place = add(multiply(place, dim), at)
-    extents = {at: dim for at, dim in zip(index, whole, strict=True) if not isinstance(at, int)}
+    counted = {at: dim for at, dim in zip(index, whole, strict=True) if not isinstance(at, int)}
+    extents = {**of.extents, **counted}
     own = _taken_apart(place, shape)
     # Each index stays below its extent: else a term that is a multiple by chance was misplaced.
     fits = own is not None and all(

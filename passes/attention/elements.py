@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
+import sympy
 
 from lwc.core.dims import Dim, subtract
 from lwc.passes.attention.element_kinds import (
@@ -47,10 +48,14 @@ class Elements:
     Args:
         edit: Knows shapes and constants.
         stops: Values whose elements are read as such, whatever they are made of.
+
+    Attributes:
+        extents: What index variables stay below: the extents of the first axes they count.
     """
 
     def __init__(self, edit: Editor, stops: Container[ir.Value] = ()) -> None:
         self.edit = edit
+        self.extents: dict[Dim, Dim] = {}
         self._stops = stops
         self._known: dict[tuple[ir.Value, Indices], Element] = {}
         self._left = _BUDGET
@@ -61,6 +66,9 @@ class Elements:
         found = self._known.get(key)
         if found is None:
             self._left -= 1
+            for at, dim in zip(index, self.shape(value) or (), strict=False):
+                if isinstance(at, sympy.Symbol):
+                    self.extents.setdefault(at, dim)
             found = self._look(value, index) if self._left > 0 else None
             found = Read(value, index) if found is None else found
             self._known[key] = found

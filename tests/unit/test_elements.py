@@ -103,6 +103,29 @@ def test_indices_below_zero_count_from_the_end() -> None:
     assert found == Number(1.0)
 
 
+JOINED = """flat = Flatten <axis = 2> (x)  far = Mul ({far}, step)  places = Add ({near}, far)
+    got = Gather (flat, places)  y = Squeeze (got, axis2)"""
+"""As TorchScript writes x[i, j] with tensors for i and j: the place in memory order."""
+
+
+@pytest.mark.parametrize(
+    ("far", "near", "index"), [("rows", "keys", (ROW, COLUMN)), ("keys", "rows", (COLUMN, ROW))]
+)
+def test_places_in_joined_axes_are_taken_apart(far: str, near: str, index: object) -> None:
+    body = "step = Identity (last)  " + JOINED.format(far=far, near=near)
+    found = element(body, constants="int64[1] axis2 = {2}")
+    assert isinstance(found, Read)
+    assert (found.value.name, found.index) == ("x", index)
+
+
+def test_places_that_are_no_index_of_each_axis_are_left() -> None:
+    """x[i, j] is at i·S + j; 2i + j is elsewhere."""
+    body = JOINED.format(far="rows", near="keys")
+    found = element(body, constants="int64[1] axis2 = {2}, int64 step = {2}")
+    assert isinstance(found, Read)
+    assert found.value.name == "flat"
+
+
 def test_a_reshape_that_joins_axes_is_not_taken_for_one_that_does_not() -> None:
     """Element j of a flattened value is not element j of its last axis."""
     body = """flat = Reshape (x, minus1)  part = Slice (flat, begin, length)
