@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx_ir as ir
 
 from lwc.core.errors import LwcError
 from lwc.core.walk import constant_tensor
-from lwc.core.weights import named_in, stored_bytes
+from lwc.core.weights import DataFile, data_file, named_in, stored_bytes
 
 if TYPE_CHECKING:
     import onnx
@@ -26,32 +29,52 @@ _INLINE_BYTES = 1024
 _SHARED_TABLE_BYTES = 1 << 20
 
 
+_FOLDER = "session.model_external_initializers_file_folder_path"
+
+
 @dataclass(frozen=True)
 class PackedModule:
     """A serialized graph and the weights it names.
 
     Attributes:
-        graph: A ModelProto whose big initializers are external data in files named by `weights`.
-        weights: The tensor behind each such file name.
+        graph: A ModelProto whose big initializers are external data.
+        weights: Tensors that are not in files, behind the file names that the graph has for them.
+        files: Data files of the model, all of one folder, by their names in it.
         disabled_optimizers: Graph optimizers that would do harm to this graph.
     """
 
     graph: bytes
     weights: dict[str, ir.TensorProtocol]
+    files: dict[str, DataFile]
     disabled_optimizers: tuple[str, ...]
 
     def attach(self, options: ort.SessionOptions) -> list[object]:
         """Hand the weights to session options; keep what is returned until the session exists.
 
-        ONNX Runtime takes each file's content from the given memory, which for weights on disk
-        is a mapping: the only copy made is the one it packs for its kernels.
+        Where all of them are in files, ONNX Runtime maps these itself, one weight at a time, and
+        lets go of what it packs for its kernels. It takes no files besides memory: otherwise it is
+        given a mapping of each file.
         """
-        buffers = [stored_bytes(tensor) for tensor in self.weights.values()]
-        if buffers:
-            options.add_external_initializers_from_files_in_memory(
-                list(self.weights), buffers, [buffer.nbytes for buffer in buffers]
-            )
-        return list(buffers)
+        if not self.weights and all(map(_still_there, self.files.values())):
+            for file in self.files.values():
+                options.add_session_config_entry(_FOLDER, os.path.dirname(file.location))
+            return []
+        buffers = {name: stored_bytes(tensor) for name, tensor in self.weights.items()}
+        for name, file in self.files.items():
+            whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            buffers[name] = np.frombuffer(whole, np.uint8)
+        options.add_external_initializers_from_files_in_memory(
+            list(buffers), list(buffers.values()), [each.nbytes for each in buffers.values()]
+        )
+        return list(buffers.values())
+
+
+def _still_there(file: DataFile) -> bool:
+    """Tell whether the path names the file that was opened."""
+    try:
+        return os.path.samestat(os.stat(file.location), os.fstat(file.fileno()))
+    except OSError:
+        return False
 
 
 def pack(module: Module, expose: Sequence[str] = ()) -> PackedModule:
@@ -64,8 +87,9 @@ def pack(module: Module, expose: Sequence[str] = ()) -> PackedModule:
             graph's weights is over protobuf's 2 GiB.
     """
     weights: dict[str, ir.TensorProtocol] = {}
+    files: dict[str, DataFile] = {}
     try:
-        with named_in(_big_weights(module, weights)):
+        with named_in(_big_weights(module, weights, files)):
             proto = ir.to_proto(module.model)
         _expose(proto.graph, module.graph, expose)
         _name_nodes(proto.graph)
@@ -76,20 +100,37 @@ def pack(module: Module, expose: Sequence[str] = ()) -> PackedModule:
             file=module.source.path,
             remedy="move big constants of nodes and subgraphs into initializers of the main graph",
         ) from error
-    return PackedModule(graph, weights, _harmful_optimizers(module))
+    return PackedModule(graph, weights, files, _harmful_optimizers(module))
 
 
 def _big_weights(
-    module: Module, weights: dict[str, ir.TensorProtocol]
+    module: Module, weights: dict[str, ir.TensorProtocol], files: dict[str, DataFile]
 ) -> Iterator[tuple[ir.Value, str, int]]:
-    """Yield each big initializer with a file name of its own, under which `weights` keeps it."""
+    """Yield each big initializer with a file and an offset in it.
+
+    That is its data file, which goes into `files`, or a name of its own in `weights`.
+    """
     for value in module.graph.initializers.values():
         tensor = value.const_value
         if tensor is None or tensor.dtype == ir.DataType.STRING or tensor.nbytes < _INLINE_BYTES:
             continue
-        file = f"weight_{len(weights)}"
-        weights[file] = tensor
-        yield value, file, 0
+        file, offset = data_file(tensor) or (None, 0)
+        if file is not None and (held := _hold(file, files)):
+            yield value, held, offset
+            continue
+        name = f"weight_{len(weights)}"
+        weights[name] = tensor
+        yield value, name, 0
+
+
+def _hold(file: DataFile, files: dict[str, DataFile]) -> str | None:
+    """Put a file into `files`; return its name, or None if it does not lie where the others do."""
+    folder, name = os.path.split(file.location)
+    others = (os.path.dirname(each.location) != folder for each in files.values())
+    if files.get(name, file) is not file or any(others):
+        return None
+    files[name] = file
+    return name
 
 
 def _name_nodes(graph: onnx.GraphProto) -> None:

@@ -24,6 +24,7 @@ __all__ = [
     "FileTensor",
     "SpilledTensor",
     "WeightStore",
+    "data_file",
     "named_in",
     "reading",
     "reading_once",
@@ -45,12 +46,18 @@ class DataFile:
     Args:
         path: The file.
 
+    Attributes:
+        path: As it was given.
+        location: Where the file lay when it was opened: absolute, links resolved.
+        size: Bytes.
+
     Raises:
         OSError: It cannot be opened.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
+        self.location = os.path.realpath(path)
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115
         self.size = os.fstat(self._file.fileno()).st_size
 
@@ -428,6 +435,14 @@ def named_in(places: Iterable[tuple[ir.Value, str, int]]) -> Iterator[None]:
     finally:
         for value, tensor in held:
             value.const_value = tensor
+
+
+def data_file(tensor: ir.TensorProtocol) -> tuple[DataFile, int] | None:
+    """Return the data file that holds a tensor's bytes as they are, and their offset in it."""
+    kept: object = tensor  # mypy takes FileTensor and TensorProtocol for exclusive
+    if isinstance(kept, FileTensor) and isinstance(kept._store, DataFile):
+        return kept._store, kept._offset
+    return None
 
 
 def stored_bytes(tensor: ir.TensorProtocol) -> np.ndarray[Any, Any]:

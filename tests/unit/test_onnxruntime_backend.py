@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -20,7 +20,7 @@ from lwc.backends.onnxruntime.profile import node_times
 from lwc.backends.onnxruntime.session import OnnxRuntimeBackend, make_runner
 from lwc.core.errors import LwcError
 from lwc.core.module import Module
-from lwc.core.weights import stored_bytes
+from lwc.core.weights import DataFile, FileTensor, stored_bytes
 
 Array = np.ndarray[Any, Any]
 
@@ -71,7 +71,13 @@ def in_store(array: Array, folder: Path) -> ir.TensorProtocol:
     return store.put(array)
 
 
-@pytest.mark.parametrize("place", [in_memory, in_file, in_store])
+def in_data_file(array: Array, folder: Path) -> ir.TensorProtocol:
+    (folder / "d.data").write_bytes(b"\0" * 100 + array.tobytes())
+    file = DataFile(folder / "d.data")
+    return cast(ir.TensorProtocol, FileTensor(file, 100, ir.DataType.FLOAT, array.shape, "w"))
+
+
+@pytest.mark.parametrize("place", [in_memory, in_file, in_store, in_data_file])
 @pytest.mark.parametrize("optimize", ["all", "basic", "none"])
 def test_runs_with_weights_wherever_they_lie(
     place: Callable[[Array, Path], ir.TensorProtocol],
@@ -95,6 +101,54 @@ def test_big_weights_stay_out_of_the_protobuf_and_are_not_copied(weight: Array) 
     assert list(packed.weights.values()) == [tensor]
     assert len(packed.graph) < 1000 < weight.nbytes
     assert np.shares_memory(stored_bytes(tensor), weight)
+
+
+def test_onnxruntime_maps_data_files_itself(weight: Array, tmp_path: Path) -> None:
+    packed = pack(linear(in_data_file(weight, tmp_path)))
+    assert list(packed.files) == ["d.data"]
+    assert not packed.weights
+    assert not packed.attach(ort.SessionOptions())
+
+
+def test_data_files_of_two_folders(weight: Array, x: Array, tmp_path: Path) -> None:
+    module = linear(in_data_file(weight, tmp_path))
+    (tmp_path / "other").mkdir()
+    module.add_initializer("v", in_data_file(weight + 1, tmp_path / "other"))
+    module.graph[1].replace_input_with(0, module.graph[0].outputs[0])
+    packed = pack(module)
+    assert (list(packed.files), list(packed.weights)) == (["d.data"], ["weight_0"])
+    with OnnxRuntimeBackend().compile(module, expose=["v"]) as compiled:
+        found = compiled.run({"x": x})
+    np.testing.assert_array_equal(found["v"], weight + 1)
+    np.testing.assert_allclose(found["y"], np.maximum(x @ weight, 0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["replaced", "removed", "linked"])
+def test_the_file_that_was_opened_is_what_runs(
+    change: str, weight: Array, x: Array, tmp_path: Path
+) -> None:
+    path = tmp_path / "d.data"
+    module = linear(in_data_file(weight, tmp_path))
+    if change == "linked":
+        (tmp_path / "hub").mkdir()
+        path.rename(tmp_path / "hub" / "1f2e")
+        path.symlink_to(tmp_path / "hub" / "1f2e")
+        module = linear(
+            cast(
+                ir.TensorProtocol,
+                FileTensor(DataFile(path), 100, ir.DataType.FLOAT, weight.shape, "w"),
+            )
+        )
+    packed = pack(module)
+    if change == "replaced":
+        (tmp_path / "new").write_bytes(bytes(100 + weight.nbytes))
+        (tmp_path / "new").replace(path)
+    elif change == "removed":
+        path.unlink()
+    assert len(packed.attach(ort.SessionOptions())) == (change != "linked")
+    with OnnxRuntimeBackend().compile(module) as compiled:
+        y = compiled.run({"x": x})["y"]
+    np.testing.assert_allclose(y, np.maximum(x @ weight, 0), rtol=1e-5, atol=1e-5)
 
 
 def test_stored_bytes_maps_what_lies_on_disk(weight: Array, tmp_path: Path) -> None:

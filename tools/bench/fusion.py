@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Fusions expected and found in models of many families, exported in every way.
 
-Every variant of `tools/families.py` is canonicalized and goes through the fusing passes that are
+Every variant of `tools/families.py`, every transformer among the files of `fetch_models.py`, and
+SmolLM2 and MiniLM as torch exports them are canonicalized and go through the fusing passes that are
 registered. What there is to fuse is counted from the configuration; what was found are the fused
 operators of the result, whether the exporter or a pass made them. The outputs are compared with
 the original's at batches of 1 and 3 and lengths of 1, 7 and 64, for masks that show everything, pad
@@ -11,7 +12,7 @@ all outputs must be finite, and those of tokens that are no padding the same (`g
 get a KV cache, and are fed 40 tokens: ten at once, then one by one, against the whole at once
 (`cached`).
 
-    python tools/bench/fusion.py [--families NAME ...] [--passes NAME ...] [--json FILE]
+    python tools/bench/fusion.py [--models NAME ...] [--passes NAME ...] [--json FILE]
 """
 
 from __future__ import annotations
@@ -32,15 +33,8 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from families import (
-    EXPORTERS,
-    FAMILIES,
-    IMPLEMENTATIONS,
-    VOCABULARY,
-    Variant,
-    variant_path,
-    variants,
-)
+from bench.fusion_subjects import FILES, Subject, real_models, small_model
+from families import EXPORTERS, FAMILIES, IMPLEMENTATIONS, VOCABULARY, variants
 
 import lwc
 from lwc.analysis.manager import AnalysisManager
@@ -131,10 +125,16 @@ def feeds(module: Module, paddings: Sequence[str] = PADDINGS) -> Iterator[dict[s
             for value in module.graph.inputs:
                 name = value.name or ""
                 if value.dtype == ir.DataType.FLOAT:
-                    shape = [batch, *(dim for dim in value.shape or () if isinstance(dim, int))]
-                    feed[name] = random.random(shape).astype(np.float32)
+                    free = (48, 48 + 8 * length)  # height and width; lines of text are 48 high
+                    sizes = zip((value.shape or ())[2:], free, strict=True)
+                    shape = [size if isinstance(size, int) else other for size, other in sizes]
+                    feed[name] = random.random((batch, 3, *shape)).astype(np.float32)
                 elif "mask" in name:
                     feed[name] = _mask(batch, length, padded)
+                elif "position" in name:
+                    feed[name] = np.tile(np.arange(length), (batch, 1))
+                elif "token_type" in name:
+                    feed[name] = random.integers(0, 2, (batch, length))
                 else:
                     width = 2 if "decoder" in name else length
                     feed[name] = random.integers(3, VOCABULARY, (batch, width))
@@ -167,7 +167,7 @@ def difference(module: Module, original: Module, *, granted: bool = False) -> fl
         for a, b in zip(found, wanted, strict=True):
             there = np.isfinite(b)
             mask = feed.get("attention_mask")
-            if granted and mask is not None and mask.shape == b.shape[:2]:
+            if granted and mask is not None and b.ndim == 3 and mask.shape == b.shape[:2]:
                 there &= mask.astype(bool)[..., None]
             apart = np.abs(a[there] - b[there])
             scale = float(np.abs(b[there]).max(initial=1.0))
@@ -183,8 +183,14 @@ def cached_difference(path: Path, tokens: int = 40, prompt: int = 10) -> float:
         LwcError: A pass refuses; the decoder gets no cache.
     """
     ids = np.random.default_rng(0).integers(3, VOCABULARY, tokens)
-    feed = {"input_ids": ids[None], "attention_mask": np.ones((1, tokens), np.int64)}
-    wanted = _session(load(path)).run(None, feed)[0][0, prompt - 1 :]
+    feed = {
+        "input_ids": ids[None],
+        "attention_mask": np.ones((1, tokens), np.int64),
+        "position_ids": np.arange(tokens)[None],
+    }
+    original = load(path)
+    taken = {value.name: feed[value.name] for value in original.graph.inputs if value.name in feed}
+    wanted = _session(original).run(None, taken)[0][0, prompt - 1 :]
     module = lwc.optimize(load(path), DECODER, grant=["all"]).module
     with Feeder(module, FullCache(), threads=1) as feeder:
         feeder.start(tokens)
@@ -203,22 +209,21 @@ def _session(module: Module) -> ort.InferenceSession:
     )
 
 
-def measure(variant: Variant, passes: Sequence[str]) -> dict[str, Any]:
-    """Fuse one variant; count and compare."""
-    path = variant_path(variant)
+def measure(subject: Subject, passes: Sequence[str]) -> dict[str, Any]:
+    """Fuse one model; count and compare."""
+    path = subject.path()
     module, missed = fuse(path, passes)
     found = count(module)
     original = load(path)
     error = difference(module, original)
     granted, _ = fuse(path, passes, ("all",))
     granted_error = difference(granted, original, granted=True)
-    decodes = FAMILIES[variant.family].kind == "decoder"
-    cached_error = cached_difference(path) if decodes else None
+    cached_error = cached_difference(path) if subject.decodes else None
     return {
-        "model": variant.family,
-        "exporter": variant.exporter,
-        "implementation": variant.implementation,
-        "expected": {kind: getattr(variant.expected, kind) for kind in KINDS},
+        "model": subject.model,
+        "exporter": subject.exporter,
+        "implementation": subject.implementation,
+        "expected": {kind: getattr(subject.expected, kind) for kind in KINDS},
         "found": found,
         "missed": missed,
         "error": error,
@@ -262,27 +267,40 @@ def show(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str], console: Conso
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    known = {"small": list(FAMILIES), "real": list(FILES)}
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        metavar="NAME",
+        choices=[*known, *known["small"], *known["real"]],
+        default=list(known),
+        help=f"'small', 'real', or of {', '.join(known['small'] + known['real'])}; default: all",
+    )
     parser.add_argument(
         "--implementations", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS
     )
-    parser.add_argument("--exporters", nargs="+", choices=EXPORTERS, default=EXPORTERS)
+    parser.add_argument("--exporters", nargs="+", choices=("file", *EXPORTERS))
     parser.add_argument("--passes", nargs="+", help="by default every fusing pass there is")
     parser.add_argument("--json", metavar="FILE", type=Path)
     arguments = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 160)
     passes = arguments.passes or registered(name for name, _ in KINDS.values())
     kinds = [kind for kind, (name, _) in KINDS.items() if any(p.startswith(name) for p in passes)]
+    models = {name for each in arguments.models for name in known.get(each, [each])}
     rows = []
-    for variant in variants(arguments.families):
-        wanted = variant.implementation in arguments.implementations
-        if wanted and variant.exporter in arguments.exporters:
-            rows.append(measure(variant, passes))
-            print(variant.name, file=sys.stderr)
+    for subject in [*map(small_model, variants()), *real_models()]:
+        spelled = subject.implementation in ("", *arguments.implementations)
+        written = not arguments.exporters or subject.exporter in arguments.exporters
+        if subject.model in models and spelled and written:
+            rows.append(measure(subject, passes))
+            print(subject.name, file=sys.stderr)
     summary = summarize(rows, kinds)
     show(rows, kinds, console)
     for kind in kinds:
         console.print(f"{kind}: {summary[kind]['found']} of {summary[kind]['expected']}")
+    for row in rows:
+        for reason, times in Counter(row["missed"]).items():
+            console.print(f"{row['model']}: missed {times} times: {reason}")
     console.print(
         f"{summary['agree']} of {summary['models']} agree, {summary['cached']} with a cache, too"
     )
