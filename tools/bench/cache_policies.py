@@ -6,7 +6,8 @@ sliding window, a window with attention sinks, or H2O's heavy hitters and recent
 budget each). Then the heavy hitters' budget covers the text: each token's loss must be that of the
 whole cache, bit by bit.
 
-    python tools/bench/cache_policies.py [--tokens 2048] [--share 0.2] [--layers N] [--json FILE]
+    python tools/bench/cache_policies.py [--tokens 2048] [--share 0.2 ...] [--layers N]
+        [--json FILE]
 """
 
 from __future__ import annotations
@@ -39,28 +40,31 @@ SINK = 4
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of the text")
-    parser.add_argument("--share", type=float, default=0.2, help="of the tokens, what is kept")
+    parser.add_argument(
+        "--share", type=float, nargs="+", default=[0.2], help="of the tokens, what is kept"
+    )
     parser.add_argument("--layers", type=int, help="use only the first layers, for a quick run")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", metavar="FILE", type=Path)
     arguments = parser.parse_args()
     source = models.open_source(model_path("smollm2"), arguments.layers)
     tokens = models.prompt_tokens(source, model_path("lee"), arguments.tokens)
-    budget = round(arguments.share * len(tokens))
-    if budget < 2 * SINK:
-        parser.error(f"--share: a budget of {budget} tokens is too small to compare")
+    budgets = [round(share * len(tokens)) for share in arguments.share]
+    if min(budgets) < 2 * SINK:
+        parser.error(f"--share: a budget of {min(budgets)} tokens is too small to compare")
     module = lwc.load(models.lwc_model(source, "f32") / "model.onnx")
-    half = budget // 2
-    policies: dict[str, CachePolicy] = {
-        "full": FullCache(),
-        "h2o": HeavyHitters(budget - half, half),
-        "window": WindowCache(budget, 0),
-        "window and sinks": WindowCache(budget, SINK),
-        "h2o that holds all": HeavyHitters(len(tokens) - half, half),
-    }
+    policies: list[tuple[str, CachePolicy]] = [("full", FullCache())]
+    for budget in budgets:
+        policies += [
+            ("h2o", HeavyHitters(budget - budget // 2, budget // 2)),
+            ("window", WindowCache(budget, 0)),
+            ("window and sinks", WindowCache(budget, SINK)),
+        ]
+    half = len(tokens) // 2
+    policies.append(("h2o that holds all", HeavyHitters(len(tokens) - half, half)))
     rows: list[dict[str, Any]] = []
     losses = {}
-    for name, policy in policies.items():
+    for name, policy in policies:
         start = time.perf_counter()
         found = perplexity_with_cache(module, tokens, policy, threads=arguments.threads)
         losses[name] = found.nll_per_token
@@ -83,7 +87,7 @@ def main() -> None:
     console.print(table)
     console.print(f"a budget that holds all gives the losses of the whole cache bit by bit: {same}")
     if arguments.json:
-        summary = {"tokens": len(tokens), "budget": budget, "bit_identical": same}
+        summary = {"tokens": len(tokens), "budgets": budgets, "bit_identical": same}
         arguments.json.write_text(json.dumps({"summary": summary, "rows": rows}, indent=2))
 
 
