@@ -24,12 +24,15 @@ from lwc.pipeline.registry import default_registry
 from lwc.pipeline.spec import resolve
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lwc.analysis.target import Target
     from lwc.backends.base import Backend
+    from lwc.calibration.data import Calibration
     from lwc.core.module import Module
     from lwc.frontend.onnx_writer import SaveResult
     from lwc.pipeline.instruments import Instrument
-    from lwc.pipeline.passes import Contract, Runner
+    from lwc.pipeline.passes import Contract, Feed, Runner
     from lwc.report.data import Report
     from lwc.verify.numeric.comparer import Comparer
 
@@ -99,6 +102,7 @@ class RunSettings:
         instruments: What watches the run.
         progress: Display for long loops.
         explain: See `lwc.pipeline.passes.PassContext`.
+        calibration: Calibration data, for passes that must see activations.
     """
 
     verify: Verify = "structural"
@@ -110,6 +114,7 @@ class RunSettings:
     instruments: Sequence[Instrument] = ()
     progress: Progress | None = None
     explain: str | None = None
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         check_settings(self.verify, self.seed, self.threads, self.max_memory)
@@ -131,6 +136,7 @@ def optimize(
     max_memory: int | None = None,
     grant: str | Iterable[str] = (),
     require_match: int | Mapping[str, int] | None = None,
+    calibration: str | Path | Calibration | Iterable[Feed] | None = None,
 ) -> OptimizeResult:
     """Run passes over a model.
 
@@ -151,6 +157,8 @@ def optimize(
         max_memory: See `RunSettings`.
         grant: See `RunSettings`.
         require_match: The least number of rewrites of every pass, or by pass name.
+        calibration: Data for passes that must see activations: a file (see
+            `lwc.calibration.data.CalibrationFile`), feeds, or what gives feeds.
 
     Raises:
         UsageError: A pass or an option is unknown.
@@ -170,6 +178,7 @@ def optimize(
         max_memory=max_memory,
         grant=frozenset([grant] if isinstance(grant, str) else grant),
         instruments=instruments,
+        calibration=_calibration(calibration),
     )
     result = run_passes(module, [*bind_pass(bind or {}), *resolved], settings, bind or {})
     check_required(result.record, required)
@@ -210,10 +219,21 @@ def make_context(module: Module, settings: RunSettings) -> PassContext:
         granted=settings.grant,
         explain=settings.explain,
         find_target=_target_finder(settings),
+        calibration=None if settings.calibration is None else settings.calibration.feeds,
     )
     if settings.progress is not None:
         ctx.progress = settings.progress
     return ctx
+
+
+def _calibration(
+    given: str | Path | Calibration | Iterable[Feed] | None,
+) -> Calibration | None:
+    if given is None:
+        return None
+    from lwc.calibration.data import as_calibration
+
+    return as_calibration(given)
 
 
 def required_rewrites(

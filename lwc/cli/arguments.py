@@ -193,6 +193,18 @@ def _add_pipeline_options(group: argparse._ArgumentGroup) -> None:
         help="vouch for an assumption that begins with these words, or 'all' (repeatable)",
     )
     group.add_argument("--max-memory", metavar="SIZE", help="bound on what one step may hold: 2GB")
+    group.add_argument(
+        "--calibrate",
+        metavar="PATH",
+        help="data for passes that must see activations: .npz or a folder of them, .jsonl with "
+        "token ids in each line, or a text (with --tokenizer)",
+    )
+    group.add_argument(
+        "--calibrate-samples", type=int, metavar="N", help="feeds of it to use (all)"
+    )
+    group.add_argument(
+        "--calibrate-window", type=int, metavar="N", help="tokens of a text in one feed (512)"
+    )
     group.add_argument("--seed", type=int, metavar="N", help="seed of everything random (0)")
     group.add_argument("--threads", type=int, metavar="N", help="threads when the model is run")
     group.add_argument(
@@ -261,7 +273,9 @@ def _add_action_options(group: argparse._ArgumentGroup) -> None:
         "--text", metavar="FILE", help="for the report, measure perplexity on this text"
     )
     group.add_argument(
-        "--tokenizer", metavar="PATH", help="the tokenizer of --text; by default the input's"
+        "--tokenizer",
+        metavar="PATH",
+        help="the tokenizer of --text and --calibrate; by default the input's",
     )
 
 

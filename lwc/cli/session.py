@@ -29,6 +29,7 @@ from lwc.pipeline.options import did_you_mean
 from lwc.pipeline.spec import resolve
 
 if TYPE_CHECKING:
+    from lwc.calibration.data import CalibrationFile
     from lwc.core.module import Module
     from lwc.optimizer import OptimizeResult, RunSettings
     from lwc.report.data import ModelEntry
@@ -40,6 +41,7 @@ _NEVER_EMPTY = {
     "explain": "a pass",
     "reduce": "a file",
     "feeds": "a file",
+    "calibrate": "a file or folder",
     "pass_pipeline_crash_reproducer": "a file",
 }
 
@@ -300,7 +302,18 @@ class Session:
             instruments=(*instruments, self.progress),
             progress=self.progress,
             explain=explain,
+            calibration=self._calibration(),
         )
+
+    def _calibration(self) -> CalibrationFile | None:
+        options = self.options
+        if options.calibrate is None:
+            return None
+        from lwc.calibration.data import CalibrationFile
+
+        given = {"samples": options.calibrate_samples, "window": options.calibrate_window}
+        known = {name: number for name, number in given.items() if number is not None}
+        return CalibrationFile(options.calibrate, options.tokenizer, **known)
 
     def _instruments(self) -> list[Instrument]:
         options, config = self.options, self.config
@@ -401,8 +414,14 @@ def _check_outputs(options: argparse.Namespace) -> None:
     for name in ("measure", "text"):
         if getattr(options, name) and not options.report:
             raise UsageError(f"--{name} needs a report to go into", remedy="add --report FILE.md")
-    if options.tokenizer and not options.text:
-        raise UsageError("--tokenizer needs a text to read", remedy="add --text FILE")
+    if options.tokenizer and not options.text and not options.calibrate:
+        raise UsageError(
+            "--tokenizer needs a text to read", remedy="add --text FILE or --calibrate FILE"
+        )
+    for name in ("calibrate_samples", "calibrate_window"):
+        if getattr(options, name) is not None and not options.calibrate:
+            option = name.replace("_", "-")
+            raise UsageError(f"--{option} needs calibration data", remedy="add --calibrate PATH")
     for path in options.report:
         if Path(path).suffix.lower() not in REPORT_SUFFIXES:
             raise UsageError(

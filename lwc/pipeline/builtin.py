@@ -267,6 +267,21 @@ BUILTIN: tuple[PassInfo, ...] = (
         ),
     ),
     PassInfo(
+        name="smooth",
+        target="lwc.passes.quantization.smooth:Smooth",
+        summary="Move the spread of activations' channels into the weights behind them.",
+        contract="exact",
+        options=(
+            OptionInfo(
+                name="alpha",
+                type="float",
+                default="0.5",
+                help="0 evens out the weights, 1 the activations.",
+                positional=True,
+            ),
+        ),
+    ),
+    PassInfo(
         name="sparse-attention",
         target="lwc.passes.attention.sparse_attention:SparseAttention",
         summary="Let attention see a window, strides or summaries, and global tokens, instead of all keys.",

@@ -191,6 +191,8 @@ class PassContext:
             also where nothing was like what they look for; None reports near misses only.
         find_target: Returns the measured machine that the module is to run on, or None where it
             was not measured.
+        calibration: Gives calibration data for a module, as often as it is asked; None where the
+            user gave none.
     """
 
     analyses: AnalysisManager
@@ -203,6 +205,7 @@ class PassContext:
     limit: RewriteLimit = field(default_factory=_unlimited)
     explain: str | None = None
     find_target: Callable[[], Target | None] = lambda: None
+    calibration: Callable[[Module], Iterable[Feed]] | None = None
 
     def editor(self) -> Editor:
         """Return an editor of the module that obeys the limit and records this pass."""
@@ -278,6 +281,19 @@ class PassContext:
                 remedy="pass backend= to lwc.optimize",
             )
         return self.make_runner(module, expose)
+
+    def calibration_feeds(self, module: Module) -> Iterable[Feed]:
+        """Return the calibration data as feeds of `module`.
+
+        Raises:
+            PassError: The user gave none.
+        """
+        if self.calibration is None:
+            raise PassError(
+                "it must see activations, but there is no calibration data",
+                remedy="--calibrate FILE, or calibration= of lwc.optimize",
+            )
+        return self.calibration(module)
 
     def _emit(self, kind: RemarkKind, message: str, node: ir.Node | None, rule: str | None) -> None:
         self._say(kind, message, None if node is None else describe(node), rule)

@@ -1,0 +1,233 @@
+"""Calibration: statistics of streams, data from files, values collected within a bound."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support import module_of
+
+from lwc.analysis.manager import AnalysisManager
+from lwc.backends.onnxruntime.session import make_runner
+from lwc.calibration.collect import collect
+from lwc.calibration.data import CalibrationFile, as_calibration
+from lwc.calibration.statistics import AbsMax, Gram, Histogram, MeanAbs
+from lwc.core.errors import InputError, LwcError, PassError, UsageError
+from lwc.core.module import Module
+from lwc.pipeline.passes import PassContext
+
+Array = np.ndarray[Any, Any]
+
+IDS = """g (int64[batch, sequence] ids) => (float[batch, sequence, 4] y)
+    <float[7, 4] table = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20,
+     21, 22, 23, 24, 25, 26, 27}>
+    { y = Gather (table, ids) }"""
+
+NUMBERS = """g (float[batch, 4] x) => (float[batch, 4] y)
+    { a = Abs (x) b = Neg (a) c = Relu (b) y = Add (c, x) }"""
+
+
+def batches(seed: int, sizes: list[int]) -> list[Array]:
+    random = np.random.default_rng(seed)
+    return [random.standard_normal((rows, 3)).astype(np.float32) * (rows + 1) for rows in sizes]
+
+
+@given(st.integers(0, 99), st.lists(st.integers(0, 9), min_size=1, max_size=5))
+def test_streams_are_like_the_whole(seed: int, sizes: list[int]) -> None:
+    """Sums of float32 products differ in their order: 1e-5 relative."""
+    parts = batches(seed, sizes)
+    whole = np.concatenate(parts)
+    largest, mean, gram = AbsMax(), MeanAbs(), Gram()
+    for part in parts:
+        for each in (largest, mean, gram):
+            each.update(part)
+    np.testing.assert_array_equal(largest.value, np.abs(whole).max(axis=0, initial=0))
+    assert gram.rows == mean.rows == len(whole)
+    if len(whole):
+        np.testing.assert_allclose(mean.value, np.abs(whole).mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(gram.value, whole.T @ whole, rtol=1e-4, atol=1e-4)
+
+
+@given(st.integers(0, 99), st.lists(st.integers(0, 30), min_size=1, max_size=5))
+def test_histograms_count_every_magnitude_in_its_bin(seed: int, sizes: list[int]) -> None:
+    parts = batches(seed, sizes)
+    whole = np.abs(np.concatenate(parts)).ravel()
+    made = Histogram(64)
+    for part in parts:
+        made.update(part)
+    assert made.counts.sum() == whole.size
+    if whole.size:
+        edges = np.linspace(0, made.limit, 65)
+        wanted, _ = np.histogram(whole.astype(np.float64), edges)
+        # A magnitude on an edge may be rounded into the bin beside it.
+        assert np.abs(np.cumsum(made.counts) - np.cumsum(wanted)).max() <= 1
+        assert made.limit / 2 <= whole.max() <= made.limit or len(parts) > 1
+        assert made.percentile(1.0) >= whole.max() * (1 - 1e-6)
+        width = made.limit / 64
+        assert made.percentile(0.5) == pytest.approx(
+            np.quantile(whole, 0.5, method="inverted_cdf"), abs=width * 1.001
+        )
+
+
+def test_a_histogram_of_zeros() -> None:
+    made = Histogram(8)
+    made.update(np.zeros(5, np.float32))
+    assert (made.counts[0], made.percentile(1.0)) == (5, 0.0)
+    made.update(np.array([3.0], np.float32))
+    assert (made.counts.sum(), made.counts[0], made.counts[-1]) == (6, 5, 1)
+
+
+def test_clipping_points() -> None:
+    """A normal distribution and one outlier: both methods clip the outlier off, absmax cannot."""
+    random = np.random.default_rng(0)
+    numbers = np.append(random.standard_normal(100_000), 60.0)
+    made = Histogram()
+    made.update(numbers)
+
+    def error(clip: float) -> float:
+        step = clip / 7
+        rounded = np.clip(np.round(numbers / step), -7, 7) * step
+        return float(((numbers - rounded) ** 2).mean())
+
+    chosen = made.least_squares(7)
+    best = min((error(clip), clip) for clip in np.linspace(0.5, 60, 400))
+    assert error(chosen) <= 1.05 * best[0]
+    assert made.entropy(128) < 12
+    assert made.percentile(0.999) == pytest.approx(3.29, abs=0.1)
+    with pytest.raises(ValueError, match="share"):
+        made.percentile(0.0)
+
+
+def test_token_ids_by_lines(tmp_path: Path) -> None:
+    path = tmp_path / "ids.jsonl"
+    path.write_text("[1, 2, 3]\n\n" + json.dumps({"ids": [[4, 5], [6, 0]]}) + "\n")
+    found = list(CalibrationFile(path).feeds(module_of(IDS)))
+    assert [feed["ids"].tolist() for feed in found] == [[[1, 2, 3]], [[4, 5], [6, 0]]]
+    assert all(feed["ids"].dtype == np.int64 for feed in found)
+    assert len(list(CalibrationFile(path, samples=1).feeds(module_of(IDS)))) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("[1, 2", "line 2 is no feed"),
+        ("[1.5]", "it is no list of integers"),
+        ("[]", "it is no list of integers"),
+        ('{"x": [1]}', "'x' is no input of the model"),
+        ("7", "neither a list nor an object"),
+        ('{"ids": [[1], [2, 3]]}', "line 2 is no feed"),
+    ],
+)
+def test_bad_lines(line: str, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "ids.jsonl"
+    path.write_text(f"[1]\n{line}\n")
+    with pytest.raises(InputError, match=reason) as caught:
+        list(CalibrationFile(path).feeds(module_of(IDS)))
+    assert "ids.jsonl" in str(caught.value)
+
+
+def test_text_is_cut_into_windows(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("0123456012")
+
+    def tokenize(text: str) -> list[int]:
+        return [int(each) for each in text]
+
+    module = module_of(IDS)
+    found = list(CalibrationFile(path, tokenize, window=4).feeds(module))
+    assert [feed["ids"].tolist() for feed in found] == [[[0, 1, 2, 3]], [[4, 5, 6, 0]]]
+    (short,) = CalibrationFile(path, tokenize, window=50).feeds(module)
+    assert short["ids"].shape == (1, 10)
+    path.write_text("")
+    with pytest.raises(InputError, match="no tokens"):
+        list(CalibrationFile(path, tokenize).feeds(module))
+    with pytest.raises(UsageError, match="no tokenizer"):
+        list(CalibrationFile(path).feeds(module))
+
+
+def test_arrays_from_files(tmp_path: Path) -> None:
+    for number in range(3):
+        np.savez(tmp_path / f"{number}.npz", x=np.full((2, 4), number, np.float32))
+    found = list(CalibrationFile(tmp_path).feeds(module_of(NUMBERS)))
+    assert [feed["x"][0, 0] for feed in found] == [0, 1, 2]
+    assert len(list(CalibrationFile(tmp_path / "1.npz").feeds(module_of(NUMBERS)))) == 1
+    with pytest.raises(InputError, match="no such file"):
+        list(CalibrationFile(tmp_path / "4.npz").feeds(module_of(NUMBERS)))
+
+
+def test_digests_tell_data_apart(tmp_path: Path) -> None:
+    path = tmp_path / "ids.jsonl"
+    path.write_text("[1]\n")
+    first = CalibrationFile(path).digest()
+    assert first == CalibrationFile(path).digest()
+    assert first != CalibrationFile(path, samples=1).digest()
+    path.write_text("[2]\n")
+    assert first != CalibrationFile(path).digest()
+
+
+def test_what_is_calibration_data(tmp_path: Path) -> None:
+    feeds = [{"x": np.zeros((1, 4), np.float32)}]
+    module = module_of(NUMBERS)
+    assert list(as_calibration(feeds).feeds(module)) == feeds
+    assert list(as_calibration(iter(feeds)).feeds(module)) == feeds
+    given = CalibrationFile(tmp_path)
+    assert as_calibration(given) is given
+    for wrong in (3, feeds[0], ["a"]):
+        with pytest.raises(UsageError, match="no calibration data"):
+            as_calibration(wrong)  # type: ignore[arg-type]
+
+
+def context(module: Module, feeds: list[dict[str, Array]], limit: int | None = None) -> PassContext:
+    return PassContext(
+        AnalysisManager(module),
+        make_runner=make_runner,
+        max_memory=limit,
+        calibration=lambda module: feeds,
+    )
+
+
+@pytest.mark.parametrize(("limit", "runs"), [(None, 1), (10_000, 1), (2 * 5 * 4 * 4, 2), (1, 3)])
+def test_values_within_a_bound(limit: int | None, runs: int) -> None:
+    module = module_of(NUMBERS)
+    random = np.random.default_rng(0)
+    feeds = [{"x": random.standard_normal((5, 4)).astype(np.float32)} for _ in range(3)]
+    opened: list[list[str]] = []
+    ctx = context(module, feeds, limit)
+
+    def runner(made: Module, expose: Any) -> Any:
+        opened.append(list(expose))
+        return make_runner(made, expose)
+
+    ctx.make_runner = runner
+    values = {
+        node.outputs[0]: (AbsMax(), MeanAbs()) for node in module.graph if node.op_type != "Add"
+    }
+    assert collect(module, values, ctx) == 3
+    assert len(opened) == runs
+    assert sorted(name for names in opened for name in names) == ["a", "b", "c"]
+    whole = np.concatenate([feed["x"] for feed in feeds])
+    for value, (largest, mean) in values.items():
+        wanted = np.zeros_like(whole) if value.name == "c" else np.abs(whole)
+        np.testing.assert_array_equal(largest.value, wanted.max(axis=0))
+        np.testing.assert_allclose(mean.value, wanted.mean(axis=0), rtol=1e-6)
+
+
+def test_what_cannot_be_collected() -> None:
+    module = module_of(NUMBERS)
+    value = module.graph[0].outputs[0]
+    with pytest.raises(InputError, match="no feeds"):
+        collect(module, {value: (AbsMax(),)}, context(module, []))
+    feeds = [{"x": np.full((1, 4), np.nan, np.float32)}]
+    with pytest.raises(InputError, match="'a' is not finite on feed 1"):
+        collect(module, {value: (AbsMax(),)}, context(module, feeds))
+    ctx = context(module, feeds)
+    ctx.calibration = None
+    with pytest.raises(PassError, match="no calibration data"):
+        collect(module, {value: (AbsMax(),)}, ctx)
+    with pytest.raises(LwcError, match="is no input"):
+        collect(module, {value: (AbsMax(),)}, context(module, [{"z": np.zeros(1)}]))
