@@ -55,7 +55,8 @@ class Family:
     """How to make a small model of one architecture.
 
     Attributes:
-        kind: `encoder`, `decoder`, `seq2seq` or `vision`.
+        kind: `encoder`, `decoder`, `seq2seq`, `vision`, or `alibi`: a decoder that no operator
+            with a cache can express.
         config: Name of the configuration class in transformers.
         model: Name of the model class.
         expected: What there is to fuse.
@@ -164,6 +165,22 @@ FAMILIES: dict[str, Family] = {
         "Phi3ForCausalLM",
         Expected(2, 5, 2, 4),
         _sizes(**_GROUPED, pad_token_id=0),
+    ),
+    "bloom": Family(
+        "alibi",
+        "BloomConfig",
+        "BloomForCausalLM",
+        Expected(2, 6, 2),
+        {"hidden_size": HIDDEN, "n_layer": LAYERS, "n_head": HEADS, "vocab_size": VOCABULARY},
+        ("eager",),
+    ),
+    "deberta": Family(
+        "encoder",
+        "DebertaV2Config",
+        "DebertaV2Model",
+        Expected(2, 5, 2),
+        _sizes(relative_attention=True, pos_att_type=["p2c", "c2p"]),
+        ("eager",),
     ),
     "neox": Family(
         "decoder", "GPTNeoXConfig", "GPTNeoXForCausalLM", Expected(2, 5, 2, 4), _sizes()

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from lwc.passes.attention.joined import joined_rules
 from lwc.passes.attention.lowering import MASKS_PAD_RIGHT, Form, choose_form, write
 from lwc.passes.attention.recognise import Attention, recognise
 from lwc.passes.attention.recognise_standard import recognise_standard
@@ -36,13 +37,14 @@ class FuseAttention(RulePass):
 
     def find_rules(self) -> Iterable[AnyRule]:
         """Return the rules as they are where nothing is granted."""
-        return (self._rule(None), _rotary_rule(None))
+        return (self._rule(None), _rotary_rule(None), *joined_rules())
 
     def rules_under(self, ctx: PassContext) -> Iterable[AnyRule]:
         """Return the rules; masks of causal decoders go where the user vouches for them."""
         return (
             self._rule(ctx if ctx.is_granted(MASKS_PAD_RIGHT) else None),
             _rotary_rule(ctx if ctx.is_granted(POSITIONS_COUNT) else None),
+            *joined_rules(),
         )
 
     def _rule(self, granting: PassContext | None) -> Rule:

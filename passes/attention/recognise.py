@@ -392,7 +392,7 @@ def _biased(node: ir.Node, scores: _Scores) -> ir.Value | Miss:
     assert inner is not None
     assert bias is not None
     if not edit.same_shape(inner, node.outputs[0]):
-        return Miss("what is added to the scores widens them", node)
+        return Miss("what is added to the scores is not known to keep their shape", node)
     if scores.scale != 1 or scores.softcap:
         return Miss("scores are scaled after their mask", node)
     scores.mask = scores.mask & read_bias(bias, edit)
@@ -409,7 +409,7 @@ def _hidden(node: ir.Node, scores: _Scores) -> ir.Value | Miss:
     if condition is None or inner is None or number is None or isinstance(number, bool):
         return Miss("hidden scores are replaced by something else than one constant", node)
     if not edit.same_shape(inner, node.outputs[0]):
-        return Miss("the condition widens the scores", node)
+        return Miss("the condition is not known to keep the shape of the scores", node)
     if scores.scale != 1 or scores.softcap:
         return Miss("scores are scaled after their mask", node)
     scores.mask &= read_condition(condition, float(number), edit.dtype(inner), edit, shown=shown)

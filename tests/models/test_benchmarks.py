@@ -29,7 +29,7 @@ SMALL = {
         "--rounds",
         "1",
     ],
-    "fusion": ["--families", "vit", "--exporters", "script", "--implementations", "eager"],
+    "fusion": ["--models", "vit", "--exporters", "script", "--implementations", "eager"],
     "greedy": ["--layers", "2", "--prompts", "2", "--tokens", "4"],
     "mutants": ["--only", "branches of a decided if"],
     "pack": ["--threads", "1", "--tokens", "1", "--rounds", "1"],

@@ -303,7 +303,7 @@ def test_causality_without_a_mask_to_add() -> None:
                 "x = Add (scores, bias)\n shares = Softmax (x)",
                 inputs=HEADS + ", float[M, 1, S, S] bias",
             ),
-            "widens them",
+            "is not known to keep their shape",
         ),
         (
             attend(
