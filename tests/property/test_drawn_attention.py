@@ -16,3 +16,10 @@ def test_forms(form: Form) -> None:
     graphs = sketches(spelled_attention.MOTIFS, steps=(1, 1), evenly=True, opset=opset)
     report = check_pass(FuseAttention(form), examples=100, graphs=graphs, seed=3, seconds=20)
     assert report.rewrites["attention"] > 3
+
+
+def test_joined_axes() -> None:
+    graphs = sketches(spelled_attention.JOINED, steps=(1, 1), evenly=True)
+    report = check_pass(FuseAttention(), examples=100, graphs=graphs, seed=3, seconds=20)
+    assert report.rewrites["joined-values"] > 3
+    assert report.rewrites["attention"] > 3

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -16,7 +16,7 @@ import onnx_ir as ir
 from lwc.verify.generate.motifs.common import either, extent
 from lwc.verify.generate.sketch import Motif, Sketch
 
-__all__ = ["MOTIFS"]
+__all__ = ["JOINED", "MOTIFS"]
 
 FLOAT, FLOAT16, INT64, BOOL = (
     ir.DataType.FLOAT,
@@ -243,6 +243,51 @@ def _softmax(sketch: Sketch, sizes: _Sizes, scores: ir.Value, guarded: bool) -> 
     return sketch.cast(shares, FLOAT16) if wide else shares
 
 
+def _join(sketch: Sketch, x: ir.Value) -> ir.Value:
+    """Make `[batch · heads, n, m]` of `[batch, heads, n, m]`."""
+    parts = [sketch.ints(-1), extent(sketch, x, 2), extent(sketch, x, 3)]
+    return sketch.emit("Reshape", x, sketch.emit("Concat", *parts, axis=0))
+
+
+def _part(sketch: Sketch, x: ir.Value, *places: tuple[ir.Value, int]) -> ir.Value:
+    """Make `[batch, heads, n, m]` of `[batch · heads, n, m]`; extents are those of other axes."""
+    parts = [extent(sketch, *place) for place in places]
+    return sketch.emit("Reshape", x, sketch.emit("Concat", *parts, axis=0))
+
+
+def _joined_attention(sketch: Sketch, sizes: _Sizes) -> list[ir.Value]:
+    """Attention that computes its products over batch and heads in one axis."""
+    heads = [sizes.batch, sizes.heads]
+    q = sketch.input([*heads, sizes.queries, sizes.size], sizes.dtype, name="heads")
+    k, v = (
+        sketch.input([*heads, sizes.keys, sizes.size], sizes.dtype, name="heads") for _ in range(2)
+    )
+    turned = sketch.emit("Transpose", _join(sketch, k), perm=[0, 2, 1])
+    scores = _scaled(sketch, sizes, sketch.emit("MatMul", _join(sketch, q), turned))
+    if sketch.rarely():
+        shape: list[Extent] = [1, sketch.choose(1, sizes.queries), sizes.keys]
+        scores = either(sketch, "Add", scores, sketch.input(shape, sizes.dtype, name="bias"))
+    scores = _part(sketch, scores, (q, 0), (q, 1), (q, 2), (k, 2))
+    if sketch.flip():
+        scores = sketch.choose(_by_condition, _by_bias)(sketch, sizes, scores)
+    if sketch.flip():
+        shares = sketch.emit("Softmax", _join(sketch, scores), axis=sketch.choose(-1, -1, 2, 1))
+    else:
+        shares = _join(sketch, sketch.emit("Softmax", scores, axis=sketch.choose(-1, -1, 3, 2)))
+    y = sketch.emit("MatMul", shares, _join(sketch, v))
+    return [_part(sketch, y, *((q, axis) for axis in range(4)))]
+
+
+def joined(sketch: Sketch) -> list[ir.Value]:
+    """Attention from heads to heads, as older models spell it.
+
+    What hides absorbs every score: with less, rows that are hidden as a whole depend on the order
+    in which a bias and a mask are added.
+    """
+    sizes = replace(_sizes(sketch), dtype=FLOAT, low=float(np.finfo(np.float32).min))
+    return _joined_attention(sketch, sizes)
+
+
 def spelled(sketch: Sketch) -> list[ir.Value]:
     """Attention from heads to heads, or to hidden states."""
     sizes = _sizes(sketch)
@@ -275,3 +320,6 @@ def spelled(sketch: Sketch) -> list[ir.Value]:
 
 
 MOTIFS = (Motif("spelled-attention", spelled),)
+
+JOINED = (Motif("joined-attention", joined),)
+"""Not among the default motifs: of use to what fuses attention only."""
