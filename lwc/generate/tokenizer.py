@@ -79,7 +79,8 @@ def load_text_tokenizer(path: str | Path) -> TextTokenizer:
     """Read a tokenizer with its configuration.
 
     Args:
-        path: A folder, a file in it (such as the model or `tokenizer.json`), or a `.gguf` file.
+        path: A folder, a `.json` file of a tokenizer, a model beside its `tokenizer.json`, or a
+            `.gguf` file. The tokenizer's configuration is what lies beside it.
 
     Raises:
         InputError: There is no tokenizer at `path`, or it cannot be read.
@@ -91,8 +92,10 @@ def load_text_tokenizer(path: str | Path) -> TextTokenizer:
     if path.suffix == ".gguf":
         return _through_transformers(path.parent, path, gguf_file=path.name)
     folder = path if path.is_dir() else path.parent
-    if (folder / _TOKENIZER).is_file():
-        return _from_files({file.name: str(file) for file in folder.iterdir() if file.is_file()})
+    tokenizer = path if path.suffix == ".json" else folder / _TOKENIZER
+    if tokenizer.is_file():
+        beside = {file.name: str(file) for file in folder.iterdir() if file.is_file()}
+        return _from_files({**beside, _TOKENIZER: str(tokenizer)})
     if path.is_dir():
         return _through_transformers(path, path)
     raise InputError(

@@ -176,10 +176,16 @@ class _Cache:
 
     def _new(self) -> ir.Value:
         graph = self.edit.module.graph
-        source = next(
+        counted = [
             value for value in graph.inputs if value is not self.padding
             and self.length in (self.edit.shape(value) or ())
-        )  # fmt: skip
+        ]  # fmt: skip
+        if not counted:
+            raise PassError(
+                f"queries have length {self.length}, which no input is known to have",
+                remedy="state the lengths of the inputs by name when exporting",
+            )
+        source = counted[0]
         axis = list(self.edit.shape(source) or ()).index(self.length)
         return self._extent(source, axis)
 

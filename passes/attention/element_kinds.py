@@ -27,12 +27,21 @@ __all__ = [
     "Read",
     "Select",
     "as_index",
+    "hides",
     "opposite",
     "rounded",
     "truth",
 ]
 
 Indices: TypeAlias = tuple[Dim, ...]
+
+_HIDES = {ir.DataType.FLOAT16: -3e4}
+"""Numbers up to this one hide a key: the exponential of anything so far below a score is 0."""
+
+
+def hides(number: float, dtype: ir.DataType | None) -> bool:
+    """Tell whether a number in place of a score, or added to it, hides a key."""
+    return dtype is not None and number <= _HIDES.get(dtype, -1e8)
 
 
 @dataclass(frozen=True)

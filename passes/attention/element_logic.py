@@ -22,6 +22,7 @@ from lwc.passes.attention.element_kinds import (
     Read,
     Select,
     as_index,
+    hides,
     opposite,
     rounded,
     truth,
@@ -57,7 +58,13 @@ def _cast(of: Elements, node: ir.Node, index: Indices) -> Element | None:
         return Number(_held(element.value, to))
     if isinstance(element, Select):
         return Select(element.condition, _held(element.yes, to), _held(element.no, to))
+    if isinstance(element, Index) and to not in _COUNTS:
+        return None
     return element
+
+
+_COUNTS = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.FLOAT, ir.DataType.DOUBLE)
+"""Types that hold places of a sequence and their differences: narrow ones wrap or round."""
 
 
 def _held(value: float, to: ir.DataType) -> float:
@@ -197,16 +204,17 @@ def _arithmetic(of: Elements, node: ir.Node, index: Indices) -> Element | None:
     if a.condition == b.condition:
         yes, no = rounded(apply(a.yes, b.yes), dtype), rounded(apply(a.no, b.no), dtype)
         return Select(a.condition, float(yes), float(no))
-    return (
-        _joined(a, b, float(rounded(apply(a.no, b.no), dtype))) if node.op_type == "Add" else None
-    )
+    return _joined(a, b, dtype) if node.op_type == "Add" else None
 
 
-def _joined(a: Select, b: Select, no: float) -> Element | None:
-    """The sum of two maps that hide: what either hides is hidden, by no less than `no`."""
-    if (a.yes, b.yes) != (0.0, 0.0) or not (a.no < 0 and b.no < 0):
+def _joined(a: Select, b: Select, dtype: ir.DataType | None) -> Element | None:
+    """The sum of two maps that hide: what either hides is hidden.
+
+    Each must hide by itself: a penalty that only lowers scores is none of the sum's condition.
+    """
+    if (a.yes, b.yes) != (0.0, 0.0) or not (hides(a.no, dtype) and hides(b.no, dtype)):
         return None
-    return Select(_both(a.condition, b.condition), 0.0, no)
+    return Select(_both(a.condition, b.condition), 0.0, float(rounded(a.no + b.no, dtype)))
 
 
 _FLOATS: dict[str, Callable[[Any, Any], Any]] = {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 import sympy
 
-from lwc.core.dims import Dim, add, modulo, multiply, product
+from lwc.core.dims import Dim, add, modulo, multiply, product, subtract
 from lwc.passes.attention.element_kinds import Element, Indices, Look, as_index
 from lwc.rewrite import attribute
 
@@ -142,9 +142,17 @@ def _slice(of: Elements, node: ir.Node, index: Indices) -> Element | None:
         if not isinstance(begin, int) and not begin.is_nonnegative:
             return None
         behind = isinstance(begin, int) and begin < 0
+        if behind and begin > -(2**31) and not _holds(shape[axis], -begin):
+            return None
         first = add(shape[axis], begin) if behind and begin > -(2**31) else 0 if behind else begin
         own[axis] = add(multiply(own[axis], step), first)
     return of.at(source, tuple(own))
+
+
+def _holds(extent: Dim, count: Dim) -> bool:
+    """Tell whether an extent is provably at least `count`: else a begin is moved to 0."""
+    rest = subtract(extent, count)
+    return rest >= 0 if isinstance(rest, int) else bool(rest.is_nonnegative)
 
 
 def split(of: Elements, node: ir.Node, part: int, index: Indices) -> Element | None:

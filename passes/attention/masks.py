@@ -8,14 +8,11 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from lwc.core.dims import integer, subtract
-from lwc.passes.attention.element_kinds import opposite, truth
+from lwc.passes.attention.element_kinds import hides, opposite, truth
 from lwc.passes.attention.elements import AtMost, Both, Element, Elements, Number, Read, Select
 from lwc.rewrite import Editor
 
 __all__ = ["Mask", "hides", "lowest", "read_bias", "read_condition"]
-
-_HIDES = {ir.DataType.FLOAT16: -3e4}
-"""Numbers up to this one hide a key: the exponential of anything so far below a score is 0."""
 
 _LOWEST = {
     ir.DataType.FLOAT16: -65504.0,
@@ -23,11 +20,6 @@ _LOWEST = {
 }
 
 _BATCH, _HEAD, _QUERY, _KEY = (integer(f"{name} of a score") for name in ("b", "h", "i", "j"))
-
-
-def hides(number: float, dtype: ir.DataType | None) -> bool:
-    """Tell whether a number in place of a score, or added to it, hides a key."""
-    return dtype is not None and number <= _HIDES.get(dtype, -1e8)
 
 
 def lowest(dtype: ir.DataType | None) -> float:
@@ -81,6 +73,7 @@ class Mask:
 
 @dataclass
 class _Terms:
+    edit: Editor
     causal: bool = False
     window: int | None = None
     padding: list[ir.Value] = field(default_factory=list)
@@ -92,7 +85,7 @@ class _Terms:
                 self.take(each)
         elif isinstance(term, AtMost):
             self._take_distance(term)
-        elif isinstance(term, Read) and _is_padding(term):
+        elif isinstance(term, Read) and _is_padding(term, self.edit):
             self.padding.append(term.value)
         elif not (isinstance(term, Number) and term.value):
             self.known = False
@@ -108,9 +101,12 @@ class _Terms:
             self.known = False
 
 
-def _is_padding(term: Read) -> bool:
-    index = term.index
-    return term.nonzero and len(index) == 2 and index[1] == _KEY and index[0] in (_BATCH, 0)
+def _is_padding(term: Read, edit: Editor) -> bool:
+    """Tell whether each sequence is masked by its own row, or all by the only one."""
+    if not term.nonzero or len(term.index) != 2 or term.index[1] != _KEY:
+        return False
+    row, shape = term.index[0], edit.shape(term.value)
+    return row == _BATCH or (row == 0 and shape is not None and shape[0] == 1)
 
 
 def read_bias(value: ir.Value, edit: Editor) -> Mask:
@@ -127,7 +123,7 @@ def read_bias(value: ir.Value, edit: Editor) -> Mask:
         or not hides(element.no, edit.dtype(value))
     ):
         return Mask(known=False)
-    return _of(element.condition, element.no)
+    return _of(element.condition, element.no, edit)
 
 
 def read_condition(
@@ -147,11 +143,11 @@ def read_condition(
         element = opposite(element)
     if element is None or not hides(hidden, dtype):
         return Mask(known=False)
-    return _of(element, hidden)
+    return _of(element, hidden, edit)
 
 
-def _of(condition: Element, hidden: float) -> Mask:
-    terms = _Terms()
+def _of(condition: Element, hidden: float, edit: Editor) -> Mask:
+    terms = _Terms(edit)
     terms.take(condition)
     return Mask(terms.causal, terms.window, tuple(terms.padding), terms.known, (hidden,))
 

@@ -8,14 +8,14 @@ operator, and finds where positions are counted: those places must count from th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 import onnx_ir as ir
 import sympy
 
 from lwc.core.diagnostics import describe
-from lwc.core.dims import Dim, multiply, product
+from lwc.core.dims import Dim, multiply, product, subtract
 from lwc.core.errors import PassError
 from lwc.core.walk import op_name
 from lwc.rewrite import Editor, attribute
@@ -31,7 +31,9 @@ __all__ = [
 ]
 
 _MS = "com.microsoft::"
-_END = 2**63 - 1
+_GQA = f"{_MS}GroupQueryAttention"
+_FAR = 2**31 - 1
+"""Ends from here on keep all that follows."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,13 @@ class Tokens:
         axis: The axis of tokens.
         outer: Extents that lie before the tokens in that axis, such as a batch merged into it.
         whole: Whether there is one for each token of the past, too, as in an attention mask.
+        last: Whether there is one for the last token only.
     """
 
     axis: int
     outer: Dim = 1
     whole: bool = False
+    last: bool = False
 
 
 Flow: TypeAlias = Tokens | Literal["fixed", "length"]
@@ -119,6 +123,7 @@ def follow_tokens(
     walk.found.flows.update(inputs)
     for node in edit.module.graph:
         if node in attention:
+            walk.meet(node)
             walk.found.flows.update(dict.fromkeys(node.outputs, Tokens(1)))
             continue
         walk.visit(node)
@@ -145,9 +150,20 @@ class _Walk:
             made = self._of_lengths(node)
         else:
             rule = _RULES.get(op_name(node))
+            last = self.meet(node)
             made = self.refuse(node, "it may relate tokens") if rule is None else rule(self, node)
+            if last and isinstance(made, Tokens):
+                made = replace(made, last=True)
         for output in node.outputs:
             self.found.flows[output] = made
+
+    def meet(self, node: ir.Node) -> bool:
+        """Tell whether a node reads the last token only; refuse where it reads others, too."""
+        flows = [self.flow(value) for value in node.inputs]
+        kinds = {flow.last for flow in flows if isinstance(flow, Tokens) and not flow.whole}
+        if len(kinds) > 1 or (op_name(node) == _GQA and True in kinds):
+            self.refuse(node, "the last token meets all")
+        return kinds == {True}
 
     def _reads_outer(self, node: ir.Node) -> bool:
         return any(
@@ -173,6 +189,9 @@ class _Walk:
     def _of_lengths(self, node: ir.Node) -> Flow:
         """Return the flow of what is computed from extents alone."""
         if node.op_type == "Range":
+            start, step = (self.edit.symbolic(node.inputs[place]) for place in (0, 2))
+            if step != [1] or not start or self._counts(start[0]) or not self._has_all(node, 0):
+                return self.refuse(node, "it does not count tokens one by one, from a fixed number")
             self.found.ranges.append(node)
             return Tokens(0)
         shape = self.edit.shape(node.outputs[0])
@@ -181,11 +200,29 @@ class _Walk:
             return LENGTH
         assert shape is not None
         if node.op_type == "Slice" and self.flow(node.inputs[0]) == FIXED and len(axes) == 1:
+            if not self._takes_rows(node):
+                return self.refuse(
+                    node, "it does not take one row for each token, from a fixed one"
+                )
             self.found.slices.append(node)
             return Tokens(axes[0])
         if node.op_type in ("Expand", "ConstantOfShape") and len(axes) == 1:
             return Tokens(axes[0], _outer(shape[axes[0]], self.length))
         return self.refuse(node, "it makes a value as large as the sequence, or its square")
+
+    def _has_all(self, node: ir.Node, axis: int) -> bool:
+        shape = self.edit.shape(node.outputs[0])
+        return shape is not None and self.edit.same_dim(shape[axis], self.length)
+
+    def _takes_rows(self, node: ir.Node) -> bool:
+        """Tell whether a slice takes as many neighbouring rows as there are new tokens."""
+        begins, ends = (self.edit.symbolic(node.inputs[place]) for place in (1, 2))
+        steps = self.edit.ints(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4] else [1]
+        if not begins or not ends or len(begins) != 1 or steps != [1]:
+            return False
+        begin = begins[0]
+        fixed = begin >= 0 if isinstance(begin, int) else not self._counts(begin)
+        return fixed and self.edit.same_dim(subtract(ends[0], begin), self.length)
 
     # Rules, by operator
 
@@ -406,24 +443,45 @@ def _piece(walk: _Walk, node: ir.Node) -> Flow:
         axes = found
     if flow.axis not in {axis % rank for axis in axes}:
         return flow
-    shape = walk.edit.shape(node.outputs[0])
-    if (
-        flow.whole
-        and len(axes) == 1
-        and shape
-        and walk.edit.same_dim(shape[flow.axis], walk.length)
-    ):
-        return Tokens(flow.axis)  # the mask of the new tokens
-    if node.op_type == "Slice" and _takes_last(walk, node, len(axes)):
-        return flow
+    if node.op_type == "Slice" and len(axes) == 1:
+        if flow.whole and _takes_all(walk, node):
+            return flow
+        if flow.whole and _takes_new(walk, node, flow.axis):
+            return Tokens(flow.axis)
+        if not flow.whole and _takes_last(walk, node):
+            return replace(flow, last=True)
     return walk.refuse(node, "it takes some of the tokens")
 
 
-def _takes_last(walk: _Walk, node: ir.Node, axes: int) -> bool:
-    """Tell whether a slice keeps the last tokens: each is there with or without a past."""
-    begins, ends = (walk.edit.ints(node.inputs[place]) for place in (1, 2))
-    steps = walk.edit.ints(node.inputs[4]) if len(node.inputs) > 4 else [1]
-    return axes == 1 and steps == [1] and begins is not None and begins[0] < 0 and ends == [_END]
+def _takes_all(walk: _Walk, node: ir.Node) -> bool:
+    return walk.edit.ints(node.inputs[1]) == [0] and _reaches_the_end(walk, node)
+
+
+def _takes_new(walk: _Walk, node: ir.Node, axis: int) -> bool:
+    """Tell whether a slice of all tokens keeps as many of the last as are new.
+
+    A fixed begin is none: with a past it is another place, counted from the end.
+    """
+    begins, shape = walk.edit.symbolic(node.inputs[1]), walk.edit.shape(node.inputs[0])
+    if not begins or isinstance(begins[0], int) or shape is None:
+        return False
+    places = (multiply(-1, walk.length), subtract(shape[axis], walk.length))
+    fits = any(walk.edit.same_dim(begins[0], place) for place in places)
+    return fits and _reaches_the_end(walk, node, shape[axis])
+
+
+def _takes_last(walk: _Walk, node: ir.Node) -> bool:
+    return walk.edit.ints(node.inputs[1]) == [-1] and _reaches_the_end(walk, node)
+
+
+def _reaches_the_end(walk: _Walk, node: ir.Node, extent: Dim | None = None) -> bool:
+    ends = walk.edit.symbolic(node.inputs[2])
+    steps = walk.edit.ints(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4] else [1]
+    if not ends or steps != [1]:
+        return False
+    if isinstance(ends[0], int):
+        return ends[0] >= _FAR
+    return extent is not None and walk.edit.same_dim(ends[0], extent)
 
 
 @_flows("Concat")

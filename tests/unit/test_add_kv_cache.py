@@ -25,7 +25,9 @@ WEIGHTS = {
     "wv": (WIDTH, SHARED), "wo": (WIDTH, WIDTH), "head": (WIDTH, WORDS), "wide": (WIDTH, WIDTH),
 }  # fmt: skip
 NUMBERS = """int64 zero = {0}, int64 one = {1}, int64[1] row = {0}, int64[1] column = {1},
-    int64[1] last_axis = {-1}, int64[2] both = {0, 1}, int32[1] unit = {1}, float half = {0.5}"""
+    int64[1] last_axis = {-1}, int64[2] both = {0, 1}, int64 minus = {-1}, int64 two = {2},
+    int64[1] two_back = {-2}, int64[1] far = {9223372036854775807}, int32[1] unit = {1},
+    float half = {0.5}"""
 
 RANGE = """
     extents = Shape (ids)
@@ -56,12 +58,10 @@ GIVEN = """
     learned = Gather (places, position_ids)
 """
 
-INPUTS = {
-    RANGE: "",
-    TABLE: "",
-    MASKED: ", int64[batch, sequence] attention_mask",
-    GIVEN: ", int64[batch, sequence] position_ids",
-}
+
+def _inputs(positions: str) -> str:
+    named = (name for name in ("attention_mask", "position_ids") if name in positions)
+    return "".join(f", int64[batch, sequence] {name}" for name in named)
 
 
 def decoder(positions: str = RANGE, tail: str = "result = Identity (added)") -> Module:
@@ -69,7 +69,7 @@ def decoder(positions: str = RANGE, tail: str = "result = Identity (added)") -> 
     weights = "".join(f", float[{a}, {b}] {name}" for name, (a, b) in WEIGHTS.items())
     proto = onnx.parser.parse_model(f"""
         <ir_version: 10, opset_import: ["" : 18, "com.microsoft" : 1]>
-        decoder (int64[batch, sequence] ids{INPUTS[positions]}{weights})
+        decoder (int64[batch, sequence] ids{_inputs(positions)}{weights})
             => (float[batch, sequence, {WORDS}] logits)
         <{NUMBERS}> {{
             {positions}
@@ -266,6 +266,60 @@ def test_what_treats_tokens_one_by_one_may_have_any_layout(tail: str) -> None:
     ids = some_ids(1, 8)
     found = step_by_step(cached(module), ids, (5, 1, 2))
     close(found, whole(module, ids))
+
+
+COUNTED_OTHERWISE = {
+    "backwards": "less1 = Sub (length, one)\n range = Range (less1, minus, minus)",
+    "in steps of two": "twice = Add (length, length)\n range = Range (zero, twice, two)",
+    "from the end": "first = Neg (length)\n range = Range (first, zero, one)",
+}
+
+
+@pytest.mark.parametrize("count", COUNTED_OTHERWISE.values(), ids=COUNTED_OTHERWISE)
+def test_positions_that_are_counted_otherwise_are_refused(count: str) -> None:
+    """Shifted by the past they would be other positions."""
+    positions = RANGE.replace("range = Range (zero, length, one)", count)
+    with pytest.raises(PassError, match=r"Range -> 'range'.*does not count tokens one by one"):
+        cached(decoder(positions))
+
+
+ROWS_OF_THE_MASK = {
+    "as many as new tokens, from the first": "cut = Slice (sums, row, lengths_of_ids, column)",
+    "all but the first": "cut = Slice (sums, column, far, column)",
+}
+
+
+@pytest.mark.parametrize("cut", ROWS_OF_THE_MASK.values(), ids=ROWS_OF_THE_MASK)
+def test_cuts_of_the_mask_at_a_fixed_place_are_refused(cut: str) -> None:
+    """With a past, the first tokens of the mask are not the new ones."""
+    positions = MASKED.replace(
+        "seen = Mul (sums, attention_mask)",
+        f"lengths_of_ids = Gather (extents, column)\n {cut}",
+    ).replace("Sub (seen, one)", "Sub (cut, one)")
+    with pytest.raises(PassError, match=r"Slice -> 'cut'.*takes some of the tokens"):
+        cached(decoder(positions))
+
+
+def test_a_cut_of_the_mask_that_keeps_everything() -> None:
+    positions = MASKED.replace(
+        "seen = Mul (sums, attention_mask)", "seen = Slice (sums, row, far, column)"
+    )
+    module, ids = decoder(positions), some_ids(1, 7)
+    close(step_by_step(cached(module), ids, (3, 1, 1, 2)), whole(module, ids))
+
+
+@pytest.mark.parametrize("begin", ["last_axis", "two_back"])
+def test_the_last_tokens_beside_all_are_refused(begin: str) -> None:
+    tail = f"end = Slice (added, {begin}, far, column)\n result = Add (added, end)"
+    with pytest.raises(PassError, match=r"the last token meets all|takes some of the tokens"):
+        cached(decoder(tail=tail))
+
+
+def test_queries_of_a_length_that_no_input_has() -> None:
+    positions = TABLE.replace("(places, row, lengths_of_ids, row)", "(places, begin, far, row)")
+    positions = positions.replace("learned", "begin = Neg (lengths_of_ids)\n learned", 1)
+    with pytest.raises(PassError, match="which no input is known to have"):
+        cached(decoder(positions))
 
 
 def test_without_fused_attention_it_says_what_to_run() -> None:

@@ -249,6 +249,48 @@ def test_the_shape_of_the_scores_is_read_elsewhere_too() -> None:
     assert "scores on the way are read elsewhere" in missed(module)
 
 
+@pytest.mark.parametrize(("causal", "near"), [(-1e9, -1.0), (-2.0, -1e9)])
+def test_a_penalty_is_no_mask(causal: float, near: float) -> None:
+    """What one of two terms only lowers is not hidden, however low the other one hides."""
+    masked = (
+        CAUSAL + "first = Sub (rows, two)\n close = Greater (keys, first)\n"
+        "a = Where (causal, nothing, low)\n b = Where (close, nothing, lower)\n"
+        "bias = Add (a, b)\n hidden = Add (scores, bias)\n shares = Softmax (hidden)"
+    )
+    module = attend(masked, constants=f"float low = {{{causal}}}, float lower = {{{near}}}")
+    fused(module)
+    (node,) = (n for n in module.nodes() if "Attention" in n.op_type)
+    assert "local_window_size" not in node.attributes
+    assert len(node.inputs) > 5
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_one_row_of_the_mask_for_all_sequences(row: int) -> None:
+    masked = (
+        "one_row = Gather <axis = 0> (mask, place)\n seen = Cast <to = 9> (one_row)\n"
+        "hidden = Where (seen, scores, fill)\n shares = Softmax (hidden)"
+    )
+    module = attend(
+        masked, inputs=f"{HEADS}, int64[N, S] mask", constants=f"int64 place = {{{row}}}"
+    )
+    feed = heads()
+    feed["mask"] = np.array([[1, 0, 1, 1, 0], [0, 1, 1, 0, 1]])
+    fused(module, feed=feed)
+
+
+@pytest.mark.parametrize("to", [3, 2, 10])
+def test_places_in_a_narrow_type_are_no_places(to: int) -> None:
+    """int8 wraps, uint8 too, float16 rounds."""
+    masked = CAUSAL + (
+        f"narrow = Cast <to = {to}> (keys)\n across = Unsqueeze (narrow, one1)\n"
+        "later = Greater (narrow, across)\n hidden = Where (later, fill, scores)\n"
+        "shares = Softmax (hidden)"
+    )
+    length = 2100 if to == 10 else 260
+    module = attend(masked)
+    assert fused(module, feed=heads(1, length)) != ["GroupQueryAttention"]
+
+
 STANDARD = """g (float[N, 4, S, 8] q, float[N, 2, S, 8] k, float[N, 2, S, 8] v, bool[N, 1, S, S] m)
     => (float[N, 4, S, 8] y) {{ y = Attention {attributes} (q, k, v{mask}) }}"""
 
