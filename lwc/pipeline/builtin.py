@@ -210,11 +210,20 @@ BUILTIN: tuple[PassInfo, ...] = (
     PassInfo(
         name="quantize-weights",
         target="lwc.passes.quantization.quantize_weights:QuantizeWeights",
-        summary="Round the weights of linear layers and embeddings to 4 or 8 bits, in blocks.",
+        summary="Round the weights of linear layers and embeddings to a few bits, in blocks.",
         contract="lossy",
         options=(
             OptionInfo(
-                name="bits", type="4|8", default="4", help="Bits of the weights of MatMul and Gemm."
+                name="bits",
+                type="2|4|8",
+                default="4",
+                help="Bits of the weights of MatMul and Gemm.",
+            ),
+            OptionInfo(
+                name="method",
+                type="rtn|gptq|awq",
+                default="rtn",
+                help="`rtn` rounds to nearest; `gptq` lets the weights that are not rounded yet make up for each error (Frantar et al. 2023); `awq` scales up inputs that see large activations, where what makes the activation can take the factor, and clips blocks (Lin et al. 2024).",
             ),
             OptionInfo(
                 name="embeddings",
@@ -239,6 +248,18 @@ BUILTIN: tuple[PassInfo, ...] = (
                 type="none|mse",
                 default="mse",
                 help="How scales are chosen: `mse` tries a few grids per block and keeps the one of least squared error, `none` takes the block's range.",
+            ),
+            OptionInfo(
+                name="damping",
+                type="float",
+                default="0.01",
+                help="Of GPTQ: added to the diagonal of X·Xᵀ, as a share of its mean.",
+            ),
+            OptionInfo(
+                name="act-order",
+                type="bool",
+                default="true",
+                help="Of GPTQ: round the inputs of the largest activations first.",
             ),
             OptionInfo(
                 name="ops",

@@ -2,8 +2,9 @@
 
 `com.microsoft::MatMulNBits` reads weights of `[outputs, inputs]` as uint8
 `[outputs, blocks, block_size * bits / 8]`, scales as `[outputs, blocks]`, zero points as uint8
-`[outputs, ceil(blocks * bits / 8)]`; with 4 bits two neighbours share a byte, the first in the
-low half. Standard tensors keep the shape of the weight; onnx_ir packs their 4-bit elements.
+`[outputs, ceil(blocks * bits / 8)]`; with 4 bits two neighbours share a byte, with 2 bits four, the
+first in the lowest bits. Standard tensors keep the shape of the weight; onnx_ir packs their 4-bit
+elements.
 """
 
 from __future__ import annotations
@@ -21,16 +22,13 @@ def pack_tile(codes: Array, bits: int) -> Array:
     """Pack the codes of a tile of blocks.
 
     Args:
-        codes: uint8 `[block_size, blocks]`; overwritten.
-        bits: 4 or 8.
+        codes: uint8 `[block_size, blocks]`.
+        bits: 2, 4 or 8.
 
     Returns:
         uint8 `[blocks, block_size * bits / 8]`, each row as MatMulNBits reads a block.
     """
-    if bits == 4:
-        high = codes[1::2]
-        np.left_shift(high, np.uint8(4), out=high)
-        codes = np.bitwise_or(codes[0::2], high)
+    codes = _joined(codes, bits)
     packed = np.empty(codes.shape[::-1], np.uint8)
     # Row by row: numpy's own transposition takes the short axis as the inner one, at half the rate.
     for index, row in enumerate(codes):
@@ -39,18 +37,24 @@ def pack_tile(codes: Array, bits: int) -> Array:
 
 
 def pack_rows(codes: Array, bits: int) -> Array:
-    """Pack the last axis of a uint8 array; a row of odd length is filled up with a zero code."""
-    if bits == 8:
-        return codes
-    if codes.shape[-1] % 2:
-        codes = np.concatenate([codes, np.zeros_like(codes[..., :1])], axis=-1)
-    packed: Array = codes[..., 0::2] | (codes[..., 1::2] << 4)
-    return packed
+    """Pack the last axis of a uint8 array; a row that leaves room is filled up with zero codes."""
+    spare = -codes.shape[-1] % (8 // bits)
+    if spare:
+        codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, spare)])
+    return np.moveaxis(_joined(np.moveaxis(codes, -1, 0), bits), 0, -1)
 
 
 def unpack_rows(packed: Array, bits: int, length: int) -> Array:
     """Undo `pack_rows`: uint8 codes with `length` elements on the last axis."""
-    if bits == 8:
-        return packed
-    pairs = np.stack([packed & 0x0F, packed >> 4], axis=-1)
-    return pairs.reshape(*packed.shape[:-1], -1)[..., :length]
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    parts = (packed[..., None] >> shifts) & np.uint8((1 << bits) - 1)
+    return parts.reshape(*packed.shape[:-1], -1)[..., :length]
+
+
+def _joined(codes: Array, bits: int) -> Array:
+    """Put neighbours on the first axis into one byte."""
+    each = 8 // bits
+    packed: Array = codes[0::each]
+    for place in range(1, each):
+        packed = packed | (codes[place::each] << np.uint8(bits * place))
+    return packed

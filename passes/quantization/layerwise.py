@@ -1,0 +1,198 @@
+"""Quantizing layer after layer on calibration data, each with the inputs that earlier ones leave.
+
+Layers that read one activation are a group, and share what is known of it. A group's weights are
+rounded and put back as floats before the next group's activation is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import onnx_ir as ir
+
+from lwc.calibration.stages import Stages
+from lwc.calibration.statistics import Gram, MeanAbs, Statistic
+from lwc.core.weights import reading
+from lwc.passes.quantization.awq import clipped, input_factors
+from lwc.passes.quantization.gptq import Rounded, gptq, output_error
+from lwc.passes.quantization.migration import Pair, edits, find_pairs, put, shared, spread
+from lwc.passes.quantization.streaming import WeightSpec
+from lwc.passes.quantization.weight_uses import WeightUses
+
+if TYPE_CHECKING:
+    from lwc.core.module import Module
+    from lwc.pipeline.passes import PassContext
+
+__all__ = ["Layer", "LayerResult", "LayerwiseQuantizer", "activation_of"]
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+
+
+class Layer(NamedTuple):
+    """A weight to quantize, and how."""
+
+    weight: WeightUses
+    spec: WeightSpec
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """A layer's weight on its grid.
+
+    Attributes:
+        layer: The layer.
+        rounded: Codes, scales and zero points.
+        weight_error: Frobenius norm of the weight's change over that of the weight.
+        output_error: The same of the layer's outputs on the calibration data.
+    """
+
+    layer: Layer
+    rounded: Rounded
+    weight_error: float
+    output_error: float
+
+
+def activation_of(weight: WeightUses) -> ir.Value | None:
+    """Return what a weight is multiplied with, if that is one value and nothing else reads it."""
+    read = {use.node.inputs[0] for use in weight.uses}
+    if len(read) != 1 or any(use.role == "Gather" for use in weight.uses):
+        return None
+    return read.pop()
+
+
+class LayerwiseQuantizer:
+    """Rounds layers one after the other by GPTQ or AWQ.
+
+    Args:
+        module: The model.
+        layers: Weights of the main graph, each with one activation; see `activation_of`.
+        ctx: Gives the calibration data and the runner.
+        method: AWQ scales inputs where the factor can go into what makes the activation.
+        damping: Of GPTQ.
+        by_activation: Whether GPTQ rounds inputs of large activations first.
+
+    Attributes:
+        layers: The layers.
+        factors: What the outputs of a weight must still be multiplied by, `[outputs]`, after it
+            was yielded: AWQ scales inputs of the layer behind it.
+        scaled: Activations whose channels AWQ scaled.
+    """
+
+    def __init__(
+        self,
+        module: Module,
+        layers: Sequence[Layer],
+        ctx: PassContext,
+        *,
+        method: Literal["gptq", "awq"],
+        damping: float = 0.01,
+        by_activation: bool = False,
+    ) -> None:
+        self.layers = tuple(layers)
+        self._module = module
+        self._ctx = ctx
+        self._method = method
+        self._damping = damping
+        self._by_activation = by_activation
+        self._groups: dict[ir.Value, list[Layer]] = {}
+        for layer in layers:
+            value = activation_of(layer.weight)
+            assert value is not None
+            self._groups.setdefault(value, []).append(layer)
+        self._pairs: dict[ir.Value, Pair] = {}
+        if method == "awq":
+            found = find_pairs(module, ctx.editor(), ctx)
+            self._pairs = {pair.value: pair for pair in found}
+        self.factors: dict[ir.Value, Array] = {}
+        self.scaled = 0
+
+    def run(self) -> Iterator[LayerResult]:
+        """Yield the layers on their grids, in the order of the graph.
+
+        While this runs, weights that were yielded hold the values of their grids.
+
+        Raises:
+            PassError: There is no calibration data, or no backend.
+            InputError: The data has no feeds, or an activation is not finite.
+        """
+        stages = Stages(self._module, list(self._groups), self._ctx)
+        count = sum(map(len, self._groups.values()))
+        groups = self._groups.items()
+        for value, group in self._ctx.progress.track(
+            groups, f"quantizing {count} layers by {self._method}", len(groups)
+        ):
+            gram, means = Gram(), MeanAbs()
+            wanted: tuple[Statistic, ...] = (gram,) if self._method == "gptq" else (gram, means)
+            for batch in stages.activations(value):
+                for statistic in wanted:
+                    statistic.update(batch)
+            products = gram.value
+            if value in self._pairs:
+                factors = self._scale(self._pairs[value], group, products, means.value)
+                stages.divide(value, factors)
+                products = products / np.outer(factors, factors)
+            for layer in group:
+                yield self._round(layer, products)
+
+    def _scale(self, pair: Pair, group: list[Layer], gram: Array, means: Array) -> Array:
+        """Scale the inputs of a group of layers; return what their activation is divided by."""
+        read = {use.node for layer in group for use in layer.weight.uses}
+        if {place.node for place in pair.weights} != read:
+            return np.ones(len(means))  # some layer behind the activation keeps its weights
+        sharing = pair.source.sharing
+        matrices = [_matrix(layer) for layer in group]
+        sizes = [layer.spec.block_size or len(m) for layer, m in zip(group, matrices, strict=True)]
+        alike = spread(shared(means, sharing), sharing)
+        factors = input_factors(matrices, gram, alike, group[0].spec.grid, sizes)
+        made = edits(pair, factors)
+        if made is None or np.all(factors == 1):
+            return np.ones(len(means))
+        for place, array in made:
+            put(self._module, place, array)
+        once = factors if sharing is None else factors.reshape(sharing)[:, 0].ravel()
+        for place in pair.source.places:
+            if place.operand == 1 and place.node.op_type in ("MatMul", "Gemm"):
+                before = self.factors.get(place.value, np.ones(len(once)))
+                self.factors[place.value] = before / once
+        self.scaled += 1
+        return factors
+
+    def _round(self, layer: Layer, gram: Array) -> LayerResult:
+        weight, spec = layer
+        matrix = _matrix(layer)
+        size = spec.block_size or len(matrix)
+        if self._method == "awq":
+            rounded = clipped(matrix, gram, spec.grid, size)
+        else:
+            rounded = gptq(
+                matrix, gram, spec.grid, size,
+                damping=self._damping, by_activation=self._by_activation,
+            )  # fmt: skip
+        values = rounded.values(size)
+        plain = matrix.astype(np.float32, copy=False)
+        difference = plain - values
+        values = values.T if spec.transposed else values
+        tensor = self._module.store.put(np.ascontiguousarray(values.astype(matrix.dtype)))
+        self._module.replace_initializer(weight.value, tensor)
+        return LayerResult(
+            layer,
+            rounded,
+            _ratio(float(np.vdot(difference, difference)), float(np.vdot(plain, plain))),
+            _ratio(output_error(difference, gram), output_error(plain, gram)),
+        )
+
+
+def _matrix(layer: Layer) -> Array:
+    """Return the weight as it is now, `[inputs, outputs]`."""
+    tensor = layer.weight.value.const_value
+    assert tensor is not None
+    with reading(tensor) as array:
+        return np.array(array.T if layer.spec.transposed else array)
+
+
+def _ratio(change: float, whole: float) -> float:
+    """Return the root of a quotient of squares; 0 where there is nothing to change."""
+    return float(np.sqrt(max(change, 0.0) / whole)) if whole > 0 else 0.0

@@ -1,0 +1,105 @@
+"""Moving a factor per channel from an activation into the weights that read it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+
+from lwc.core.walk import constant_tensor
+from lwc.core.weights import reading
+from lwc.passes.quantization.channel_factors import Divisible, Place, Sharing, consumers, divisible
+from lwc.rewrite import Miss, use_count
+from lwc.rewrite.editor import Editor
+
+if TYPE_CHECKING:
+    from lwc.core.module import Module
+    from lwc.pipeline.passes import PassContext
+
+__all__ = ["Pair", "edits", "find_pairs", "put", "shared", "spread"]
+
+Array = np.ndarray[Any, Any]
+
+
+class Pair(NamedTuple):
+    """An activation, what it is made of, and the weights that read it."""
+
+    value: ir.Value
+    source: Divisible
+    weights: tuple[Place, ...]
+
+
+def find_pairs(module: Module, edit: Editor, ctx: PassContext) -> Iterator[Pair]:
+    """Yield activations of the main graph that linear layers read, where the division is legal."""
+    seen: set[ir.Value] = set()
+    for node in module.graph:
+        value = node.inputs[0] if node.inputs else None
+        if value is None or value in seen or node.op_type not in ("MatMul", "Gemm"):
+            continue
+        seen.add(value)
+        weights = consumers(value, edit)
+        source = divisible(value, edit) if not isinstance(weights, Miss) else weights
+        if isinstance(weights, Miss) or isinstance(source, Miss):
+            miss = weights if isinstance(weights, Miss) else source
+            assert isinstance(miss, Miss)
+            if edit.is_constant(node.inputs[1]):
+                ctx.missed(f"'{value.name}' stays: {miss.reason}", miss.node or node)
+            continue
+        yield Pair(value, source, weights)
+
+
+def shared(magnitudes: Array, sharing: Sharing | None) -> Array:
+    """Take the largest of those that share a factor."""
+    if sharing is None:
+        return magnitudes
+    largest: Array = magnitudes.reshape(sharing).max(axis=1).ravel()
+    return largest
+
+
+def spread(factors: Array, sharing: Sharing | None) -> Array:
+    """Give each channel of the activation its factor."""
+    if sharing is None:
+        return factors
+    grouped = factors.reshape(sharing.groups, 1, sharing.size)
+    spread: Array = np.repeat(grouped, sharing.repeats, axis=1).ravel()
+    return spread
+
+
+def edits(pair: Pair, factors: Array) -> list[tuple[Place, Array]] | None:
+    """Return every constant of a pair with its new content; None where one would overflow."""
+    made = []
+    sharing = pair.source.sharing
+    before = factors if sharing is None else factors.reshape(sharing)[:, 0].ravel()
+    for place in pair.source.places:
+        made.append((place, _scaled(place, 1 / before)))
+    for place in pair.weights:
+        made.append((place, _scaled(place, factors)))
+    return None if any(array is None for _, array in made) else made  # type: ignore[return-value]
+
+
+def _scaled(place: Place, factors: Array) -> Array | None:
+    tensor = constant_tensor(place.value)
+    assert tensor is not None
+    along = factors if place.axis == -1 else factors[:, None]
+    with reading(tensor) as array, np.errstate(over="ignore"):
+        scaled: Array = (array.astype(np.float64) * along).astype(array.dtype)
+    return scaled if np.isfinite(scaled.astype(np.float32)).all() else None
+
+
+_SPILLED = 1 << 16
+"""Bytes from which a new constant goes to the module's spill file."""
+
+
+def put(module: Module, place: Place, array: Array) -> None:
+    """Let a node read another constant; where it is the only reader, under the same name."""
+    name = place.value.name or "constant"
+    tensor: ir.TensorProtocol = ir.Tensor(array, name=name)
+    if array.nbytes >= _SPILLED:
+        tensor = module.store.put_tensor(tensor)
+    if place.value.is_initializer() and use_count(place.value) == 1:
+        module.replace_initializer(place.value, tensor)
+        return
+    fresh = module.add_initializer(name, tensor)
+    place.node.replace_input_with(place.operand, fresh)

@@ -1,0 +1,120 @@
+"""Going through a model in stages: every node once, weights replaced on the way are seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from support import module_of, run_plain
+
+from lwc.analysis.manager import AnalysisManager
+from lwc.backends.onnxruntime.session import make_runner
+from lwc.calibration.stages import Stages
+from lwc.core.errors import InputError
+from lwc.core.module import Module
+from lwc.pipeline.passes import PassContext
+
+Array = np.ndarray[Any, Any]
+
+TEXT = """g (float[b, 4] x, bool c) => (float[b, 4] y)
+    <float[4, 4] w = {1, 2, 0, 0, 0, 1, 0, 0, 0, 0, 1, 3, 1, 0, 0, 1}, float[4] v = {1, 2, 3, 4}>
+    { table = Neg (v)
+      a = MatMul (x, w)
+      skip = Add (x, table)
+      r = Relu (a)
+      d = MatMul (r, w)
+      e = If (c) <then_branch = t () => (float[b, 4] p) { p = Add (d, skip) },
+                  else_branch = o () => (float[b, 4] q) { q = Sub (d, table) }>
+      unread = Exp (e)
+      f = MatMul (e, w)
+      y = Add (f, unread) }"""
+
+FEEDS = [
+    {"x": np.arange(n * 4, dtype=np.float32).reshape(n, 4) - 5, "c": np.array(n % 2 == 0)}
+    for n in (2, 3, 1)
+]
+
+
+def context(module: Module, ran: list[str], max_memory: int | None = None) -> PassContext:
+    def counting(stage: Module, expose: Sequence[str] = ()) -> AbstractContextManager[Any]:
+        ran.extend(node.outputs[0].name or "" for node in stage.graph)
+        return make_runner(stage, expose)
+
+    return PassContext(
+        AnalysisManager(module), source="p", make_runner=counting,
+        calibration=lambda module: FEEDS, max_memory=max_memory,
+    )  # fmt: skip
+
+
+def values(module: Module, *names: str) -> list[ir.Value]:
+    outputs = {value.name: value for node in module.graph for value in node.outputs}
+    return [outputs[name] for name in names]
+
+
+@pytest.mark.parametrize("max_memory", [None, 1])
+def test_each_stop_is_what_a_whole_run_gives(
+    max_memory: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lwc.calibration.stages._SPILLED", 1)
+    module, ran = module_of(TEXT), list[str]()
+    stops = values(module, "a", "r", "skip", "e")
+    stages = Stages(module, stops, context(module, ran, max_memory))
+    assert stages.feeds == 3
+    for stop in stops:
+        found = list(stages.activations(stop))
+        with make_runner(module, [stop.name or ""]) as runner:
+            wanted = [runner.run(feed, [stop.name or ""])[stop.name or ""] for feed in FEEDS]
+        assert all(map(np.array_equal, found, wanted))
+    # Constants may run again; what no stop needs does not run.
+    varying = [name for name in ran if name != "table"]
+    assert sorted(varying) == ["a", "d", "e", "r", "skip"]
+
+
+def test_weights_replaced_on_the_way_are_seen_from_there_on() -> None:
+    module = module_of(TEXT)
+    first, second = values(module, "r", "e")
+    stages = Stages(module, [first, second], context(module, []))
+    before = list(stages.activations(first))
+    module.replace_initializer(module.graph.initializers["w"], ir.Tensor(2 * np.eye(4, dtype="f")))
+    after = list(stages.activations(second))
+    for r, e, feed in zip(before, after, FEEDS, strict=True):
+        other = feed["x"] - [1, 2, 3, 4] if feed["c"] else np.array([1, 2, 3, 4])
+        np.testing.assert_allclose(e, 2 * r + other)
+
+
+def test_a_value_that_is_divided_stays_so() -> None:
+    module = module_of(TEXT)
+    first, second = values(module, "r", "d")
+    stages = Stages(module, [first, second], context(module, []))
+    plain = list(stages.activations(first))
+    stages.divide(first, np.array([1.0, 2, 4, 8]))
+    weight = np.asarray(module.graph.initializers["w"].const_value)
+    for r, d in zip(plain, stages.activations(second), strict=True):
+        np.testing.assert_allclose(d, (r / [1, 2, 4, 8]) @ weight, rtol=1e-6)
+
+
+def test_a_stop_that_is_an_input() -> None:
+    module = module_of(TEXT)
+    x = module.graph.inputs[0]
+    found = list(Stages(module, [x], context(module, [])).activations(x))
+    assert all(np.array_equal(a, feed["x"]) for a, feed in zip(found, FEEDS, strict=True))
+
+
+def test_what_is_not_finite_is_named() -> None:
+    module = module_of("g (float[b, 4] x, bool c) => (float[b, 4] y) { a = Log (x) y = Neg (a) }")
+    (stop,) = values(module, "a")
+    with pytest.raises(InputError, match="'a' is not finite"):
+        list(Stages(module, [stop], context(module, [])).activations(stop))
+
+
+def test_there_must_be_data() -> None:
+    module = module_of(TEXT)
+    ctx = context(module, [])
+    ctx.calibration = lambda module: []
+    with pytest.raises(InputError, match="no feeds"):
+        Stages(module, values(module, "a"), ctx)
+    assert run_plain(module, FEEDS[0])
