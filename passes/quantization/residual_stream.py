@@ -291,7 +291,7 @@ class _Walk:
 
     def _other_reader(self, value: ir.Value, node: ir.Node, norm: ir.Node) -> None:
         found = channel_operands(node, self.edit)
-        if not isinstance(found, str) and found.adds:
+        if not isinstance(found, str) and (found.adds or op_name(node) in NORMS):
             self._post_norm(norm)
             if value not in self.stream.values:
                 self._enter(value, node)
@@ -302,8 +302,9 @@ class _Walk:
         )
 
     def _post_norm(self, norm: ir.Node) -> None:
-        self._object(
-            "a norm's result is added to it (post-norm): the norm's scale lies between what writes "
+        # It says more than what else is in the way.
+        self.stream.objection = Miss(
+            "a norm's result is part of it (post-norm): the norm's scale lies between what writes "
             "the stream, and cannot be folded into what reads it",
             norm,
         )
