@@ -41,10 +41,10 @@ _EXTENTS = ("Shape", "Size")
 """Operators that see extents only, which stay."""
 
 _VIEWS = (
-    "Cast", "Dropout", "Expand", "Flatten", "Gather", "Identity", "Neg", "Reshape", "Slice",
-    "Squeeze", "Transpose", "Unsqueeze",
+    "Cast", "Dropout", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Squeeze",
+    "Transpose", "Unsqueeze",
 )  # fmt: skip
-"""Operators that may lie between a norm and a linear layer."""
+"""Operators that may lie between a norm and a linear layer: they hand on its bias, too."""
 
 
 class Read(NamedTuple):

@@ -127,7 +127,8 @@ class Rotate(Pass):
         )
         ctx.limit.spend("rotate", place)
         if absorb_biases(stream, edit):
-            stream = follow(next(iter(stream.values)), stream.width, edit)
+            # Layers that both read and write it may have been replaced.
+            stream = follow(_alive(stream), stream.width, edit)
             assert stream.objection is None
         done = turn(stream, matrix, edit)
         for name, nbytes in done.copies:
@@ -138,6 +139,12 @@ class Rotate(Pass):
         if self.kind == "orthogonal":
             return "an orthogonal matrix"
         return f"a Hadamard matrix ({' x '.join(str(len(each)) for each in matrix.factors)})"
+
+
+def _alive(stream: Stream) -> ir.Value:
+    """Return a value of the stream that is still in the graph."""
+    makers = ((value, value.producer()) for value in stream.values)
+    return next(value for value, node in makers if node is not None and node.graph is not None)
 
 
 def _told(record: str) -> str:

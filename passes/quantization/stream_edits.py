@@ -84,7 +84,7 @@ def _add_to_result(place: Place, bias: Array, edit: Editor) -> None:
     assert tensor is not None
     with reading(tensor) as array:
         added = _times(bias, np.moveaxis(array, place.axis, 0))
-    dtype = tensor.dtype if not place.steps else edit.dtype(node.outputs[0]) or tensor.dtype
+    dtype = edit.dtype(node.outputs[0]) or tensor.dtype
     edit.at(node)
     if node.op_type == "Gemm" and _into_gemm(node, added, dtype, edit):
         return

@@ -158,6 +158,7 @@ class Operands(NamedTuple):
 _SUMS = ("Add", "Sub", "Sum")
 _REGROUPS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Expand", "Tile")
 _SAME = ("Identity", "Neg", "Dropout", "Cast")
+_QUANTIZED = ("NBits", "Quantize", "quantize", "Integer", "QLinear")
 _SPELLED_NORM = ("Pow", "ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2")
 
 
@@ -196,6 +197,8 @@ def channel_operands(node: ir.Node, edit: Editor) -> Operands | str:
         if axes is None or rank - 1 in axes:
             return _moves(node)
         return Operands((0,), tuple(node.outputs))
+    if name in ("MatMul", "Gemm"):
+        return f"a {name} has no constant matrix on its right"
     return f"{name} does not treat all channels alike"
 
 
@@ -210,6 +213,8 @@ def _same(node: ir.Node, edit: Editor) -> Operands | str:
         return "Dropout may be in training"
     if node.op_type == "Cast" and attribute(node, "to") not in FLOATS:
         return "Cast makes integers of it"
+    if node.op_type == "Cast" and edit.dtype(node.inputs[0]) not in FLOATS:
+        return "Cast makes it of integers"
     return Operands((0,), tuple(node.outputs[:1]))
 
 
@@ -247,6 +252,8 @@ def hint(node: ir.Node) -> str:
     squares = node.op_type == "Mul" and len(inputs) == 2 and inputs[0] is inputs[1]
     if is_default_domain(node) and (node.op_type in _SPELLED_NORM or squares):
         return "; if it is part of a norm, run fuse-norm first"
-    if "NBits" in node.op_type or "Quantize" in node.op_type or "Integer" in node.op_type:
+    makers = [None if value is None else value.producer() for value in inputs]
+    names = [node.op_type, *(maker.op_type for maker in makers if maker is not None)]
+    if any(part in name for name in names for part in _QUANTIZED):
         return "; rotate before quantizing"
     return ""
