@@ -59,8 +59,16 @@ class Rotation:
             turned = parts.reshape(-1, order) @ factor if behind == 1 else factor.T @ parts
         return turned.reshape(rows.shape)
 
-    def apply(self, array: Array, axis: int, factors: Array | None, *, centered: bool) -> Array:
-        """Turn one axis of a constant, after scaling and centering it, in its own type.
+    def apply(
+        self,
+        array: Array,
+        axis: int,
+        factors: Array | None,
+        *,
+        centered: bool,
+        dtype: np.dtype[Any],
+    ) -> Array:
+        """Turn one axis of a constant, after scaling and centering it.
 
         What is held besides the result are some rows in float64.
 
@@ -69,20 +77,28 @@ class Rotation:
             axis: Its axis of `width` channels.
             factors: A number for each channel; None for ones.
             centered: Whether the mean over the channels is subtracted.
+            dtype: The type of the result.
+
+        Raises:
+            OverflowError: A number of the result is not finite.
         """
-        moved = np.moveaxis(array, axis, -1)
-        rows = moved.reshape(-1, self.width)
-        result = np.empty(rows.shape, array.dtype)
+        result = np.empty(array.shape, dtype)
+        before, after = (np.atleast_2d(np.moveaxis(each, axis, -1)) for each in (array, result))
         step = max(1, _CHUNK // self.width)
-        for start in range(0, len(rows), step):
-            part = rows[start : start + step].astype(np.float64)
-            if factors is not None:
-                part *= factors
-            if centered:
-                part -= part.mean(axis=-1, keepdims=True)
-            with np.errstate(over="ignore", invalid="ignore"):
-                result[start : start + step] = self.turn(part).astype(array.dtype)
-        return np.ascontiguousarray(np.moveaxis(result.reshape(moved.shape), -1, axis))
+        for place in np.ndindex(before.shape[:-2]):
+            rows, target = before[place], after[place]
+            for start in range(0, len(rows), step):
+                part = rows[start : start + step].astype(np.float64)
+                if factors is not None:
+                    part *= factors
+                if centered:
+                    part -= part.mean(axis=-1, keepdims=True)
+                with np.errstate(over="ignore", invalid="ignore"):
+                    turned = self.turn(part).astype(dtype)
+                if not np.isfinite(turned).all():
+                    raise OverflowError
+                target[start : start + step] = turned
+        return result
 
 
 def rotation(kind: Kind, width: int, seed: int) -> Rotation | None:

@@ -11,21 +11,22 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import onnx_ir as ir
 
 from lwc.core.walk import constant_tensor, op_name
-from lwc.core.weights import reading
-from lwc.passes.quantization.token_operators import (
-    FLOATS,
-    NORMS,
-    SUM,
+from lwc.passes.quantization.channel_places import (
     Place,
-    channel_operands,
+    channels_of,
     constant_place,
     given_input,
+    row,
+)
+from lwc.passes.quantization.token_operators import (
+    NORMS,
+    SUM,
+    channel_operands,
     hint,
     input_place,
     is_linear,
@@ -33,9 +34,7 @@ from lwc.passes.quantization.token_operators import (
 )
 from lwc.rewrite import Editor, Miss, attribute
 
-__all__ = ["Read", "Stream", "find_streams", "follow", "row"]
-
-Array = np.ndarray[Any, Any]
+__all__ = ["Read", "Stream", "find_streams", "follow"]
 
 _EXTENTS = ("Shape", "Size")
 """Operators that see extents only, which stay."""
@@ -101,7 +100,7 @@ def find_streams(edit: Editor) -> Iterator[tuple[ir.Value, Stream]]:
         value = node.outputs[0] if name == "Gather" else node.inputs[0]
         if value is None or value in seen or constant_tensor(value) is not None:
             continue
-        width = _width(value, edit)
+        width = channels_of(value, edit)
         # A single channel cannot be told from a number for each token.
         if width is None or width < 2:
             continue
@@ -116,24 +115,6 @@ def follow(value: ir.Value, width: int, edit: Editor) -> Stream:
     walk = _Walk(width, edit)
     walk.go(value)
     return walk.stream
-
-
-def row(value: ir.Value | None, width: int) -> Array | None:
-    """Return a constant with a number for each channel and nothing else, in float64."""
-    tensor = constant_tensor(value)
-    if tensor is None or tensor.dtype not in FLOATS or tensor.size != width:
-        return None
-    if tensor.shape.numpy()[-1] != width:
-        return None
-    with reading(tensor) as array:
-        return array.astype(np.float64).reshape(width)
-
-
-def _width(value: ir.Value | None, edit: Editor) -> int | None:
-    shape = edit.shape(value)
-    if not shape or not isinstance(shape[-1], int) or edit.dtype(value) not in FLOATS:
-        return None
-    return shape[-1]
 
 
 class _Walk:
@@ -164,7 +145,7 @@ class _Walk:
         """Take a value, met at `node`, into the stream."""
         if value in self.stream.values:
             return
-        if _width(value, self.edit) != self.stream.width:
+        if channels_of(value, self.edit) != self.stream.width:
             self._object(f"'{value.name}' does not provably have the channels last", node)
             return
         self.stream.values[value] = None
@@ -270,7 +251,7 @@ class _Walk:
         """Follow the result of a norm down to linear layers."""
         if value.is_graph_output():
             self._object(f"the norm's result '{value.name}' is an output of the graph", norm)
-        if _width(value, self.edit) != self.stream.width:
+        if channels_of(value, self.edit) != self.stream.width:
             self._object(f"'{value.name}' does not provably have the channels last", norm)
             return
         for node, index in value.uses():

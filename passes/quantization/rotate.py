@@ -101,8 +101,9 @@ class Rotate(Pass):
     ) -> int:
         """Turn one stream; return how many constants were written, 0 where it stays."""
         from lwc.passes.quantization.hadamard import rotation
+        from lwc.passes.quantization.norm_bias import absorb_biases
         from lwc.passes.quantization.residual_stream import follow
-        from lwc.passes.quantization.stream_edits import absorb_biases, turn
+        from lwc.passes.quantization.stream_edits import turn
 
         place = stream.norms[0] if stream.norms else value.producer()
         if stream.objection is not None:

@@ -12,12 +12,13 @@ import onnx_ir as ir
 from lwc.core.errors import PassError
 from lwc.core.walk import constant_tensor, op_name
 from lwc.core.weights import reading
+from lwc.passes.quantization.channel_places import Place, given_input, row
 from lwc.passes.quantization.hadamard import Rotation
-from lwc.passes.quantization.residual_stream import Stream, row
-from lwc.passes.quantization.token_operators import NORMS, Place, given_input
-from lwc.rewrite import Editor, attribute
+from lwc.passes.quantization.residual_stream import Stream
+from lwc.passes.quantization.token_operators import NORMS
+from lwc.rewrite import Editor
 
-__all__ = ["Turned", "absorb_biases", "turn"]
+__all__ = ["Turned", "turn"]
 
 Array = np.ndarray[Any, Any]
 
@@ -52,91 +53,6 @@ class Turned(NamedTuple):
 
     weights: int
     copies: list[tuple[str, int]]
-
-
-# The bias of a norm goes into what reads it
-
-
-def absorb_biases(stream: Stream, edit: Editor) -> bool:
-    """Move the biases of a stream's norms into the linear layers behind; tell whether any moved."""
-    rows = {norm: _bias(norm, stream.width) for norm in stream.norms}
-    if all(bias is None for bias in rows.values()):
-        return False
-    for read in stream.reads:
-        bias = None if read.norm is None else rows[read.norm]
-        if bias is not None and bias.any():
-            _add_to_result(read.place, bias, edit)
-    for norm, bias in rows.items():
-        place = NORMS[op_name(norm)].bias
-        if bias is not None and place is not None:
-            edit.set_input(norm, place, None)
-    return True
-
-
-def _bias(norm: ir.Node, width: int) -> Array | None:
-    return row(given_input(norm, NORMS[op_name(norm)].bias), width)
-
-
-def _add_to_result(place: Place, bias: Array, edit: Editor) -> None:
-    """Add `bias @ weight` to what a linear layer gives."""
-    node = place.node
-    tensor = constant_tensor(place.source)
-    assert tensor is not None
-    with reading(tensor) as array:
-        added = _times(bias, np.moveaxis(array, place.axis, 0))
-    dtype = edit.dtype(node.outputs[0]) or tensor.dtype
-    edit.at(node)
-    if node.op_type == "Gemm" and _into_gemm(node, added, dtype, edit):
-        return
-    result = node.outputs[0]
-    behind = _sum_behind(result, len(added), edit)
-    if behind is not None:
-        sum_, index = behind
-        old = row(sum_.inputs[index], len(added))
-        assert old is not None
-        edit.set_input(sum_, index, _constant(old + added, dtype, "bias", edit))
-        return
-    attributes = {key: each.value for key, each in node.attributes.items()}
-    again = edit.op(node.op_type, list(node.inputs), attributes)
-    edit.replace(result, edit.op("Add", [again, _constant(added, dtype, "bias", edit)]))
-    edit.erase(node)
-
-
-def _times(bias: Array, weight: Array) -> Array:
-    """Return `bias @ weight` in float64, a few rows at a time."""
-    total = np.zeros(weight.shape[1])
-    step = max(1, (1 << 21) // weight.shape[1])
-    for start in range(0, len(weight), step):
-        total += bias[start : start + step] @ weight[start : start + step].astype(np.float64)
-    return total
-
-
-def _into_gemm(node: ir.Node, added: Array, dtype: ir.DataType, edit: Editor) -> bool:
-    alpha, beta = attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0)
-    given = node.inputs[2] if len(node.inputs) > 2 else None
-    old = np.zeros(len(added)) if given is None else row(given, len(added))
-    if old is None or beta == 0:
-        return False
-    if len(node.inputs) < 3:
-        node.resize_inputs(3)
-    edit.set_input(node, 2, _constant(old + added * (alpha / beta), dtype, "bias", edit))
-    return True
-
-
-def _sum_behind(value: ir.Value, width: int, edit: Editor) -> tuple[ir.Node, int] | None:
-    """Return the sum with a constant row that alone reads a value, and the place of the row."""
-    if not edit.single_use(value):
-        return None
-    (use,) = value.uses()
-    if op_name(use.node) != "Add" or use.node.graph is not edit.module.graph:
-        return None
-    other = use.node.inputs[1 - use.idx]
-    if row(other, width) is None or not edit.same_shape(value, use.node.outputs[0]):
-        return None
-    return use.node, 1 - use.idx
-
-
-# Constants
 
 
 def turn(stream: Stream, rotation: Rotation, edit: Editor) -> Turned:
@@ -204,19 +120,20 @@ def _turned(
 ) -> ir.TensorProtocol:
     """Return a constant with its axes turned; big ones lie in the spill file."""
     with reading(old) as array:
-        dtype = array.dtype
-        made: Array = array if len(group.turns) == 1 else array.astype(np.float64)
-        for turn_ in group.turns:
+        made: Array = array
+        for count, turn_ in enumerate(group.turns, 1):
             factors = None if turn_.scale is None else row(turn_.scale, stream.width)
-            # What norms give is centered, so that what reads it may be, too.
-            made = rotation.apply(made, turn_.axis, factors, centered=stream.is_centered)
-        with np.errstate(over="ignore"):
-            made = made.astype(dtype, copy=False)
-    if not np.isfinite(made).all():
-        raise PassError(
-            f"'{old.name}' would not be finite in its type",
-            remedy="rotate before convert-dtype",
-        )
+            dtype = array.dtype if count == len(group.turns) else np.dtype(np.float64)
+            try:
+                # What norms give is centered, so that what reads it may be, too.
+                made = rotation.apply(
+                    made, turn_.axis, factors, centered=stream.is_centered, dtype=dtype
+                )
+            except OverflowError:
+                raise PassError(
+                    f"'{old.name}' would not be finite in its type",
+                    remedy="rotate before convert-dtype",
+                ) from None
     tensor: ir.TensorProtocol = ir.Tensor(made, name=old.name)
     return edit.module.store.put_tensor(tensor) if made.nbytes >= _SPILLED else tensor
 
@@ -300,7 +217,3 @@ def _without_mean(norm: ir.Node, scale: ir.Value | None, edit: Editor) -> None:
         else:
             value.name = ""
     edit.erase(norm)
-
-
-def _constant(content: Array, dtype: ir.DataType, name: str, edit: Editor) -> ir.Value:
-    return edit.constant(content.astype(dtype.numpy()), name)

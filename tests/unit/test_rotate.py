@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -150,7 +151,7 @@ def test_an_axis_is_scaled_centered_and_turned(axis: int) -> None:
     factors = np.arange(24.0)
     along = np.moveaxis(array, axis, -1) * factors
     along = (along - along.mean(-1, keepdims=True)) @ found.turn(np.eye(24))
-    turned = found.apply(array, axis, factors, centered=True)
+    turned = found.apply(array, axis, factors, centered=True, dtype=array.dtype)
     np.testing.assert_allclose(turned, np.moveaxis(along, -1, axis), atol=1e-12)
 
 
@@ -581,3 +582,102 @@ def test_without_a_stream() -> None:
 def test_options() -> None:
     with pytest.raises(UsageError, match="seed=-1"):
         Rotate(seed=-1)
+
+
+# Drawn streams
+
+
+class _Drawn:
+    """Draws a stream: writers, readers, norms and operators on tokens in any order and spelling."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.layered = self.random.random() < 0.5
+        self.steps: list[str] = []
+        self.count = 0
+
+    def text(self) -> str:
+        x = self.say("Gather (E, i)")
+        if self.random.random() < 0.5:
+            x = self.say(self.random.choice([f"Add ({x}, P)", f"Add (P, {x})"]))
+        for _ in range(self.random.randint(1, 3)):
+            x = self.block(self.moved(x))
+        n = self.viewed(self.normed(self.moved(x)))
+        head = self.random.choice(["wh", "tied", "gemm"])
+        if head == "gemm":
+            rows = self.say(f"Flatten <axis = 2> ({n})")
+            rows = self.say(f"Gemm <transB = 1> ({rows}, {self.random.choice(['wht', 'E'])}, bh)")
+            shape = self.say("Constant <value_ints = [2, 5, 11]> ()")
+            self.steps.append(f"y = Reshape ({rows}, {shape})")
+        else:
+            head = self.say("Transpose <perm = [1, 0]> (E)") if head == "tied" else head
+            self.steps.append(f"y = MatMul ({n}, {head})")
+        return " ".join(self.steps)
+
+    def say(self, expression: str) -> str:
+        self.count += 1
+        self.steps.append(f"t{self.count} = {expression}")
+        return f"t{self.count}"
+
+    def block(self, x: str) -> str:
+        if self.random.random() < 0.2:
+            d = self.say(f"MatMul ({self.normed(x)}, wm)")
+        else:
+            n = self.viewed(self.normed(x))
+            h = self.say(f"MatMul ({n}, {self.random.choice(['wu', 'wv'])})")
+            if self.random.random() < 0.5:
+                h = self.say(f"Add ({h}, bu)")
+            if self.random.random() < 0.5:
+                h = self.say(f"Mul ({h}, {self.say(f'MatMul ({n}, wv)')})")
+            d = self.say(f"MatMul ({self.say(f'Tanh ({h})')}, {self.random.choice(['wd', 'wo'])})")
+        if self.random.random() < 0.5:
+            d = self.say(f"Add ({d}, {self.random.choice(['bd', 'bo'])})")
+        form = self.random.choice(["Add ({0}, {1})", "Add ({1}, {0})", "Sub ({0}, {1})", "skip"])
+        if form != "skip":
+            return self.say(form.format(x, self.moved(d)))
+        self.count += 1
+        n, total = f"n{self.count}", f"t{self.count}"
+        rest = "SkipLayerNormalization ({}, {}, g3, b3)" if self.layered else (
+            "SkipSimplifiedLayerNormalization ({}, {}, g3, bd)")  # fmt: skip
+        self.steps.append(f"{n}, , , {total} = com.microsoft.{rest.format(x, d)}")
+        return self.say(f"Add ({total}, {self.say(f'MatMul ({n}, wm)')})")
+
+    def normed(self, x: str) -> str:
+        scale, bias = self.random.choice(["g1", "g2"]), self.random.choice(["b1", "b2"])
+        if not self.layered:
+            return self.say(f"SimplifiedLayerNormalization <axis = -1> ({x}, {scale})")
+        if self.random.random() < 0.3:
+            return self.say(f"LayerNormalization <axis = 2> ({x}, {scale})")
+        return self.say(f"LayerNormalization <epsilon = 0.01> ({x}, {scale}, {bias})")
+
+    def moved(self, x: str) -> str:
+        """Send the stream through operators that give it back in its shape, times a number."""
+        kind = self.random.choice(["", "", "", "Identity", "Scale", "Turn", "Regroup", "Halves"])
+        if kind == "Identity":
+            return self.say(f"Identity ({x})")
+        if kind == "Scale":
+            return self.say(f"Mul ({self.say('Constant <value_float = 1.5> ()')}, {x})")
+        if kind == "Turn":
+            turned = self.say(f"Transpose <perm = [1, 0, 2]> ({x})")
+            return self.say(f"Transpose <perm = [1, 0, 2]> ({turned})")
+        if kind == "Regroup":
+            rows = self.say(f"Reshape ({x}, {self.say('Constant <value_ints = [-1, 8]> ()')})")
+            return self.say(f"Reshape ({rows}, {self.say('Constant <value_ints = [2, 5, 8]> ()')})")
+        if kind == "Halves":
+            self.count += 1
+            first, second = f"a{self.count}", f"b{self.count}_"
+            sizes = self.say("Constant <value_ints = [1, 1]> ()")
+            self.steps.append(f"{first}, {second} = Split <axis = 0> ({x}, {sizes})")
+            return self.say(f"Concat <axis = 0> ({second}, {first})")
+        return x
+
+    def viewed(self, n: str) -> str:
+        """Look at what a norm gives in other ways, which keep its channels."""
+        return self.say(f"Identity ({n})") if self.random.random() < 0.3 else n
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_drawn_streams(seed: int) -> None:
+    """Depth and products of activations magnify rounding; a wrong weight errs by the whole."""
+    module = model(_Drawn(seed).text())
+    rotated(module, Rotate("hadamard" if seed % 2 else "orthogonal", seed), tolerance=2e-3)
