@@ -66,12 +66,9 @@ def turn(stream: Stream, rotation: Rotation, edit: Editor) -> Turned:
     for source, groups in _by_source(stream, scales).items():
         old = constant_tensor(source)
         assert old is not None
-        made = []
-        for group in groups:
-            made.append(_turned(old, group, rotation, stream, edit))
+        made = [_turned(old, group, rotation, stream, edit) for group in groups]
         for group, tensor in zip(groups, made, strict=True):
-            copied = _put(source, group, tensor, edit)
-            if copied:
+            if _put(source, group, tensor, edit):
                 copies.append((source.name or "constant", tensor.nbytes))
         written += len(groups)
     ones: dict[ir.DataType, ir.Value] = {}
@@ -92,11 +89,9 @@ def _by_source(
 ) -> dict[ir.Value, list[_Group]]:
     """Group the places of every constant by what becomes of it, the first in the graph last."""
     places: dict[tuple[ir.Node, int], tuple[Place, set[_Turn]]] = {}
+    everything: list[tuple[Place, ir.Value | None]]
     everything = [(place, None) for place in stream.constants]
-    everything += [
-        (place, None if norm is None else scales[norm])  # type: ignore[misc]
-        for place, norm in stream.reads
-    ]
+    everything += [(place, None if norm is None else scales[norm]) for place, norm in stream.reads]
     for place, scale in everything:
         _, turns = places.setdefault((place.node, place.operand), (place, set()))
         turns.add(_Turn(place.axis, scale))
@@ -202,11 +197,9 @@ def _without_mean(norm: ir.Node, scale: ir.Value | None, edit: Editor) -> None:
     if norm.domain:
         op, inputs = "SkipSimplifiedLayerNormalization", [*summands[:2], scale, *summands[2:]]
     else:
-        new = edit.opset(norm) >= _RMS_OPSET
-        op, inputs = (
-            ("RMSNormalization" if new else "SimplifiedLayerNormalization"),
-            [*summands, scale],
-        )
+        is_new = edit.opset(norm) >= _RMS_OPSET
+        op = "RMSNormalization" if is_new else "SimplifiedLayerNormalization"
+        inputs = [*summands, scale]
     attributes = {key: each.value for key, each in norm.attributes.items()}
     count = max(index for index, value in enumerate(norm.outputs) if index == 0 or value.uses()) + 1
     made = edit.node(op, inputs, attributes, domain=norm.domain, outputs=count)
