@@ -45,6 +45,9 @@ _VIEWS = (
 )  # fmt: skip
 """Operators that may lie between a norm and a linear layer: they hand on its bias, too."""
 
+_SCALINGS = ("Div", "Mul", "Neg")
+"""Operators that may lie there if the norm has no bias."""
+
 
 class Read(NamedTuple):
     """A linear layer that reads the stream.
@@ -249,6 +252,7 @@ class _Walk:
 
     def _normed(self, value: ir.Value, norm: ir.Node) -> None:
         """Follow the result of a norm down to linear layers."""
+        has_bias = given_input(norm, NORMS[op_name(norm)].bias) is not None
         if value.is_graph_output():
             self._object(f"the norm's result '{value.name}' is an output of the graph", norm)
         if channels_of(value, self.edit) != self.stream.width:
@@ -261,9 +265,9 @@ class _Walk:
                 self._object("a subgraph reads the result of its norm", node)
             elif is_linear(node) and index == 0:
                 self._read(node, norm)
-            elif op_name(node) in _VIEWS and index == 0:
+            elif op_name(node) in (_VIEWS if has_bias else (*_VIEWS, *_SCALINGS)):
                 found = channel_operands(node, self.edit)
-                if isinstance(found, str):
+                if isinstance(found, str) or index not in found.inputs:
                     self._object(f"after its norm, {found}", node)
                 else:
                     self._normed(node.outputs[0], norm)

@@ -250,6 +250,9 @@ SPELLED = {
         x = Gather (E, i) n1 = SimplifiedLayerNormalization (x, g1)
         d = MatMul (n1, wm) x2 = Add (d, x) d2 = MatMul (x2, wm) x3 = Sub (x2, d2)
         n2 = SimplifiedLayerNormalization (x3, g2) y = MatMul (n2, wh)""",
+    "a scaled norm": LLAMA + """
+        k = Constant <value_floats = [4.0]> () n3 = Div (n2, k) n4 = Neg (n3)
+        y = MatMul (n4, wh)""",
     "the last token": LLAMA + """
         last = Constant <value_ints = [-1]> () n3 = Gather <axis = 1> (n2, last)
         z = MatMul (n3, wh) one = Constant <value_ints = [1, 5, 1]> () y = Tile (z, one)""",
@@ -535,6 +538,18 @@ REFUSED = {
     "an activation behind a norm": (
         PLAIN.replace("u = MatMul (n1", "t = Tanh (n1) u = MatMul (t"), LOGITS,
         "Tanh reads the result of its norm, which is no linear layer",
+    ),
+    "a number for each channel behind a norm": (
+        PLAIN.replace("u = MatMul (n1", K + "t = Mul (n1, k) u = MatMul (t"),
+        LOGITS,
+        "after its norm, Mul scales each channel by a number of its own",
+    ),
+    "a bias that is scaled": (
+        PLAIN.replace("SimplifiedLayerN", "LayerN")
+        .replace("(x, g1)", "(x, g1, b1)")
+        .replace("u = MatMul (n1", "t = Neg (n1) u = MatMul (t"),
+        LOGITS,
+        "Neg reads the result of its norm, which is no linear layer",
     ),
     "channels cut behind a norm": (
         PLAIN.replace("u = MatMul (n1", "t = Transpose <perm = [0, 2, 1]> (n1) "
