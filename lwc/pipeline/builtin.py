@@ -288,6 +288,22 @@ BUILTIN: tuple[PassInfo, ...] = (
         ),
     ),
     PassInfo(
+        name="rotate",
+        target="lwc.passes.quantization.rotate:Rotate",
+        summary="Turn the residual stream by an orthogonal matrix, which spreads outliers over all channels.",
+        contract="exact",
+        options=(
+            OptionInfo(
+                name="kind",
+                type="hadamard|orthogonal",
+                default="hadamard",
+                help="Which matrix: `hadamard` has entries of one magnitude and random signs, `orthogonal` is drawn from all orthogonal ones alike, for widths that have no known Hadamard matrix.",
+                positional=True,
+            ),
+            OptionInfo(name="seed", type="int", default="0", help="Of the random numbers."),
+        ),
+    ),
+    PassInfo(
         name="smooth",
         target="lwc.passes.quantization.smooth:Smooth",
         summary="Move the spread of activations' channels into the weights behind them.",
