@@ -146,7 +146,7 @@ def _lines(path: Path, module: Module) -> Iterator[dict[str, Array]]:
                 continue
             try:
                 yield _feed(json.loads(line), module)
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, OverflowError, RecursionError) as error:
                 raise InputError(
                     f"line {number} is no feed: {error}",
                     file=path,
@@ -168,6 +168,8 @@ def _feed(content: Any, module: Module) -> dict[str, Array]:
         raise ValueError(f"'{unknown[0]}' is no input of the model")
     made = {}
     for name, numbers in content.items():
-        dtype = types[name]
-        made[name] = np.asarray(numbers, None if dtype is None else dtype.numpy())
+        array, dtype = np.asarray(numbers), types[name]
+        if dtype is not None and not np.can_cast(array.dtype, dtype.numpy(), "same_kind"):
+            raise ValueError(f"'{name}' takes {dtype.name.lower()}, not {array.dtype}")
+        made[name] = array if dtype is None else array.astype(dtype.numpy())
     return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -484,5 +485,5 @@ def load_feeds(path: str | Path) -> Iterator[dict[str, Array]]:
                 raise InputError("not an .npz archive", file=file, remedy="use numpy.savez")
             with arrays:
                 yield {name: arrays[name] for name in arrays.files}
-        except (OSError, ValueError, EOFError, zlib.error) as error:
+        except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
             raise InputError(f"no feed can be read: {error}", file=file) from error

@@ -127,7 +127,7 @@ class Histogram(Statistic):
         total = int(self.counts.sum())
         if not total:
             return 0.0
-        last = int(np.searchsorted(np.cumsum(self.counts), share * total))
+        last = int(np.searchsorted(np.cumsum(self.counts), share * total * (1 - 1e-12)))
         return (last + 1) * self.limit / len(self.counts)
 
     def least_squares(self, levels: int) -> float:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import onnx_ir as ir
 
 from lwc.core.walk import constant_tensor, op_name
+from lwc.passes.quantization.weight_uses import turns
 from lwc.rewrite import Editor, Miss, attribute, producer_of, use_count
 
 __all__ = ["Divisible", "Place", "Sharing", "consumers", "divisible"]
@@ -161,6 +162,9 @@ def _elementwise(node: ir.Node, edit: Editor) -> Divisible | Miss:
             return Miss(f"the constant of its {node.op_type} has no number for each channel", node)
         if node.op_type == "Mul":
             return Divisible((place,), "norm")
+        before, after = edit.shape(other), edit.shape(node.outputs[0])
+        if not before or not after or not edit.same_dim(before[-1], after[-1]):
+            return Miss("what is added has more channels", node)
         behind = _behind(other, edit)
         return behind if isinstance(behind, Miss) else _with(behind, place)
     if node.op_type == "Add":
@@ -227,7 +231,7 @@ def _weight(node: ir.Node, edit: Editor) -> Place | Miss | None:
     while value is not None and (above := producer_of(value, "Transpose")) is not None:
         if not edit.single_use(value):
             return Miss("its weight is shared", node)
-        value, turned = above.inputs[0], not turned
+        value, turned = above.inputs[0], turned != turns(above)
     tensor = constant_tensor(value)
     if value is None or tensor is None or len(tensor.shape) != 2 or tensor.dtype not in _FLOATS:
         return None

@@ -98,7 +98,8 @@ def put(module: Module, place: Place, array: Array) -> None:
     tensor: ir.TensorProtocol = ir.Tensor(array, name=name)
     if array.nbytes >= _SPILLED:
         tensor = module.store.put_tensor(tensor)
-    if place.value.is_initializer() and use_count(place.value) == 1:
+    alone = use_count(place.value) == 1 and not place.value.is_graph_output()
+    if place.value.is_initializer() and alone:
         module.replace_initializer(place.value, tensor)
         return
     fresh = module.add_initializer(name, tensor)

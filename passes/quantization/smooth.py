@@ -111,9 +111,19 @@ class Smooth(Pass):
             shared(each.astype(np.float64), pair.source.sharing) for each in (activations, weights)
         ]
         x, w = (np.maximum(each, _LEAST) for each in tops)
-        factors = np.maximum(x**self.alpha / w ** (1 - self.alpha), _LEAST)
-        factors[(tops[0] == 0) | (tops[1] == 0)] = 1.0  # a dead channel has no spread to move
+        factors: Array = np.maximum(x**self.alpha / w ** (1 - self.alpha), _LEAST)
+        # A dead channel has no spread to move.
+        factors[(tops[0] < _LEAST) | (tops[1] < _LEAST)] = 1.0
+        if pair.source.kind == "linear" and _is_half(pair):
+            # What lies between the constants and the activation must not grow beyond its type.
+            factors = np.maximum(factors, 1.0)
         return spread(factors, pair.source.sharing)
+
+
+def _is_half(pair: Pair) -> bool:
+    import onnx_ir as ir
+
+    return any(place.value.dtype == ir.DataType.FLOAT16 for place in pair.source.places)
 
 
 def _row_magnitudes(place: Place) -> Array:

@@ -120,6 +120,9 @@ def test_token_ids_by_lines(tmp_path: Path) -> None:
         ("[]", "it is no list of integers"),
         ('{"x": [1]}', "'x' is no input of the model"),
         ("7", "neither a list nor an object"),
+        ('{"ids": [[1.7]]}', "'ids' takes int64, not float64"),
+        ('{"ids": [["1"]]}', "'ids' takes int64"),
+        ("[" * 100_000, "line 2 is no feed"),
         ('{"ids": [[1], [2, 3]]}', "line 2 is no feed"),
     ],
 )
@@ -231,3 +234,17 @@ def test_what_cannot_be_collected() -> None:
         collect(module, {value: (AbsMax(),)}, ctx)
     with pytest.raises(LwcError, match="is no input"):
         collect(module, {value: (AbsMax(),)}, context(module, [{"z": np.zeros(1)}]))
+
+
+def test_a_broken_archive(tmp_path: Path) -> None:
+    path = tmp_path / "feed.npz"
+    path.write_bytes(b"PK\x03\x04garbage")
+    with pytest.raises(InputError, match="no feed can be read"):
+        list(CalibrationFile(path).feeds(module_of(IDS)))
+
+
+def test_a_percentile_at_the_edge_of_a_gap() -> None:
+    """7 of 100 magnitudes are at 1, the others at 100; 0.07 · 100 is above 7 in floating point."""
+    made = Histogram(256)
+    made.update(np.array([1.0] * 7 + [100.0] * 93))
+    assert made.percentile(0.07) < 2

@@ -240,3 +240,45 @@ def test_what_is_refused() -> None:
     ctx = PassContext(AnalysisManager(module), source="smooth", make_runner=make_runner)
     with pytest.raises(PassError, match="--calibrate FILE"):
         Smooth().run(module, ctx)
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_a_transpose_may_leave_the_axes(order: list[int]) -> None:
+    module = weighted(
+        f"""g (float[1, s, 8] x) => (float[1, s, 8] y) <>
+        {{ n = Mul (x, scale) t = Transpose <perm = {order}> (w) y = MatMul (n, t) }}""",
+        scale=(8,), w=(8, 8),
+    )  # fmt: skip
+    assert smoothed(module) == 1
+
+
+def test_a_constant_that_is_an_output_keeps_its_content() -> None:
+    """`smoothed` compares all outputs."""
+    module = weighted(
+        """g (float[1, s, 8] x) => (float[1, s, 8] y, float[8] scale) <>
+        { n = Mul (x, scale) y = MatMul (n, w) }""",
+        scale=(8,), w=(8, 8),
+    )  # fmt: skip
+    assert smoothed(module) == 1
+
+
+def test_a_bias_of_more_channels_than_the_norm() -> None:
+    module = weighted(
+        """g (float[1, s, 1] x) => (float[1, s, 6] y) <>
+        { u = LayerNormalization <axis = -1> (x, c, d) n = Add (u, b) y = MatMul (n, w) }""",
+        c=(1,), d=(1,), b=(7,), w=(7, 6),
+    )  # fmt: skip
+    data = [{"x": np.ones((1, 5, 1), np.float32)}]
+    assert smoothed(module, data=data) == 0
+    assert "has more channels" in missed(module)
+
+
+def test_channels_that_are_next_to_nothing_stay() -> None:
+    scale = np.ones(8, np.float32)
+    scale[0] = 1e-9
+    module = weighted(
+        """g (float[1, s, 8] x) => (float[1, s, 6] y) <>
+        { n = Mul (x, scale) y = MatMul (n, w) }""",
+        scale=scale, w=(8, 6),
+    )  # fmt: skip
+    assert smoothed(module) == 1
