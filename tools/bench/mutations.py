@@ -575,12 +575,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "nibbles in the wrong order", "swapped operands", QUANTIZATION + "packing",
-        "        high = codes[1::2]\n"
-        "        np.left_shift(high, np.uint8(4), out=high)\n"
-        "        codes = np.bitwise_or(codes[0::2], high)\n",
-        "        high = codes[0::2]\n"
-        "        np.left_shift(high, np.uint8(4), out=high)\n"
-        "        codes = np.bitwise_or(codes[1::2], high)\n",
+        "    codes = _joined(codes, bits)\n",
+        "    codes = _joined(codes if bits == 8 else codes[np.arange(len(codes)) ^ 1], bits)\n",
         "quantize-weights",
     ),
     Mutation(
