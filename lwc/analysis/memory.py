@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias, cast
@@ -39,7 +39,7 @@ from lwc.analysis.predict import Numbers
 from lwc.analysis.shapes import Shapes
 from lwc.core.dims import Dim, simplify_dim
 from lwc.core.module import Module
-from lwc.core.walk import constant_tensor, op_name
+from lwc.core.walk import constant_tensor, op_name, values_read
 
 __all__ = ["Memory", "Peak"]
 
@@ -174,23 +174,6 @@ class Memory(Analysis):
         return simplify_dim(sympy.Max(*forms))
 
 
-def _read_values(node: ir.Node) -> Iterable[ir.Value]:
-    """Yield the values a node reads, those that its subgraphs read from outside included."""
-    yield from (value for value in node.inputs if value is not None)
-    for attribute in node.attributes.values():
-        if attribute.is_ref():
-            continue
-        graphs: Sequence[ir.Graph] = ()
-        if attribute.type == ir.AttributeType.GRAPH:
-            graphs = (attribute.as_graph(),)
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            graphs = attribute.as_graphs()
-        for graph in graphs:
-            for inner in graph:
-                yield from _read_values(inner)
-            yield from graph.outputs
-
-
 class _Planner:
     def __init__(self, shapes: Shapes, cost: Cost) -> None:
         self.shapes = shapes
@@ -229,7 +212,7 @@ class _Planner:
                 left[id(buffer)] += uses.get(value, 0)
                 if value in kept:
                     buffer.last = len(order)
-            for value in _read_values(node):
+            for value in values_read(node):
                 buffer = owner.get(value)
                 if buffer is not None:
                     left[id(buffer)] -= 1
@@ -247,7 +230,7 @@ class _Planner:
     def _uses(self, order: list[ir.Node]) -> dict[ir.Value, int]:
         uses: dict[ir.Value, int] = defaultdict(int)
         for node in order:
-            for value in _read_values(node):
+            for value in values_read(node):
                 uses[value] += 1
         return uses
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lwc.core.module import Module
     from lwc.pipeline.passes import PassContext
 
-__all__ = ["collect"]
+__all__ = ["check_any", "check_finite", "collect"]
 
 
 def collect(
@@ -52,17 +52,35 @@ def collect(
             for feed in ctx.progress.track(feeds, "calibrating"):
                 count += 1
                 for name, array in runner.run(feed, group).items():
-                    if not np.isfinite(array).all():
-                        raise InputError(
-                            f"value '{name}' is not finite on feed {count} of the calibration data",
-                            file=module.source.path,
-                            remedy="look at the model's outputs on that feed",
-                        )
+                    check_finite(array, name, count, module)
                     for statistic in names[name]:
                         statistic.update(array)
-        if count == 0:
-            raise InputError("the calibration data has no feeds", file=module.source.path)
+        check_any(count, module)
     return count
+
+
+def check_finite(array: np.ndarray[Any, Any], name: str, feed: int, module: Module) -> None:
+    """Check what a feed, counted from 1, gave for a value.
+
+    Raises:
+        InputError: Some of it is infinite or no number.
+    """
+    if not np.isfinite(array).all():
+        raise InputError(
+            f"value '{name}' is not finite on feed {feed} of the calibration data",
+            file=module.source.path,
+            remedy="look at the model's outputs on that feed",
+        )
+
+
+def check_any(feeds: int, module: Module) -> None:
+    """Check that there are feeds.
+
+    Raises:
+        InputError: There are none.
+    """
+    if not feeds:
+        raise InputError("the calibration data has no feeds", file=module.source.path)
 
 
 def _groups(module: Module, names: list[str], ctx: PassContext) -> list[list[str]]:

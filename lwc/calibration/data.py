@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
+import onnx_ir as ir
 
 from lwc.calibration.feeds import load_feeds
 from lwc.calibration.text import (
@@ -168,8 +169,18 @@ def _feed(content: Any, module: Module) -> dict[str, Array]:
         raise ValueError(f"'{unknown[0]}' is no input of the model")
     made = {}
     for name, numbers in content.items():
-        array, dtype = np.asarray(numbers), types[name]
-        if dtype is not None and not np.can_cast(array.dtype, dtype.numpy(), "same_kind"):
-            raise ValueError(f"'{name}' takes {dtype.name.lower()}, not {array.dtype}")
-        made[name] = array if dtype is None else array.astype(dtype.numpy())
+        given, dtype = np.asarray(numbers), types[name]
+        if dtype is not None and not _fits(given.dtype.kind, dtype):
+            raise ValueError(f"'{name}' takes {dtype.name.lower()}, not {given.dtype}")
+        # From the numbers, not from `given`: numpy refuses integers that do not fit.
+        made[name] = given if dtype is None else np.asarray(numbers, dtype.numpy())
     return made
+
+
+def _fits(kind: str, dtype: ir.DataType) -> bool:
+    """Tell whether numbers of one of numpy's kinds may be given for an element type."""
+    if kind == "f":
+        return dtype.is_floating_point()
+    if kind == "b":
+        return dtype == ir.DataType.BOOL
+    return (kind == "U") == (dtype == ir.DataType.STRING)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 
+from lwc.calibration.collect import check_any, check_finite
 from lwc.core.errors import InputError
 from lwc.core.module import Module
-from lwc.core.walk import attribute_graphs, graph_and_subgraphs
+from lwc.core.walk import values_read
 
 if TYPE_CHECKING:
-    from lwc.pipeline.passes import PassContext
+    from lwc.pipeline.passes import Feed, PassContext
 
 __all__ = ["Stages"]
 
@@ -36,24 +37,32 @@ class Stages:
 
     Raises:
         PassError: There is no calibration data.
-        InputError: The data has no feeds.
+        InputError: The data has no feeds, or one that does not have the model's inputs.
     """
 
     def __init__(self, module: Module, stops: Sequence[ir.Value], ctx: PassContext) -> None:
         self._module = module
         self._ctx = ctx
         self._pending = set(stops)
-        self._varying = _varying(module)
-        self._kept: list[dict[ir.Value, Array]] = []
-        self._waiting = self._behind(stops)
         self._put = _filed if ctx.max_memory is not None else lambda array: array
-        inputs = {value.name: value for value in module.graph.inputs}
-        self._kept = [
-            {inputs[name]: array for name, array in feed.items()}
-            for feed in ctx.calibration_feeds(module)
+        self._kept = [self._given(feed) for feed in ctx.calibration_feeds(module)]
+        check_any(len(self._kept), module)
+        self._varying = _varying(module, self._kept[0])
+        self._waiting = self._behind(stops)
+
+    def _given(self, feed: Feed) -> dict[ir.Value, Array]:
+        inputs = {value.name: value for value in self._module.graph.inputs}
+        lacking = [
+            name for name, value in inputs.items() if name not in feed and value.const_value is None
         ]
-        if not self._kept:
-            raise InputError("the calibration data has no feeds", file=module.source.path)
+        for name in (*lacking, *(name for name in feed if name not in inputs)):
+            what = f"lacks input '{name}'" if name in inputs else f"has '{name}', which is no input"
+            raise InputError(
+                f"a feed of the calibration data {what}",
+                file=self._module.source.path,
+                remedy=f"the inputs are {', '.join(filter(None, inputs))}",
+            )
+        return {inputs[name]: self._put(array) for name, array in feed.items()}
 
     @property
     def feeds(self) -> int:
@@ -69,29 +78,33 @@ class Stages:
             InputError: One is not finite.
             LwcError: The backend cannot run the nodes before it.
         """
+        name = stop.name or ""
         ahead = self._behind([stop])
-        self._waiting = [node for node in self._waiting if node not in set(ahead)]
+        running = set(ahead)
+        self._waiting = [node for node in self._waiting if node not in running]
         self._pending.discard(stop)
-        later = {value for node in self._waiting for value in _reads(node)} | self._pending
+        later = {value for node in self._waiting for value in values_read(node)} | self._pending
         made = [v for node in ahead for v in node.outputs if v in later or v is stop]
         if not ahead:
-            for kept in self._kept:
-                yield self._checked(kept[stop], stop)
+            for count, kept in enumerate(self._kept, 1):
+                check_finite(kept[stop], name, count, self._module)
+                yield kept[stop]
             return
         given = sorted(
-            {value for node in ahead for value in _reads(node)} & set(self._kept[0]),
+            {value for node in ahead for value in values_read(node)} & set(self._kept[0]),
             key=lambda value: value.name or "",
         )
         stage = _between(self._module, {v: self._kept[0][v] for v in given}, made)
         names = [value.name or "" for value in made]
         with self._ctx.runner(stage) as runner:
-            for kept in self._kept:
+            for count, kept in enumerate(self._kept, 1):
                 results = runner.run({v.name or "": kept[v] for v in given}, names)
                 for value in [value for value in kept if value not in later]:
                     del kept[value]
                 for value in later.intersection(made):
                     kept[value] = self._put(results[value.name or ""])
-                yield self._checked(results[stop.name or ""], stop)
+                check_finite(results[name], name, count, self._module)
+                yield results[name]
 
     def divide(self, value: ir.Value, factors: Array) -> None:
         """Divide the channels of a value that is kept, as a change before it would have done."""
@@ -103,41 +116,23 @@ class Stages:
         """Return the nodes that still have to run for some values, in the order of the graph."""
         found: set[ir.Node] = set()
         unknown = list(values)
-        kept = set(self._kept[0]) if self._kept else set()
+        kept = self._kept[0]
         while unknown:
             value = unknown.pop()
             node = value.producer()
             if node is None or node in found or value in kept or value not in self._varying:
                 continue
             found.add(node)
-            unknown.extend(_reads(node))
+            unknown.extend(values_read(node))
         return [node for node in self._module.graph if node in found]
 
-    def _checked(self, array: Array, stop: ir.Value) -> Array:
-        if not np.isfinite(array).all():
-            raise InputError(
-                f"value '{stop.name}' is not finite on the calibration data",
-                file=self._module.source.path,
-                remedy="look at the model's outputs on it",
-            )
-        return array
 
-
-def _reads(node: ir.Node) -> Iterator[ir.Value]:
-    """Yield what a node reads, by its bodies too."""
-    yield from (value for value in node.inputs if value is not None)
-    for body in attribute_graphs(node):
-        for graph in graph_and_subgraphs(body):
-            for inner in graph:
-                yield from (value for value in inner.inputs if value is not None)
-            yield from graph.outputs
-
-
-def _varying(module: Module) -> set[ir.Value]:
-    """Return the values of the main graph that depend on what is fed."""
-    found = {value for value in module.graph.inputs if value.const_value is None}
+def _varying(module: Module, fed: Container[ir.Value]) -> set[ir.Value]:
+    """Return the values of the main graph that depend on what is fed, or must be."""
+    inputs = module.graph.inputs
+    found = {value for value in inputs if value in fed or value.const_value is None}
     for node in module.graph:
-        if any(value in found for value in _reads(node)):
+        if any(value in found for value in values_read(node)):
             found.update(node.outputs)
     return found
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Fingerprint", "Module", "Source"]
 
+_SPILLED = 1 << 16
+"""Bytes from which a new weight goes to the spill file."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -177,6 +180,10 @@ class Module:
         value.const_value = tensor
         value.type = ir.TensorType(tensor.dtype)
         value.shape = ir.Shape(tensor.shape.numpy())
+
+    def spilled(self, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+        """Return a new weight as it is to be held: in the spill file, unless it is small."""
+        return tensor if tensor.nbytes < _SPILLED else self.store.put_tensor(tensor)
 
     @property
     def store(self) -> WeightStore:

@@ -15,6 +15,7 @@ __all__ = [
     "is_default_domain",
     "is_random",
     "op_name",
+    "values_read",
 ]
 
 
@@ -52,6 +53,15 @@ def attribute_graphs(node: ir.Node) -> Iterator[ir.Graph]:
             yield attribute.as_graph()
         elif attribute.type == ir.AttributeType.GRAPHS:
             yield from attribute.as_graphs()
+
+
+def values_read(node: ir.Node) -> Iterator[ir.Value]:
+    """Yield the values a node reads, those that its subgraphs read included."""
+    yield from (value for value in node.inputs if value is not None)
+    for graph in attribute_graphs(node):
+        for inner in graph:
+            yield from values_read(inner)
+        yield from graph.outputs
 
 
 def graph_and_subgraphs(graph: ir.Graph) -> Iterator[ir.Graph]:

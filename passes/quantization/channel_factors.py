@@ -12,21 +12,11 @@ from typing import NamedTuple
 import onnx_ir as ir
 
 from lwc.core.walk import constant_tensor, op_name
-from lwc.passes.quantization.weight_uses import turns
-from lwc.rewrite import Editor, Miss, attribute, producer_of, use_count
+from lwc.passes.quantization.channel_places import Place, constant_place, given_input
+from lwc.passes.quantization.token_operators import NORMS, input_place, output_place
+from lwc.rewrite import Editor, Miss, attribute
 
-__all__ = ["Divisible", "Place", "Sharing", "consumers", "divisible"]
-
-_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16)
-
-_NORMS: dict[str, tuple[int, ...]] = {
-    "LayerNormalization": (1, 2),
-    "RMSNormalization": (1,),
-    "SimplifiedLayerNormalization": (1,),
-    "com.microsoft::SkipLayerNormalization": (2, 3),
-    "com.microsoft::SkipSimplifiedLayerNormalization": (2,),
-}
-"""Inputs of a norm that a factor on its output goes into: scale, and bias where there is one."""
+__all__ = ["Divisible", "Sharing", "consumers", "divisible"]
 
 _REGROUPS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity")
 
@@ -37,22 +27,6 @@ _VALUES = {
 }
 """Fused attention: inputs that must be absent (a bias, keys and values of before), and the
 attributes that count the heads of its output and of its values."""
-
-
-class Place(NamedTuple):
-    """A constant that takes the factor.
-
-    Attributes:
-        node: What reads it.
-        operand: Which of its inputs.
-        value: The initializer, which `node` may read through a Transpose.
-        axis: The axis of channels, from the end: -1 or -2.
-    """
-
-    node: ir.Node
-    operand: int
-    value: ir.Value
-    axis: int
 
 
 class Sharing(NamedTuple):
@@ -87,14 +61,14 @@ def consumers(value: ir.Value, edit: Editor) -> tuple[Place, ...] | Miss:
     if value.is_graph_output():
         return Miss("it is an output of the graph")
     for node, index in value.uses():
-        found = _weight(node, edit) if index == 0 else None
+        if attribute(node, "transA", 0):
+            return Miss("its Gemm transposes the left operand", node)
+        found = _own(input_place(node), edit) if index == 0 else None
         if found is None:
             return Miss(f"{node.op_type} reads it, which is no linear layer", node)
         if isinstance(found, Miss):
             return found
-        if attribute(node, "transA", 0):
-            return Miss("its Gemm transposes the left operand", node)
-        places.append(found._replace(axis=-3 - found.axis))
+        places.append(found)
     return tuple(places) or Miss("nothing reads it")
 
 
@@ -108,7 +82,7 @@ def divisible(value: ir.Value, edit: Editor) -> Divisible | Miss:
     if value is not node.outputs[0]:
         return Miss(f"it is not the first output of its {node.op_type}", node)
     name = op_name(node)
-    if name in _NORMS:
+    if name in NORMS:
         return _norm(node, edit)
     if name in _VALUES:
         return _attention(node, edit)
@@ -137,14 +111,12 @@ def _behind(value: ir.Value | None, edit: Editor) -> Divisible | Miss:
 
 
 def _norm(node: ir.Node, edit: Editor) -> Divisible | Miss:
-    rank = edit.rank(node.inputs[0])
-    axis = attribute(node, "axis", -1)
-    if axis not in (-1, None if rank is None else rank - 1):
+    form, rank = NORMS[op_name(node)], edit.rank(node.inputs[0])
+    if attribute(node, "axis", -1) not in (-1, None if rank is None else rank - 1):
         return Miss("its norm is over several axes", node)
     places = []
-    for index in _NORMS[op_name(node)]:
-        given = node.inputs[index] if index < len(node.inputs) else None
-        if given is not None:
+    for index in (form.scale, form.bias):
+        if index is not None and given_input(node, index) is not None:
             place = _vector(node, index, edit)
             if place is None:
                 return Miss("scale or bias of its norm is no constant", node)
@@ -210,12 +182,12 @@ def _attention(node: ir.Node, edit: Editor) -> Divisible | Miss:
 
 
 def _linear(node: ir.Node, edit: Editor) -> Divisible | Miss:
-    weight = _weight(node, edit)
+    weight = _own(output_place(node), edit)
     if weight is None:
         return Miss("it is a product of activations", node)
     if isinstance(weight, Miss):
         return weight
-    if len(node.inputs) < 3 or node.inputs[2] is None:
+    if given_input(node, 2) is None:
         return Divisible((weight,), "linear")
     bias = _vector(node, 2, edit)
     if bias is None:
@@ -223,32 +195,20 @@ def _linear(node: ir.Node, edit: Editor) -> Divisible | Miss:
     return Divisible((weight, bias), "linear")
 
 
-def _weight(node: ir.Node, edit: Editor) -> Place | Miss | None:
-    """Return the weight of a linear layer, with the axis of its outputs; None for other nodes."""
-    if op_name(node) not in ("MatMul", "Gemm"):
+def _own(weight: Place | None, edit: Editor) -> Place | Miss | None:
+    """Return a weight that its layer alone reads, through Transpose at most; None for no weight."""
+    if weight is None or any(step.op_type != "Transpose" for step in weight.steps):
         return None
-    value, turned = node.inputs[1], bool(attribute(node, "transB", 0))
-    while value is not None and (above := producer_of(value, "Transpose")) is not None:
-        if not edit.single_use(value):
-            return Miss("its weight is shared", node)
-        value, turned = above.inputs[0], turned != turns(above)
-    tensor = constant_tensor(value)
-    if value is None or tensor is None or len(tensor.shape) != 2 or tensor.dtype not in _FLOATS:
-        return None
-    if value.producer() is not None or use_count(value) != 1 or value.is_graph_output():
-        return Miss("its weight is shared, or no initializer", node)
-    return Place(node, 1, value, -2 if turned else -1)
+    if not all(edit.single_use(step.outputs[0]) for step in weight.steps):
+        return Miss("its weight is shared", weight.node)
+    if weight.source.producer() is not None or not edit.single_use(weight.source):
+        return Miss("its weight is shared, or no initializer", weight.node)
+    return weight
 
 
 def _vector(node: ir.Node, index: int, edit: Editor) -> Place | None:
     """Return a constant with a number for each channel and nothing else."""
-    value = node.inputs[index]
-    tensor = constant_tensor(value)
-    if value is None or tensor is None or tensor.dtype not in _FLOATS or not len(tensor.shape):
+    place, shape = constant_place(node, index, -1), edit.shape(node.outputs[0])
+    if place is None or place.steps or not shape or place.shape[-1] != shape[-1]:
         return None
-    *rest, channels = tensor.shape.numpy()
-    shape = edit.shape(node.outputs[0])
-    last = None if shape is None or not len(shape) else shape[-1]
-    if any(extent != 1 for extent in rest) or channels != last:
-        return None
-    return Place(node, index, value, -1)
+    return place if all(extent == 1 for extent in place.shape[:-1]) else None

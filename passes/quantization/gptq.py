@@ -89,9 +89,10 @@ def gptq(
         order = np.argsort(-np.diag(gram), kind="stable")
     work = weights[order].astype(np.float32)
     factor = _inverse_factor(gram[np.ix_(order, order)], damping)
-    made = empty(inputs, outputs, -(-inputs // block_size))
     if by_activation:
         made = round_to_nearest(weights, grid, block_size)
+    else:
+        made = empty(inputs, outputs, -(-inputs // block_size))
     strip = min(block_size, _STRIP)
     for start in range(0, inputs, strip):
         stop = min(start + strip, inputs)

@@ -24,8 +24,6 @@ __all__ = ["HalfConversion"]
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
 _FLOAT = ir.DataType.FLOAT
-_SPILLED = 1 << 16
-"""Constants of more bytes go to the spill file."""
 
 _INDIFFERENT = frozenset({"Cast", "Shape", "Size"})
 """Operators that read any type as it is: a Cast before them could only lose digits."""
@@ -164,9 +162,7 @@ class HalfConversion:
             with np.errstate(over="ignore"):
                 result = array.astype(dtype)
             result = self._repaired(value, array, result)
-        if result.nbytes > _SPILLED:
-            return self._module.store.put(result)
-        return ir.Tensor(result)
+        return self._module.spilled(ir.Tensor(result))
 
     def _repaired(self, value: ir.Value, array: Array, result: Array) -> Array:
         """Mend what the half type cannot hold."""

@@ -43,20 +43,18 @@ class LayerResult:
     """A layer's weight on its grid.
 
     Attributes:
-        layer: The layer.
         rounded: Codes, scales and zero points.
         weight_error: Frobenius norm of the weight's change over that of the weight.
         output_error: The same of the layer's outputs on the calibration data.
     """
 
-    layer: Layer
     rounded: Rounded
     weight_error: float
     output_error: float
 
 
 def activation_of(weight: WeightUses) -> ir.Value | None:
-    """Return what a weight is multiplied with, if that is one value and nothing else reads it."""
+    """Return what a weight is multiplied with, if that is one value and no table is looked up."""
     read = {use.node.inputs[0] for use in weight.uses}
     if len(read) != 1 or any(use.role == "Gather" for use in weight.uses):
         return None
@@ -109,8 +107,8 @@ class LayerwiseQuantizer:
         self.factors: dict[ir.Value, Array] = {}
         self.scaled = 0
 
-    def run(self) -> Iterator[LayerResult]:
-        """Yield the layers on their grids, in the order of the graph.
+    def run(self) -> Iterator[tuple[Layer, LayerResult | None]]:
+        """Yield the layers on their grids, in the order of the graph; None for infinite weights.
 
         While this runs, weights that were yielded hold the values of their grids.
 
@@ -132,37 +130,45 @@ class LayerwiseQuantizer:
             products = gram.value
             if value in self._pairs:
                 factors = self._scale(self._pairs[value], group, products, means.value)
-                stages.divide(value, factors)
-                products = products / np.outer(factors, factors)
+                if factors is not None:
+                    stages.divide(value, factors)
+                    products = products / np.outer(factors, factors)
             for layer in group:
-                yield self._round(layer, products)
+                yield layer, self._round(layer, products)
 
-    def _scale(self, pair: Pair, group: list[Layer], gram: Array, means: Array) -> Array:
-        """Scale the inputs of a group of layers; return what their activation is divided by."""
+    def _scale(self, pair: Pair, group: list[Layer], gram: Array, means: Array) -> Array | None:
+        """Scale the inputs of a group of layers; return what their activation is divided by.
+
+        None where they stay as they are.
+        """
         read = {use.node for layer in group for use in layer.weight.uses}
         if {place.node for place in pair.weights} != read:
-            return np.ones(len(means))  # some layer behind the activation keeps its weights
+            return None  # some layer behind the activation keeps its weights
         sharing = pair.source.sharing
         matrices = [_matrix(layer) for layer in group]
+        if not all(np.isfinite(matrix).all() for matrix in matrices):
+            return None
         sizes = [layer.spec.block_size or len(m) for layer, m in zip(group, matrices, strict=True)]
         alike = spread(shared(means, sharing), sharing)
         factors = input_factors(matrices, gram, alike, group[0].spec.grid, sizes)
         made = edits(pair, factors)
         if made is None or np.all(factors == 1):
-            return np.ones(len(means))
+            return None
         for place, array in made:
             put(self._module, place, array)
         once = factors if sharing is None else factors.reshape(sharing)[:, 0].ravel()
         for place in pair.source.places:
             if place.operand == 1 and place.node.op_type in ("MatMul", "Gemm"):
-                before = self.factors.get(place.value, np.ones(len(once)))
-                self.factors[place.value] = before / once
+                before = self.factors.get(place.source, np.ones(len(once)))
+                self.factors[place.source] = before / once
         self.scaled += 1
         return factors
 
-    def _round(self, layer: Layer, gram: Array) -> LayerResult:
+    def _round(self, layer: Layer, gram: Array) -> LayerResult | None:
         weight, spec = layer
         matrix = _matrix(layer)
+        if not np.isfinite(matrix).all():
+            return None
         size = spec.block_size or len(matrix)
         if self._method == "awq":
             rounded = clipped(matrix, gram, spec.grid, size)
@@ -175,10 +181,9 @@ class LayerwiseQuantizer:
         plain = matrix.astype(np.float32, copy=False)
         difference = plain - values
         values = values.T if spec.transposed else values
-        tensor = self._module.store.put(np.ascontiguousarray(values.astype(matrix.dtype)))
-        self._module.replace_initializer(weight.value, tensor)
+        tensor = ir.Tensor(np.ascontiguousarray(values.astype(matrix.dtype)))
+        self._module.replace_initializer(weight.value, self._module.spilled(tensor))
         return LayerResult(
-            layer,
             rounded,
             _ratio(float(np.vdot(difference, difference)), float(np.vdot(plain, plain))),
             _ratio(output_error(difference, gram), output_error(plain, gram)),

@@ -10,7 +10,8 @@ import onnx_ir as ir
 
 from lwc.core.walk import constant_tensor
 from lwc.core.weights import reading
-from lwc.passes.quantization.channel_factors import Divisible, Place, Sharing, consumers, divisible
+from lwc.passes.quantization.channel_factors import Divisible, Sharing, consumers, divisible
+from lwc.passes.quantization.channel_places import Place
 from lwc.rewrite import Miss, use_count
 from lwc.rewrite.editor import Editor
 
@@ -80,27 +81,21 @@ def edits(pair: Pair, factors: Array) -> list[tuple[Place, Array]] | None:
 
 
 def _scaled(place: Place, factors: Array) -> Array | None:
-    tensor = constant_tensor(place.value)
+    tensor = constant_tensor(place.source)
     assert tensor is not None
-    along = factors if place.axis == -1 else factors[:, None]
+    along = np.moveaxis(factors.reshape(-1, *[1] * (len(place.shape) - 1)), 0, place.axis)
     with reading(tensor) as array, np.errstate(over="ignore"):
         scaled: Array = (array.astype(np.float64) * along).astype(array.dtype)
     return scaled if np.isfinite(scaled.astype(np.float32)).all() else None
 
 
-_SPILLED = 1 << 16
-"""Bytes from which a new constant goes to the module's spill file."""
-
-
 def put(module: Module, place: Place, array: Array) -> None:
     """Let a node read another constant; where it is the only reader, under the same name."""
-    name = place.value.name or "constant"
-    tensor: ir.TensorProtocol = ir.Tensor(array, name=name)
-    if array.nbytes >= _SPILLED:
-        tensor = module.store.put_tensor(tensor)
-    alone = use_count(place.value) == 1 and not place.value.is_graph_output()
-    if place.value.is_initializer() and alone:
-        module.replace_initializer(place.value, tensor)
+    name = place.source.name or "constant"
+    tensor = module.spilled(ir.Tensor(array, name=name))
+    alone = use_count(place.source) == 1 and not place.source.is_graph_output()
+    if place.source.is_initializer() and alone:
+        module.replace_initializer(place.source, tensor)
         return
     fresh = module.add_initializer(name, tensor)
     place.node.replace_input_with(place.operand, fresh)

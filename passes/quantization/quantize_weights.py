@@ -11,7 +11,7 @@ from lwc.core.errors import PassError, UsageError
 from lwc.pipeline.passes import Contract, Lossy, Pass, PassContext, PassResult
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator
 
     import onnx_ir as ir
 
@@ -117,9 +117,10 @@ class QuantizeWeights(Pass):
         done: list[tuple[Layer, QuantizedWeight]] = []
         tally = _Tally(requested=self.bits, skipped=skipped)
         quantizer = self._quantizer(module, chosen, ctx)
-        for layer, result, output_error in self._results(chosen, quantizer, ctx):
-            if ctx.limit.exhausted:
-                break
+        results = self._results(chosen, quantizer, ctx)
+        # Asked for one by one: a calibrated weight is rounded in the module when its turn comes.
+        while not ctx.limit.exhausted and (found := next(results, None)) is not None:
+            layer, result, output_error = found
             weight, spec = layer
             node = weight.uses[0].node
             if result is None:
@@ -137,6 +138,7 @@ class QuantizeWeights(Pass):
                 node,
                 weight.uses[0].role,
             )
+        results.close()
         for (weight, spec), result in done:
             factors = None if quantizer is None else quantizer.factors.get(weight.value)
             final = result if factors is None else result.scaled(factors, spec)
@@ -174,7 +176,7 @@ class QuantizeWeights(Pass):
 
     def _results(
         self, chosen: list[Layer], quantizer: LayerwiseQuantizer | None, ctx: PassContext
-    ) -> Iterator[tuple[Layer, QuantizedWeight | None, float | None]]:
+    ) -> Generator[tuple[Layer, QuantizedWeight | None, float | None]]:
         """Yield layers, what became of their weights, and the error of their outputs."""
         from lwc.core.weights import prefetch
         from lwc.passes.quantization.streaming import in_threads, packed, quantize
@@ -191,12 +193,14 @@ class QuantizeWeights(Pass):
         tracked = ctx.progress.track(results, "quantizing weights", len(plain))
         for layer, result in zip(plain, tracked, strict=True):
             yield layer, result, None
-        for made in quantizer.run() if quantizer is not None else ():
-            weight, spec = made.layer
-            dtype = weight.tensor.dtype.numpy()
+        for layer, made in quantizer.run() if quantizer is not None else ():
+            if made is None:
+                yield layer, None, None
+                continue
+            dtype = layer.weight.tensor.dtype.numpy()
             yield (
-                made.layer,
-                packed(made.rounded, spec, dtype, made.weight_error),
+                layer,
+                packed(made.rounded, layer.spec, dtype, made.weight_error),
                 made.output_error,
             )
 
@@ -292,17 +296,17 @@ class QuantizeWeights(Pass):
     def _check_opset(self, weight: WeightUses, bits: int, size: int, opset: int) -> None:
         import onnx_ir as ir
 
+        if bits == 2:
+            raise PassError(
+                "DequantizeLinear with 2 bits needs opset 25, for which lwc does not write it",
+                node=describe(weight.uses[0].node),
+                remedy="use format=matmulnbits",
+            )
         if bits == 4 or size:
             needed, what = 21, "DequantizeLinear in blocks or with 4 bits"
         else:
             half = weight.tensor.dtype != ir.DataType.FLOAT
             needed, what = (19, "DequantizeLinear to float16") if half else (13, "")
-        if bits == 2:
-            raise PassError(
-                "DequantizeLinear with 2 bits needs opset 25, which ONNX Runtime lacks",
-                node=describe(weight.uses[0].node),
-                remedy="use format=matmulnbits",
-            )
         if opset < needed:
             raise PassError(
                 f"{what} needs opset {needed}, the model has {opset}",

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from lwc.core.module import Module
-    from lwc.passes.quantization.channel_factors import Place
+    from lwc.passes.quantization.channel_places import Place
     from lwc.passes.quantization.migration import Pair
 
     Array = np.ndarray[Any, Any]
@@ -123,7 +123,7 @@ class Smooth(Pass):
 def _is_half(pair: Pair) -> bool:
     import onnx_ir as ir
 
-    return any(place.value.dtype == ir.DataType.FLOAT16 for place in pair.source.places)
+    return any(place.source.dtype == ir.DataType.FLOAT16 for place in pair.source.places)
 
 
 def _row_magnitudes(place: Place) -> Array:
@@ -131,8 +131,8 @@ def _row_magnitudes(place: Place) -> Array:
 
     from lwc.core.weights import reading
 
-    tensor = place.value.const_value
+    tensor = place.source.const_value
     assert tensor is not None
     with reading(tensor) as array:
-        found: Array = np.abs(array.astype(np.float32, copy=False)).max(axis=-3 - place.axis)
+        found: Array = np.abs(array.astype(np.float32, copy=False)).max(axis=1 - place.axis)
     return found

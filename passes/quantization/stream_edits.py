@@ -22,9 +22,6 @@ __all__ = ["Turned", "turn"]
 
 Array = np.ndarray[Any, Any]
 
-_SPILLED = 1 << 16
-"""Bytes from which a new constant goes to the module's spill file."""
-
 _RMS_OPSET = 23
 
 
@@ -129,8 +126,7 @@ def _turned(
                     f"'{old.name}' would not be finite in its type",
                     remedy="rotate before convert-dtype",
                 ) from None
-    tensor: ir.TensorProtocol = ir.Tensor(made, name=old.name)
-    return edit.module.store.put_tensor(tensor) if made.nbytes >= _SPILLED else tensor
+    return edit.module.spilled(ir.Tensor(made, name=old.name))
 
 
 def _put(source: ir.Value, group: _Group, tensor: ir.TensorProtocol, edit: Editor) -> bool:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from lwc.core.module import Module
 from lwc.core.walk import constant_tensor, is_default_domain
 
-__all__ = ["Role", "WeightUse", "WeightUses", "find_weights", "turns"]
+__all__ = ["Role", "WeightUse", "WeightUses", "find_weights"]
 
 Role: TypeAlias = Literal["MatMul", "Gemm", "Gather"]
 
@@ -83,7 +83,7 @@ def find_weights(module: Module) -> Iterator[WeightUses]:
         yield WeightUses(value, tensor, tuple(uses), obstacle)
 
 
-def turns(transpose: ir.Node) -> bool:
+def _turns(transpose: ir.Node) -> bool:
     """Tell whether a Transpose of a matrix swaps its axes; it may also leave them."""
     order = transpose.attributes.get("perm")
     return order is None or list(order.as_ints()) != [0, 1]
@@ -109,7 +109,7 @@ def _trace(value: ir.Value, flipped: bool) -> tuple[list[WeightUse], str | None]
             if node.outputs[0].is_graph_output():
                 reason = "its transpose is a graph output"
             else:
-                below, reason = _trace(node.outputs[0], flipped != turns(node))
+                below, reason = _trace(node.outputs[0], flipped != _turns(node))
                 uses.extend(below)
         elif not is_default_domain(node) or _OPERAND.get(node.op_type) != index:
             reason = f"{node.op_type} reads it too"

@@ -248,3 +248,31 @@ def test_a_percentile_at_the_edge_of_a_gap() -> None:
     made = Histogram(256)
     made.update(np.array([1.0] * 7 + [100.0] * 93))
     assert made.percentile(0.07) < 2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "numbers", "fits"),
+    [
+        ("uint8", "[0, 255]", True),
+        ("uint8", "[256]", False),
+        ("int32", "[5000000000]", False),
+        ("bool", "[0, 1]", True),
+        ("bool", "[true]", True),
+        ("int64", "[true]", False),
+        ("float", "[1, 2.5]", True),
+        ("float", "[true]", False),
+    ],
+)
+def test_numbers_of_a_line_fit_the_input(
+    dtype: str, numbers: str, fits: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "feeds.jsonl"
+    path.write_text(f'{{"x": {numbers}}}\n')
+    module = module_of(f"g ({dtype}[n] x) => ({dtype}[n] y) {{ y = Identity (x) }}")
+    read = CalibrationFile(path).feeds(module)
+    if not fits:
+        with pytest.raises(InputError, match="line 1 is no feed"):
+            list(read)
+        return
+    (feed,) = read
+    assert feed["x"].tolist() == json.loads(numbers)

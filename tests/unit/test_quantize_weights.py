@@ -25,6 +25,7 @@ from lwc.passes.quantization.quantize_weights import QuantizeWeights
 from lwc.passes.quantization.rounding import Grid, TileRounder, widen
 from lwc.passes.quantization.streaming import WeightSpec, quantize
 from lwc.pipeline.passes import PassContext, PassResult
+from lwc.rewrite.limit import RewriteLimit
 from lwc.verify.structure.well_formed import verify_structure
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -701,3 +702,39 @@ def test_a_calibrated_method_needs_data(method: Any) -> None:
 def test_two_bits_have_no_standard_form() -> None:
     with pytest.raises(PassError, match="2 bits needs opset 25"):
         quantized(module_of(LINEAR), bits=2, format="qdq")
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 3])
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_a_limit_leaves_later_weights_as_they_are(method: Any, allowed: int) -> None:
+    """Each is lowered or untouched: none is left rounded in floating point."""
+    module, plain = stack(), stack()
+    context = PassContext(
+        AnalysisManager(module), source="quantize-weights", make_runner=make_runner,
+        calibration=lambda module: correlated(), limit=RewriteLimit(allowed),
+    )  # fmt: skip
+    result = QuantizeWeights(method=method, accuracy_level=1).run(module, context)
+    assert result.changed == bool(allowed)
+    assert ops(module).count("MatMulNBits") == allowed
+    names = ["a", "b", "c", "d"]
+    assert [name in module.graph.initializers for name in names] == [False] * allowed + [True] * (
+        4 - allowed
+    )
+    for name in names[allowed:]:
+        found, wanted = weight(module, name), weight(plain, name)
+        # AWQ may have scaled rows of it, which moves no number by more than rounding.
+        ratio = (found / wanted)[:, 0] if method == "awq" else np.ones(96)
+        np.testing.assert_allclose(found, wanted * ratio[:, None], rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_a_calibrated_weight_that_is_not_finite_stays(method: Any) -> None:
+    module = stack()
+    broken = weight(module, "d").copy()
+    broken[3, 5] = np.nan
+    module.replace_initializer(module.graph.initializers["d"], ir.Tensor(broken))
+    result = calibrated(module, method=method)
+    assert result.statistics["weights quantized"] == 3
+    missed = [each.message for each in module.remarks if each.kind == "missed"]
+    assert any("'d' stays: it holds infinities or NaN" in each for each in missed)
+    np.testing.assert_array_equal(weight(module, "d"), broken)

@@ -118,3 +118,31 @@ def test_there_must_be_data() -> None:
     with pytest.raises(InputError, match="no feeds"):
         Stages(module, values(module, "a"), ctx)
     assert run_plain(module, FEEDS[0])
+
+
+@pytest.mark.parametrize(
+    ("feed", "reason"),
+    [
+        ({"x": FEEDS[0]["x"]}, "lacks input 'c'"),
+        ({**FEEDS[0], "z": FEEDS[0]["x"]}, "has 'z', which is no input"),
+    ],
+)
+def test_feeds_have_the_inputs_of_the_model(feed: dict[str, Array], reason: str) -> None:
+    module = module_of(TEXT)
+    ctx = context(module, [])
+    ctx.calibration = lambda module: [feed]
+    with pytest.raises(InputError, match=f"{reason}.*the inputs are x, c"):
+        Stages(module, values(module, "a"), ctx)
+
+
+def test_an_input_with_a_default_is_what_is_fed() -> None:
+    module = module_of("g (float[b, 4] x) => (float[b, 4] y) { a = Neg (x) y = Abs (a) }")
+    default = ir.Tensor(np.ones((1, 4), np.float32), name="x")
+    module.graph.inputs[0].const_value = default
+    module.graph.register_initializer(module.graph.inputs[0])
+    (stop,) = values(module, "a")
+    fed = np.full((2, 4), 3, np.float32)
+    ctx = context(module, [])
+    ctx.calibration = lambda module: [{"x": fed}]
+    (found,) = Stages(module, [stop], ctx).activations(stop)
+    np.testing.assert_array_equal(found, -fed)
