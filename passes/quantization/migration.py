@@ -46,7 +46,7 @@ def find_pairs(module: Module, edit: Editor, ctx: PassContext) -> Iterator[Pair]
             miss = weights if isinstance(weights, Miss) else source
             assert isinstance(miss, Miss)
             if edit.is_constant(node.inputs[1]):
-                ctx.missed(f"'{value.name}' stays: {miss.reason}", miss.node or node)
+                ctx.missed(f"channels of '{value.name}' stay: {miss.reason}", miss.node or node)
             continue
         yield Pair(value, source, weights)
 
