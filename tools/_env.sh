@@ -16,11 +16,11 @@ fi
 python=$VIRTUAL_ENV/bin/python
 export VIRTUAL_ENV PATH="$VIRTUAL_ENV/bin:$PATH" PIP_DISABLE_PIP_VERSION_CHECK=1
 
-# install EXTRAS: once per state of pyproject.toml and set of extras. CPU PyTorch comes first, because a
+# install EXTRAS: once per state of pyproject.toml, the C++ sources and set of extras. CPU PyTorch comes first, because a
 # later package that asks for just "torch" would bring the CUDA build.
 install() {
   local stamp
-  stamp="$VIRTUAL_ENV/.lwc-$(printf '%s\n' "$1" "$root" | cat - pyproject.toml | sha256sum | cut -c1-16)"
+  stamp="$VIRTUAL_ENV/.lwc-$(printf '%s\n' "$1" "$root" | cat - pyproject.toml backends/onnxruntime/native/* | sha256sum | cut -c1-16)"
   [ -e "$stamp" ] && return
   echo "installing lwc[$1] into $VIRTUAL_ENV"
   "$python" -m pip install --quiet torch==2.13.0

@@ -13,6 +13,7 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from lwc.backends.base import NodeTime
+from lwc.backends.onnxruntime.custom_operators import is_native, register
 from lwc.backends.onnxruntime.packing import PackedModule, pack
 from lwc.core.errors import LwcError
 
@@ -71,6 +72,7 @@ class OnnxRuntimeBackend:
         arena: bool = True,
         memory_pattern: bool = True,
         config: Mapping[str, str] = MappingProxyType({}),
+        native: bool = True,
         time_limit: float | None = None,
     ) -> OnnxRuntimeExecutable:
         """Compile `module` into a session.
@@ -84,12 +86,15 @@ class OnnxRuntimeBackend:
             memory_pattern: Plan activation memory per input shape.
             config: Session configuration entries, over lwc's own: MatMulNBits that ONNX Runtime
                 makes of DequantizeLinear + MatMul stays float32 exact.
+            native: Use lwc's own kernels for its operators, where they were built; otherwise these
+                run as the functions that they are.
             time_limit: Seconds after which a run fails: for loops that may never end.
 
         Raises:
             LwcError: ONNX Runtime refuses the module; the message names the node.
         """
         packed = pack(module, expose)
+        native = native and is_native(module)
 
         def options() -> ort.SessionOptions:
             made = ort.SessionOptions()
@@ -101,6 +106,8 @@ class OnnxRuntimeBackend:
             made.log_severity_level = 4
             for key, text in {**_EXACT_CONFIG, **config}.items():
                 made.add_session_config_entry(key, text)
+            if native:
+                register(made)
             return made
 
         executable = OnnxRuntimeExecutable(packed, options, _inputs(module), module.source.path)
