@@ -86,6 +86,8 @@ class DynamicQuantMatMul:
             PassError: The module declares another version of the domain.
         """
         module.import_opset(DOMAIN, VERSION)
+        # Overloads of functions came with version 10.
+        module.model.ir_version = max(module.model.ir_version or 0, 10)
         key = (DOMAIN, self.name, self.overload)
         if key not in module.model.functions:
             text = self.text(module.opset)

@@ -215,7 +215,7 @@ BUILTIN: tuple[PassInfo, ...] = (
         options=(
             OptionInfo(
                 name="bits",
-                type="2|4|8",
+                type="2|3|4|8",
                 default="4",
                 help="Bits of the weights of MatMul and Gemm.",
             ),
@@ -235,7 +235,7 @@ BUILTIN: tuple[PassInfo, ...] = (
                 name="block-size",
                 type="int or none",
                 default="none",
-                help="Weights that share a scale; a power of two from 16. With `format=qdq`, 0 gives each output channel one scale. By default 32, but 16 for 8-bit weights whose layer reads a product of activations, as after a gate: its spread within a block decides the error at accuracy level 4.",
+                help="Weights that share a scale; a power of two from 16. With `format=qdq`, 0 or `lwc` gives each output channel one scale. By default 32, but 16 for 8-bit weights of MatMulNBits whose layer reads a product of activations, as after a gate: its spread within a block decides the error at accuracy level 4.",
             ),
             OptionInfo(
                 name="symmetric",
@@ -275,15 +275,15 @@ BUILTIN: tuple[PassInfo, ...] = (
             ),
             OptionInfo(
                 name="format",
-                type="matmulnbits|qdq",
+                type="matmulnbits|qdq|lwc",
                 default="matmulnbits",
-                help="`matmulnbits` lowers to ONNX Runtime's MatMulNBits and GatherBlockQuantized, `qdq` to the standard DequantizeLinear.",
+                help="`matmulnbits` lowers to ONNX Runtime's MatMulNBits and GatherBlockQuantized, `qdq` to the standard DequantizeLinear, `lwc` to lwc::DynamicQuantMatMul, the only one with 3 bits; there embeddings, and what is tied to them, stay `matmulnbits`.",
             ),
             OptionInfo(
                 name="accuracy-level",
                 type="0|1|2|3|4",
                 default="4",
-                help="How MatMulNBits computes: 4 rounds activations to int8 per block, which is fast and adds about 0.5 % relative error to a layer's output; 1 is float32.",
+                help="How products are computed: 4 rounds activations to int8 per block, which is fast and adds about 0.5 % relative error to a layer's output; 1 is float32, which `lwc` does not have.",
             ),
         ),
     ),

@@ -1,19 +1,24 @@
-"""Putting quantized weights into the graph: MatMulNBits, GatherBlockQuantized, DequantizeLinear."""
+"""Putting quantized weights into the graph.
+
+As MatMulNBits and GatherBlockQuantized, DequantizeLinear, or `lwc::DynamicQuantMatMul`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from lwc.core.dialect import DOMAIN, DynamicQuantMatMul
 from lwc.core.walk import constant_tensor
 from lwc.passes.quantization.streaming import QuantizedWeight
 from lwc.passes.quantization.weight_uses import WeightUse, WeightUses
 from lwc.rewrite.editor import Editor, attribute
 
-__all__ = ["PackedWeight", "lower_to_contrib", "lower_to_standard"]
+__all__ = ["PackedWeight", "lower_to_contrib", "lower_to_dialect", "lower_to_standard"]
 
 _CONTRIB = "com.microsoft"
 
@@ -88,16 +93,60 @@ def _linear(editor: Editor, use: WeightUse, packed: PackedWeight, accuracy_level
     }
     if use.role == "MatMul":
         return editor.op("MatMulNBits", inputs, attributes, domain=_CONTRIB)
-    # Gemm is alpha * (x @ W) + beta * C.
+    bias = _own_bias(node, packed)
+    if bias is not None:
+        inputs += [None, bias]
+    result = editor.op("MatMulNBits", inputs, attributes, domain=_CONTRIB)
+    return result if bias is not None else _with_terms(editor, node, result, packed)
+
+
+def lower_to_dialect(editor: Editor, weight: WeightUses, packed: PackedWeight) -> None:
+    """Replace every use of `weight`, none of them a Gather, by `lwc::DynamicQuantMatMul`."""
+    for use in weight.uses:
+        editor.root = use.node
+        bias = _own_bias(use.node, packed) if use.role == "Gemm" else None
+        variant = DynamicQuantMatMul(
+            K=packed.inputs,
+            N=packed.outputs,
+            bits=packed.bits,  # type: ignore[arg-type]
+            block_size=packed.block_size,
+            x_block=int(packed.block_size > 0),
+            zero_points=int(packed.zero_points is not None),
+            bias=int(bias is not None),
+        )
+        inputs = [use.node.inputs[0], packed.codes, packed.scales, packed.zero_points, bias]
+        result = dynamic_quant_matmul(editor, variant, inputs)
+        if use.role == "Gemm" and bias is None:
+            result = _with_terms(editor, use.node, result, packed)
+        _replace(editor, use.node, result)
+
+
+def dynamic_quant_matmul(
+    editor: Editor, variant: DynamicQuantMatMul, inputs: Sequence[ir.Value | None]
+) -> ir.Value:
+    """Make a node of a variant; inputs that are None are left out."""
+    overload = variant.declare(editor.module)
+    given = [value for value in inputs if value is not None]
+    result = editor.op(variant.name, given, variant.attributes(), domain=DOMAIN)
+    node = result.producer()
+    assert node is not None
+    node.overload = overload
+    return result
+
+
+def _own_bias(node: ir.Node, packed: PackedWeight) -> ir.Value | None:
+    """Return what a Gemm adds where it is a constant row and nothing is multiplied."""
     alpha, beta = attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0)
     addend = node.inputs[2] if len(node.inputs) > 2 and beta != 0 else None
     bias = constant_tensor(addend)
     plain = alpha == beta == 1 and bias is not None and tuple(bias.shape) == (packed.outputs,)
-    if plain:
-        inputs += [None, addend]
-    result = editor.op("MatMulNBits", inputs, attributes, domain=_CONTRIB)
-    if plain:
-        return result
+    return addend if plain else None
+
+
+def _with_terms(editor: Editor, node: ir.Node, result: ir.Value, packed: PackedWeight) -> ir.Value:
+    """Write out alpha * (x @ W) + beta * C of a Gemm, given x @ W."""
+    alpha, beta = attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0)
+    addend = node.inputs[2] if len(node.inputs) > 2 and beta != 0 else None
     if alpha != 1:
         result = editor.op("Mul", [result, _scalar(editor, alpha, packed)])
     if addend is not None:

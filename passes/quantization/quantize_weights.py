@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lwc.core.diagnostics import describe
 from lwc.core.errors import PassError, UsageError
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from lwc.core.module import Module
     from lwc.passes.quantization.layerwise import Layer, LayerwiseQuantizer
-    from lwc.passes.quantization.streaming import QuantizedWeight, WeightSpec
+    from lwc.passes.quantization.streaming import Layout, QuantizedWeight, WeightSpec
     from lwc.passes.quantization.weight_uses import WeightUse, WeightUses
     from lwc.rewrite.editor import Editor
 
@@ -47,9 +47,9 @@ class QuantizeWeights(Pass):
             where what makes the activation can take the factor, and clips blocks (Lin et al. 2024).
         embeddings: Bits of tables read by Gather; none leaves them, and what is tied to them.
         block_size: Weights that share a scale; a power of two from 16. With `format=qdq`, 0
-            gives each output channel one scale. By default 32, but 16 for 8-bit weights whose
-            layer reads a product of activations, as after a gate: its spread within a block
-            decides the error at accuracy level 4.
+            or `lwc` gives each output channel one scale. By default 32, but 16 for 8-bit weights
+            of MatMulNBits whose layer reads a product of activations, as after a gate: its spread
+            within a block decides the error at accuracy level 4.
         symmetric: Whether the zero point is fixed in the middle. That saves a byte or half a
             byte per block.
         search: How scales are chosen: `mse` tries a few grids per block and keeps the one of
@@ -59,15 +59,17 @@ class QuantizeWeights(Pass):
         act_order: Of GPTQ: round the inputs of the largest activations first.
         exclude: Patterns (`*`, `?`, `[...]`) of names of nodes or weights to leave alone.
         format: `matmulnbits` lowers to ONNX Runtime's MatMulNBits and GatherBlockQuantized,
-            `qdq` to the standard DequantizeLinear.
-        accuracy_level: How MatMulNBits computes: 4 rounds activations to int8 per block, which
-            is fast and adds about 0.5 % relative error to a layer's output; 1 is float32.
+            `qdq` to the standard DequantizeLinear, `lwc` to lwc::DynamicQuantMatMul, the only
+            one with 3 bits; there embeddings, and what is tied to them, stay `matmulnbits`.
+        accuracy_level: How products are computed: 4 rounds activations to int8 per block, which
+            is fast and adds about 0.5 % relative error to a layer's output; 1 is float32, which
+            `lwc` does not have.
     """
 
     name: ClassVar[str] = "quantize-weights"
     contract: ClassVar[Contract] = Lossy(noise=0.1)
 
-    bits: Literal[2, 4, 8] = 4
+    bits: Literal[2, 3, 4, 8] = 4
     method: Literal["rtn", "gptq", "awq"] = "rtn"
     embeddings: Literal[4, 8] | None = 8
     block_size: int | None = None
@@ -77,16 +79,26 @@ class QuantizeWeights(Pass):
     act_order: bool = True
     ops: tuple[str, ...] = ("MatMul", "Gemm")
     exclude: tuple[str, ...] = ()
-    format: Literal["matmulnbits", "qdq"] = "matmulnbits"
+    format: Literal["matmulnbits", "qdq", "lwc"] = "matmulnbits"
     accuracy_level: Literal[0, 1, 2, 3, 4] = 4
 
     def __post_init__(self) -> None:
         size = self.block_size
-        whole = size == 0 and self.format == "qdq"
-        if size is not None and not whole and (size < 16 or size & (size - 1)):
+        whole = size == 0 and self.format != "matmulnbits"
+        least = 32 if self.format == "lwc" else 16
+        if size is not None and not whole and (size < least or size & (size - 1)):
             raise UsageError(
-                f"block-size={size} is no power of two from 16",
-                remedy="use 32; 0, one block per channel, needs format=qdq",
+                f"block-size={size} is no power of two from {least}",
+                remedy="use 32; 0, one block per channel, needs format=qdq or lwc",
+            )
+        if self.bits == 3 and self.format != "lwc":
+            raise UsageError(
+                f"format={self.format} has no 3 bits", remedy="use format=lwc, or 2 or 4 bits"
+            )
+        if self.format == "lwc" and self.accuracy_level != 4:
+            raise UsageError(
+                f"format=lwc does not compute at accuracy-level={self.accuracy_level}",
+                remedy="leave it at 4, or use another format",
             )
         for op in self.ops:
             if op not in ("MatMul", "Gemm"):
@@ -221,7 +233,10 @@ class QuantizeWeights(Pass):
             return f"exclude={pattern} matches"
         if any(editor.in_function(use.node) for use in weight.uses):
             return "it belongs to a function body, which holds no initializers"
-        if weight.tensor.dtype == ir.DataType.BFLOAT16 and self.format == "matmulnbits":
+        layout = self._layout(weight)
+        if layout == "tiles" and weight.tensor.dtype != ir.DataType.FLOAT:
+            return f"its type is {weight.tensor.dtype}, and lwc::DynamicQuantMatMul takes float32"
+        if weight.tensor.dtype == ir.DataType.BFLOAT16 and layout != "qdq":
             raise PassError(
                 f"'{weight.value.name}' is bfloat16, for which MatMulNBits has no CPU kernel",
                 node=describe(weight.uses[0].node),
@@ -249,27 +264,42 @@ class QuantizeWeights(Pass):
     def _excluded(self, weight: WeightUses) -> str | None:
         return next((each for each in self.exclude if _matches(weight, each)), None)
 
-    def _bits(self, weight: WeightUses) -> Literal[2, 4, 8]:
+    def _bits(self, weight: WeightUses) -> Literal[2, 3, 4, 8]:
         table = any(use.role == "Gather" for use in weight.uses)
         return self.embeddings if table and self.embeddings else self.bits
 
     def _block(self, weight: WeightUses, editor: Editor) -> int:
         """Return the block size of a weight; 0 is one block for all inputs."""
-        if self.block_size is not None:
+        layout = self._layout(weight)
+        if self.block_size or (self.block_size == 0 and layout in ("qdq", "tiles")):
             return self.block_size
-        rounds = self.format == "matmulnbits" and self.accuracy_level == 4
+        if layout == "tiles":
+            return 32
+        rounds = layout != "qdq" and self.accuracy_level == 4
         fine = rounds and self._bits(weight) == 8
         return 16 if fine and all(_reads_product(use, editor) for use in weight.uses) else 32
+
+    def _layout(self, weight: WeightUses) -> Layout:
+        if self.format == "qdq":
+            return "qdq"
+        if all(use.role == "Gather" for use in weight.uses):
+            return "table"
+        return "matmulnbits" if weight.tied or self.format == "matmulnbits" else "tiles"
 
     def _is_symmetric(self, weight: WeightUses) -> bool:
         # A shared 4-bit table would need its zero points packed in two ways.
         return self.symmetric or (weight.tied and self._bits(weight) == 4)
 
     def _packed_bytes(self, weight: WeightUses, size: int) -> int:
+        from lwc.core.quant_layout import TILE, packed_bytes
+
         bits = self._bits(weight)
         inputs, outputs = _matrix(weight)
         size = size or inputs
         blocks = -(-inputs // size)
+        if self._layout(weight) == "tiles":
+            each = 2 if self._is_symmetric(weight) else 3  # of a scale and a zero point
+            return packed_bytes(inputs, outputs, bits) + -(-outputs // TILE) * TILE * blocks * each
         zeros = 0 if self._is_symmetric(weight) else -(-blocks * bits // 8)
         codes = blocks * size * bits // 8
         return outputs * (codes + zeros + blocks * weight.tensor.dtype.bitwidth // 8)
@@ -285,12 +315,9 @@ class QuantizeWeights(Pass):
 
         bits, size = self._bits(weight), self._block(weight, editor)
         grid = Grid(bits, self._is_symmetric(weight), self.search)
-        if self.format == "qdq":
+        layout = self._layout(weight)
+        if layout == "qdq":
             self._check_opset(weight, bits, size, module.opset)
-            layout: Any = "qdq"
-        else:
-            table = all(use.role == "Gather" for use in weight.uses)
-            layout = "table" if table else "matmulnbits"
         return WeightSpec(grid, size, weight.uses[0].transposed, layout)
 
     def _check_opset(self, weight: WeightUses, bits: int, size: int, opset: int) -> None:
@@ -321,6 +348,7 @@ class QuantizeWeights(Pass):
         from lwc.passes.quantization.lowering import (
             PackedWeight,
             lower_to_contrib,
+            lower_to_dialect,
             lower_to_standard,
         )
 
@@ -333,10 +361,13 @@ class QuantizeWeights(Pass):
             block_size=spec.block_size,
         )
         transposes = [user for user, _ in weight.value.uses() if user.op_type == "Transpose"]
-        if self.format == "qdq":
+        if spec.layout == "qdq":
             lower_to_standard(editor, weight, packed)
         else:
-            lower_to_contrib(editor, weight, packed, self.accuracy_level)
+            if spec.layout == "tiles":
+                lower_to_dialect(editor, weight, packed)
+            else:
+                lower_to_contrib(editor, weight, packed, self.accuracy_level)
             for node in transposes:
                 _erase_dead(editor, node)
         _remove_constant(editor, weight.value)

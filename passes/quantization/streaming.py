@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 import numpy as np
 import onnx_ir as ir
 
+from lwc.core.quant_layout import pack_codes, pack_columns
 from lwc.core.weights import WeightStore, reading_once
 from lwc.passes.quantization.gptq import Rounded
 from lwc.passes.quantization.packing import pack_rows, pack_tile
@@ -21,7 +22,7 @@ from lwc.passes.quantization.rounding import Codes, Grid, TileRounder, widen
 __all__ = ["Layout", "QuantizedWeight", "WeightSpec", "in_threads", "packed", "quantize"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
-Layout: TypeAlias = Literal["matmulnbits", "table", "qdq"]
+Layout: TypeAlias = Literal["matmulnbits", "table", "qdq", "tiles"]
 
 _TILE_ELEMENTS = 1 << 18
 _TILE_COLUMNS = 1024
@@ -55,10 +56,11 @@ class QuantizedWeight:
     Attributes:
         codes: `matmulnbits`: uint8 `[outputs, blocks, block_size * bits / 8]`. `table`: the
             same bytes as `[outputs, inputs * bits / 8]`. `qdq`: uint4, int4, uint8 or int8 in
-            the shape of the weight.
+            the shape of the weight. `tiles`: as `lwc.core.quant_layout` packs them.
         scales: `[outputs, blocks]`. `qdq`: as the weight, the inputs' axis in blocks;
-            `[outputs]` where one block spans all inputs.
-        zero_points: None when symmetric. uint8, rows packed like codes; `qdq`: as the scales.
+            `[outputs]` where one block spans all inputs. `tiles`: `[tiles, blocks, 16]`.
+        zero_points: None when symmetric. uint8, rows packed like codes; `qdq` and `tiles`: as the
+            scales.
         relative_error: Frobenius norm of the difference over that of the weight.
     """
 
@@ -76,6 +78,9 @@ class QuantizedWeight:
     def scaled(self, factors: Array, spec: WeightSpec) -> QuantizedWeight:
         """Return the same with each output multiplied by a factor, `[outputs]`."""
         array = self.scales.numpy()
+        if spec.layout == "tiles":
+            scaled = array.astype(np.float32) * pack_columns(factors[None])
+            return replace(self, scales=ir.Tensor(_small(scaled.astype(np.float32))))
         inner = array.ndim == 2 and (spec.layout != "qdq" or spec.transposed)
         scales = (array * (factors[:, None] if inner else factors)).astype(array.dtype)
         return replace(self, scales=ir.Tensor(scales))
@@ -99,7 +104,8 @@ def quantize(tensor: ir.TensorProtocol, spec: WeightSpec) -> QuantizedWeight | N
         blocks = -(-inputs // size)
         sink = _Sink(spec, outputs, blocks, size)
         tiles = _Tiles(array, spec.transposed, size)
-        rounder = TileRounder(spec.grid, size, tiles.largest, array.dtype)
+        scale_dtype = np.float16 if spec.layout == "tiles" else array.dtype
+        rounder = TileRounder(spec.grid, size, tiles.largest, scale_dtype)
         error = total = 0.0
         for here in tiles:
             weights = rounder.weights(here.columns)
@@ -261,7 +267,8 @@ class _Sink:
     def __init__(self, spec: WeightSpec, outputs: int, blocks: int, size: int) -> None:
         self._spec = spec
         self._size = size
-        if spec.layout != "qdq":
+        self._whole = spec.layout in ("qdq", "tiles")  # codes lie as the weight does, unpacked
+        if not self._whole:
             self._codes: Array = np.empty((outputs, blocks, size * spec.grid.bits // 8), np.uint8)
         elif spec.transposed:
             self._codes = np.empty((outputs, blocks * size), np.uint8)
@@ -274,7 +281,7 @@ class _Sink:
         """Put a tile at its place."""
         tile.place(self._scales)[...] = rounded.scales.reshape(tile.shape)
         tile.place(self._zeros)[...] = rounded.zero_points.reshape(tile.shape)
-        if self._spec.layout != "qdq":
+        if not self._whole:
             packed = pack_tile(rounded.codes, self._spec.grid.bits)
             # A block is moved as one element.
             element = f"V{packed.shape[1]}"
@@ -294,7 +301,7 @@ class _Sink:
         inputs, outputs = rounded.codes.shape
         self._scales[...] = rounded.scales.T
         self._zeros[...] = rounded.zeros.T
-        if self._spec.layout == "qdq":
+        if self._whole:
             target = self._codes.T if self._spec.transposed else self._codes
             target[:inputs] = rounded.codes
             return
@@ -306,9 +313,17 @@ class _Sink:
     def finish(self, dtype: Any, inputs: int, relative_error: float) -> QuantizedWeight:
         """Bring the tensors into their final form."""
         grid = self._spec.grid
+        if self._spec.layout == "tiles":
+            codes = self._codes.T if self._spec.transposed else self._codes
+            return QuantizedWeight(
+                ir.Tensor(pack_codes(codes[:inputs], grid.bits)),
+                ir.Tensor(_small(pack_columns(self._scales.T))),
+                None if grid.symmetric else ir.Tensor(pack_columns(self._zeros.T)),
+                relative_error,
+            )
         scales = self._scales.astype(dtype)
-        if self._spec.layout != "qdq":
-            codes: Array = self._codes
+        if not self._whole:
+            codes = self._codes
             if self._spec.layout == "table":
                 codes = codes.reshape(len(codes), -1)
             zeros = None if grid.symmetric else ir.Tensor(pack_rows(self._zeros, grid.bits))
@@ -330,6 +345,13 @@ class _Sink:
             None if grid.symmetric else _integers(zero_points, kind),
             relative_error,
         )
+
+
+def _small(scales: Array) -> Array:
+    """Return scales in float16, or as they are where one would overflow or vanish."""
+    with np.errstate(over="ignore"):
+        half = scales.astype(np.float16)
+    return half if np.isfinite(half).all() and np.array_equal(half == 0, scales == 0) else scales
 
 
 _QDQ_TYPES = {

@@ -42,9 +42,11 @@ inline Codes masked(Codes codes) {
 }
 inline Codes merged(Codes codes, Codes others) { return _mm512_or_si512(codes, others); }
 
+// As an instruction: GCC copies the sums of the intrinsic to and from memory in every step.
 template <int BITS>
 inline void dot(Ints& sums, Codes codes, uint32_t x) {
-  sums = _mm512_dpbusd_epi32(sums, codes, _mm512_set1_epi32(static_cast<int32_t>(x)));
+  const __m512i given = _mm512_set1_epi32(static_cast<int32_t>(x));
+  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(codes), "v"(given));
 }
 
 inline Ints ints(int32_t value) { return _mm512_set1_epi32(value); }
