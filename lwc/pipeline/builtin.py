@@ -120,6 +120,13 @@ BUILTIN: tuple[PassInfo, ...] = (
         ),
     ),
     PassInfo(
+        name="fuse-epilogue",
+        target="lwc.passes.fusion.fuse_epilogue:FuseEpilogue",
+        summary="Compute what follows a `lwc::DynamicQuantMatMul` in that operator.",
+        contract="exact",
+        options=(),
+    ),
+    PassInfo(
         name="fuse-norm",
         target="lwc.passes.fusion.fuse_norm:FuseNorm",
         summary="Compute LayerNorm and RMSNorm as one operator, with the residual sum before it.",

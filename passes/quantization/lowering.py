@@ -5,15 +5,15 @@ As MatMulNBits and GatherBlockQuantized, DequantizeLinear, or `lwc::DynamicQuant
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from lwc.core.dialect import DOMAIN, DynamicQuantMatMul
+from lwc.core.dialect import DynamicQuantMatMul
 from lwc.core.walk import constant_tensor
+from lwc.passes.quantization.dialect_ops import dynamic_quant_matmul
 from lwc.passes.quantization.streaming import QuantizedWeight
 from lwc.passes.quantization.weight_uses import WeightUse, WeightUses
 from lwc.rewrite.editor import Editor, attribute
@@ -119,19 +119,6 @@ def lower_to_dialect(editor: Editor, weight: WeightUses, packed: PackedWeight) -
         if use.role == "Gemm" and bias is None:
             result = _with_terms(editor, use.node, result, packed)
         _replace(editor, use.node, result)
-
-
-def dynamic_quant_matmul(
-    editor: Editor, variant: DynamicQuantMatMul, inputs: Sequence[ir.Value | None]
-) -> ir.Value:
-    """Make a node of a variant; inputs that are None are left out."""
-    overload = variant.declare(editor.module)
-    given = [value for value in inputs if value is not None]
-    result = editor.op(variant.name, given, variant.attributes(), domain=DOMAIN)
-    node = result.producer()
-    assert node is not None
-    node.overload = overload
-    return result
 
 
 def _own_bias(node: ir.Node, packed: PackedWeight) -> ir.Value | None:

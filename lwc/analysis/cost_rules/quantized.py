@@ -80,6 +80,22 @@ def _conv_integer(node: Operands) -> Work:
     return conv_work(node.shape(1), node.out(), int(node.attr("group", 1)), bias=False)
 
 
+@cost_rule("lwc::DynamicQuantMatMul")
+def _dynamic_quant_matmul(node: Operands) -> Work:
+    """Multiply-adds of the product, and a bias; activations are as in `_matmul_nbits`."""
+    depth, columns, size = (int(node.attr(name)) for name in ("K", "N", "block_size"))
+    rows = product(node.shape(0)[:-1])
+    sums = -(-depth // size) if size else 1
+    gate = node.out_size() if node.attr("gated") else 0
+    return Work(
+        macs=product((rows, depth, columns)),
+        other_flops=(product((rows, columns)) if node.attr("bias") else 0) + gate,
+        scratch=product((rows, depth + 8 * sums)),
+        kernel=f"lwc_matmul{node.attr('bits')}",
+        problem=(rows, depth, columns),
+    )
+
+
 @cost_rule(f"{MS}MatMulNBits", f"{MS}MatMulBnb4", f"{MS}MatMulFpQ4")
 def _matmul_nbits(node: Operands) -> Work:
     """Multiply-adds of the product; unpacking codes into weights is not counted.

@@ -41,6 +41,16 @@ def _matmul_nbits(site: Site) -> Outcome:
     return Fact(site.dtype(0), (*a[:-1], site.attribute("N")))
 
 
+@rule("lwc::DynamicQuantMatMul")
+def _dynamic_quant_matmul(site: Site) -> Outcome:
+    a = site.shape(0)
+    if a is None:
+        return Fact(site.dtype(0))
+    site.same(a[-1], site.attribute("K"))
+    columns = site.attribute("N")
+    return Fact(site.dtype(0), (*a[:-1], columns // 2 if site.attribute("gated", 0) else columns))
+
+
 @rule("com.microsoft::GatherBlockQuantized")
 def _gather_block_quantized(site: Site) -> Outcome:
     data, indices = site.shape(0), site.shape(1)
