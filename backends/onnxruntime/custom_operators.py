@@ -9,6 +9,7 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lwc.core.diagnostics import Remark
 from lwc.core.dialect import DOMAIN
 
 if TYPE_CHECKING:
@@ -19,9 +20,24 @@ if TYPE_CHECKING:
 __all__ = ["instruction_set", "is_native", "register"]
 
 
+_ABSENT = Remark(
+    "warning",
+    "onnxruntime",
+    "lwc's native operators were not built here, so that lwc::DynamicQuantMatMul runs as an ONNX "
+    "function, which is slower: install a C++ compiler, then lwc again",
+)
+
+
 def is_native(module: Module) -> bool:
-    """Tell whether a module has operators of the dialect and this machine has their kernels."""
-    return DOMAIN in module.model.opset_imports and _library() is not None
+    """Tell whether a module has operators of the dialect and this machine has their kernels.
+
+    Where only the kernels are missing, the module gets a remark.
+    """
+    if DOMAIN not in module.model.graph.opset_imports:
+        return False
+    if _library() is None and _ABSENT not in module.remarks:
+        module.remarks.emit(_ABSENT)
+    return _library() is not None
 
 
 def register(options: ort.SessionOptions) -> None:

@@ -13,6 +13,7 @@ import onnxruntime as ort
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from lwc.analysis.target import Table, Target, cpu_name
+from lwc.backends.onnxruntime.custom_operators import instruction_set, register
 from lwc.backends.onnxruntime.microbenchmarks import BENCHMARKS, Benchmark, build
 
 __all__ = ["load_or_measure", "load_target", "measure_target", "runtime_name"]
@@ -23,8 +24,9 @@ _TOO_LONG_SECONDS = 0.3
 
 
 def runtime_name() -> str:
-    """Return the runtime as targets name it."""
-    return f"onnxruntime {ort.__version__}"
+    """Return the runtime as targets name it, with lwc's own kernels where they were built."""
+    own = instruction_set()
+    return f"onnxruntime {ort.__version__}" + ("" if own is None else f" with lwc {own}")
 
 
 def load_or_measure(
@@ -143,6 +145,8 @@ def _time(
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if instruction_set() is not None:
+        register(options)
     session = ort.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

@@ -11,10 +11,13 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper, numpy_helper
+
+from lwc.core.dialect import DOMAIN, DynamicQuantMatMul
+from lwc.core.quant_layout import TILE, packed_bytes
 
 __all__ = ["BENCHMARKS", "Benchmark", "Graph", "build"]
 
@@ -118,6 +121,7 @@ def build(graph: Graph, work: float) -> tuple[ModelProto, dict[str, Array], int]
             helper.make_opsetid("", 23),
             helper.make_opsetid(_MICROSOFT, 1),
             helper.make_opsetid("com.microsoft.nchwc", 1),
+            helper.make_opsetid(DOMAIN, 1),
         ],
         ir_version=10,
     )
@@ -177,6 +181,28 @@ def _matmul_nbits(bits: int) -> Callable[[int, int, int], Graph]:
         scales = Weight(_floats(columns * blocks))
         inputs: list[Array | Weight] = [_floats(rows, depth), packed, scales]
         return Graph("MatMulNBits", inputs, attributes, _MICROSOFT)
+
+    return make
+
+
+def _dynamic_quant_matmul(bits: Literal[2, 3, 4, 8]) -> Callable[[int, int, int], Graph]:
+    def make(rows: int, depth: int, columns: int) -> Graph:
+        block = 0 if bits == 8 else 32
+        variant = DynamicQuantMatMul(
+            depth,
+            columns,
+            bits,
+            block_size=block,
+            x_block=int(block > 0),
+            zero_points=int(block > 0),
+        )
+        tiles, blocks = -(-columns // TILE), depth // block if block else 1
+        codes = _bytes(tiles, packed_bytes(depth, columns, bits) // tiles)
+        scales = _floats(tiles, blocks, TILE).astype(np.float16)
+        inputs: list[Array | Weight] = [_floats(rows, depth), Weight(codes), Weight(scales)]
+        if block:
+            inputs.append(Weight(_bytes(tiles, blocks, TILE)))
+        return Graph(variant.name, inputs, variant.attributes(), DOMAIN)
 
     return make
 
@@ -344,6 +370,7 @@ def _attention(queries: int, keys: int, head: int) -> Graph:
     return Graph("Attention", [q, k, k.copy()], calls=_HEADS)
 
 
+_BITS: tuple[Literal[2, 3, 4, 8], ...] = (2, 3, 4, 8)
 _ELEMENTS = ((4096, 65536, 1048576, 8388608),)
 _MOVED = ((16384, 262144, 4194304, 33554432),)
 _RESIZED = ((16384, 262144),)
@@ -357,6 +384,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Benchmark("matmul_dynamic", _BATCHED, _matmul_dynamic),
     Benchmark("matmul_nbits4", _QUANTIZED, _matmul_nbits(4)),
     Benchmark("matmul_nbits8", _QUANTIZED, _matmul_nbits(8)),
+    *(Benchmark(f"lwc_matmul{b}", _QUANTIZED, _dynamic_quant_matmul(b)) for b in _BITS),
     Benchmark("matmul_int8", _QUANTIZED, _matmul_int8),
     Benchmark("matmul_int8_dynamic", ((16, 128), (32, 128), (32, 128)), _matmul_int8_dynamic),
     Benchmark("conv", ((196, 3136), (144, 576, 2304), (16, 64, 256)), _conv(9)),

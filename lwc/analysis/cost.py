@@ -348,12 +348,19 @@ def _weights_of(node: ir.Node) -> Iterable[tuple[ir.TensorProtocol, int]]:
 
     Integer tensors of 16 bits and more, booleans and strings are indices, shapes and masks.
     """
-    scales = _SCALES.get(op_name(node), ())
+    scales = _scales_of(node)
     for index, value in enumerate(node.inputs):
         tensor = constant_tensor(value)
         if tensor is None or not _is_parameter(tensor.dtype):
             continue
         yield tensor, 0 if index in scales else _elements(node, index, tensor)
+
+
+def _scales_of(node: ir.Node) -> tuple[int, ...]:
+    name = op_name(node)
+    if name == "lwc::DynamicQuantMatMul" and node.attributes["zero_points"].as_int():
+        return (2, 3)
+    return _SCALES.get(name, ())
 
 
 def _is_parameter(dtype: ir.DataType) -> bool:

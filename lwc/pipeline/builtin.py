@@ -282,9 +282,9 @@ BUILTIN: tuple[PassInfo, ...] = (
             ),
             OptionInfo(
                 name="format",
-                type="matmulnbits|qdq|lwc",
+                type="matmulnbits|qdq|lwc|auto",
                 default="matmulnbits",
-                help="`matmulnbits` lowers to ONNX Runtime's MatMulNBits and GatherBlockQuantized, `qdq` to the standard DequantizeLinear, `lwc` to lwc::DynamicQuantMatMul, the only one with 3 bits; there embeddings, and what is tied to them, stay `matmulnbits`.",
+                help="`matmulnbits` lowers to ONNX Runtime's MatMulNBits and GatherBlockQuantized, `qdq` to the standard DequantizeLinear, `lwc` to lwc::DynamicQuantMatMul, the only one with 3 bits; there embeddings, and what is tied to them, stay `matmulnbits`. `auto` takes for each weight the faster of `matmulnbits` and `lwc` on the measured target, for one token and a prompt of 512 together, and leaves a weight alone that neither makes as fast as float32 in both.",
             ),
             OptionInfo(
                 name="accuracy-level",

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lwc.core.diagnostics import answers_to, describe
+from lwc.core.dialect import DOMAIN
 from lwc.core.dims import Dim, DimShape
 from lwc.core.module import Module
 from lwc.core.walk import attribute_graphs, constant_tensor, graph_and_subgraphs
@@ -95,9 +96,16 @@ class Editor:
         self._arrays: dict[ir.Value, Array] = {}
 
     def roots(self) -> list[ir.Graph]:
-        """Return the graphs to rewrite: the main graph, and function bodies of a current opset."""
+        """Return the graphs to rewrite: the main graph, and function bodies of a current opset.
+
+        Those of the lwc dialect say what an operator means, and stay as they are.
+        """
         functions = self.module.model.functions.values()
-        current = [f.graph for f in functions if f.opset_imports.get("", MIN_OPSET) >= MIN_OPSET]
+        current = [
+            function.graph
+            for function in functions
+            if function.opset_imports.get("", MIN_OPSET) >= MIN_OPSET and function.domain != DOMAIN
+        ]
         return [self.module.graph, *current]
 
     def asks_about(self, node: ir.Node) -> bool:

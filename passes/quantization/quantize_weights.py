@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -60,7 +60,10 @@ class QuantizeWeights(Pass):
         exclude: Patterns (`*`, `?`, `[...]`) of names of nodes or weights to leave alone.
         format: `matmulnbits` lowers to ONNX Runtime's MatMulNBits and GatherBlockQuantized,
             `qdq` to the standard DequantizeLinear, `lwc` to lwc::DynamicQuantMatMul, the only
-            one with 3 bits; there embeddings, and what is tied to them, stay `matmulnbits`.
+            one with 3 bits; there embeddings, and what is tied to them, stay `matmulnbits`. `auto`
+            takes for each weight the faster of `matmulnbits` and `lwc` on the measured target, for
+            one token and a prompt of 512 together, and leaves a weight alone that neither makes
+            as fast as float32 in both.
         accuracy_level: How products are computed: 4 rounds activations to int8 per block, which
             is fast and adds about 0.5 % relative error to a layer's output; 1 is float32, which
             `lwc` does not have.
@@ -79,19 +82,19 @@ class QuantizeWeights(Pass):
     act_order: bool = True
     ops: tuple[str, ...] = ("MatMul", "Gemm")
     exclude: tuple[str, ...] = ()
-    format: Literal["matmulnbits", "qdq", "lwc"] = "matmulnbits"
+    format: Literal["matmulnbits", "qdq", "lwc", "auto"] = "matmulnbits"
     accuracy_level: Literal[0, 1, 2, 3, 4] = 4
 
     def __post_init__(self) -> None:
         size = self.block_size
-        whole = size == 0 and self.format != "matmulnbits"
-        least = 32 if self.format == "lwc" else 16
+        whole = size == 0 and self.format in ("qdq", "lwc")
+        least = 32 if self.format in ("lwc", "auto") else 16
         if size is not None and not whole and (size < least or size & (size - 1)):
             raise UsageError(
                 f"block-size={size} is no power of two from {least}",
                 remedy="use 32; 0, one block per channel, needs format=qdq or lwc",
             )
-        if self.bits == 3 and self.format != "lwc":
+        if self.bits == 3 and self.format not in ("lwc", "auto"):
             raise UsageError(
                 f"format={self.format} has no 3 bits", remedy="use format=lwc, or 2 or 4 bits"
             )
@@ -119,9 +122,10 @@ class QuantizeWeights(Pass):
             if not any(_matches(weight, pattern) for weight in weights):
                 ctx.warn(f"exclude={pattern} matches no weight and none of their nodes")
         for weight in weights:
-            reason = self._obstacle(weight, editor)
-            if reason is None:
-                chosen.append(Layer(weight, self._spec(weight, module, editor)))
+            own = self._for(weight, ctx)
+            reason = own if isinstance(own, str) else own._obstacle(weight, editor)
+            if reason is None and not isinstance(own, str):
+                chosen.append(Layer(weight, own._spec(weight, module, editor)))
             else:
                 skipped += 1
                 place = weight.uses[0].node if weight.uses else None
@@ -215,6 +219,27 @@ class QuantizeWeights(Pass):
                 packed(made.rounded, layer.spec, dtype, made.weight_error),
                 made.output_error,
             )
+
+    def _for(self, weight: WeightUses, ctx: PassContext) -> QuantizeWeights | str:
+        """Return the pass with the format that suits a weight, or why it should stay as it is.
+
+        Raises:
+            PassError: The target is not measured.
+        """
+        from lwc.passes.quantization.kernel_choice import choose_operator
+
+        if self.format != "auto":
+            return self
+        if weight.obstacle is not None or any(use.role == "Gather" for use in weight.uses):
+            return replace(self, format="matmulnbits", bits=self.bits if self.bits != 3 else 4)
+        target = ctx.find_target()
+        if target is None:
+            raise PassError(
+                "format=auto chooses by measured times, and this machine was not measured",
+                remedy="a report with --measure measures it, or name a format",
+            )
+        operator, objection = choose_operator(target, self.bits, *_matrix(weight))
+        return objection if operator is None else replace(self, format=operator)
 
     def _obstacle(self, weight: WeightUses, editor: Editor) -> str | None:
         """Say why a weight stays as it is, or return None."""
