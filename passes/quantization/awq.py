@@ -53,7 +53,7 @@ def input_factors(
         error = 0.0
         for weight, size in zip(weights, block_sizes, strict=True):
             scaled = weight.astype(np.float32) * along
-            rounded = round_to_nearest(scaled, grid, size).values(size)
+            rounded = round_to_nearest(scaled, grid, size).values(grid, size)
             error += output_error(weight - rounded / along, gram)
         if error < least:
             best, least = factors, error
@@ -76,7 +76,7 @@ def clipped(weights: Array, gram: Array, grid: Grid, block_size: int) -> Rounded
         for share in _CLIPS.astype(weights.dtype):
             within = np.clip(part, low * share, high * share)
             codes, scales, zeros = round_block(within, grid, block_size, weights.dtype)
-            difference = part - (codes - zeros.astype(np.float32)) * scales
+            difference = part - grid.points(codes, zeros) * scales
             errors = np.einsum("kn,kn->n", inner @ difference, difference)
             better = errors < least
             least[better] = errors[better]
