@@ -34,8 +34,9 @@ def input_factors(
 ) -> Array:
     """Return what to multiply each input of some layers by before they are rounded.
 
-    A factor is `mean|x|^r`, divided by the geometric mean of the largest and the least of them.
-    Of 20 powers r in `[0, 1)` the one of least error is taken; r = 0 leaves the weights alone.
+    A factor is `mean|x|^r`, divided by the geometric mean of the largest and the least of them; that
+    of an input which is always zero is 1. Of 20 powers r in `[0, 1)` the one of least error is
+    taken; r = 0 leaves the weights alone.
 
     Args:
         weights: Those of all layers that read the activation, `[inputs, outputs]` each.
@@ -45,10 +46,14 @@ def input_factors(
         block_sizes: Inputs that share a scale, for each weight.
     """
     best, least = np.ones(len(means)), np.inf
-    base = np.maximum(means.astype(np.float64), _LEAST)
+    live = means > 0
+    if not live.any():
+        return best
+    base = np.maximum(means[live].astype(np.float64), _LEAST)
+    base /= np.sqrt(base.max() * base.min())
     for power in _POWERS:
-        factors = base**power
-        factors /= np.sqrt(factors.max() * factors.min())
+        factors = np.ones(len(means))
+        factors[live] = base**power
         along = factors[:, None].astype(np.float32)
         error = 0.0
         for weight, size in zip(weights, block_sizes, strict=True):

@@ -110,7 +110,7 @@ def _linear(editor: Editor, use: WeightUse, packed: PackedWeight, accuracy_level
     addend = node.inputs[2] if len(node.inputs) > 2 and beta != 0 else None
     bias = constant_tensor(addend)
     row = bias is not None and tuple(bias.shape) == (packed.outputs,)
-    plain = even and alpha == beta == 1 and row  # MatMulBnb4 has no bias
+    plain = alpha == beta == 1 and even and row  # MatMulBnb4 has no bias
     if plain:
         inputs += [None, addend]
     result = editor.op(op, inputs, attributes, domain=_CONTRIB)

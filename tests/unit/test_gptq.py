@@ -135,6 +135,21 @@ def test_awq_protects_inputs_of_large_activations() -> None:
     assert output_error(off, gram) < 0.2 * nearest
 
 
+def test_an_input_that_is_always_zero_has_no_say_in_the_factors() -> None:
+    random = np.random.default_rng(6)
+    activations = random.standard_normal((500, 48)) * np.exp(random.standard_normal(48))
+    activations[:, 9] = 0
+    weights = random.standard_normal((48, 24)).astype(np.float32)
+    gram, means = activations.T @ activations, np.abs(activations).mean(axis=0)
+    grid = Grid(4, False, "none")
+    factors = input_factors([weights], gram, means, grid, [16])
+    assert factors[9] == 1
+    live = np.delete(factors, 9)
+    assert live.max() * live.min() == pytest.approx(1)
+    assert live.max() > 1
+    assert (input_factors([weights], 0 * gram, 0 * means, grid, [16]) == 1).all()
+
+
 def test_scales_are_those_that_half_precision_stores() -> None:
     weights, gram = layer(6)
     half = weights.astype(np.float16)
