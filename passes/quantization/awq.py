@@ -34,7 +34,7 @@ def input_factors(
 ) -> Array:
     """Return what to multiply each input of some layers by before they are rounded.
 
-    A factor is `mean|x|^r`, divided by the geometric mean of the largest and the least of them; that
+    A factor is `mean|x|^r`, divided by the geometric mean of the largest and least of them; that
     of an input which is always zero is 1. Of 20 powers r in `[0, 1)` the one of least error is
     taken; r = 0 leaves the weights alone.
 
