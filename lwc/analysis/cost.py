@@ -334,6 +334,7 @@ _SCALES: Mapping[str, tuple[int, ...]] = {
     "MatMulInteger": (2, 3),
     "ConvInteger": (2, 3),
     f"{MS}MatMulNBits": (2, 3, 4),
+    f"{MS}MatMulBnb4": (2,),
     f"{MS}GatherBlockQuantized": (2, 3),
     "lwc::DynamicQuantMatMul": (2,),
     f"{MS}DynamicQuantizeMatMul": (2, 3),
@@ -372,7 +373,8 @@ def _is_parameter(dtype: ir.DataType) -> bool:
 def _elements(node: ir.Node, index: int, tensor: ir.TensorProtocol) -> int:
     """Return how many weights a tensor stands for; packed ones are in bytes."""
     op = op_name(node)
-    if op in (f"{MS}MatMulNBits", "lwc::DynamicQuantMatMul") and index == 1:
+    packed = (f"{MS}MatMulNBits", f"{MS}MatMulBnb4", "lwc::DynamicQuantMatMul")
+    if op in packed and index == 1:
         return int(node.attributes["K"].as_int()) * int(node.attributes["N"].as_int())
     if op == f"{MS}GatherBlockQuantized" and index == 0 and tensor.dtype.bitwidth == 8:
         return int(tensor.size) * 8 // int(node.attributes.get_int("bits", 4))

@@ -227,6 +227,12 @@ BUILTIN: tuple[PassInfo, ...] = (
                 help="Bits of the weights of MatMul and Gemm.",
             ),
             OptionInfo(
+                name="codebook",
+                type="uniform|nf4",
+                default="uniform",
+                help="`uniform` has evenly spaced levels; `nf4` the 16 of NormalFloat, quantiles of the normal distribution, times the largest magnitude of a block (Dettmers et al. 2023, QLoRA). It needs 4 bits and whole blocks; tables read by Gather stay uniform.",
+            ),
+            OptionInfo(
                 name="method",
                 type="rtn|gptq|awq",
                 default="rtn",
@@ -242,7 +248,7 @@ BUILTIN: tuple[PassInfo, ...] = (
                 name="block-size",
                 type="int or none",
                 default="none",
-                help="Weights that share a scale; a power of two from 16. With `format=qdq`, 0 or `lwc` gives each output channel one scale. By default 32, but 16 for 8-bit weights of MatMulNBits whose layer reads a product of activations, as after a gate: its spread within a block decides the error at accuracy level 4.",
+                help="Weights that share a scale; a power of two from 16. With `format=qdq`, 0 or `lwc` gives each output channel one scale. By default 32, with `codebook=nf4` 64, but 16 for 8-bit weights of MatMulNBits whose layer reads a product of activations, as after a gate: its spread within a block decides the error at accuracy level 4.",
             ),
             OptionInfo(
                 name="symmetric",
@@ -254,7 +260,7 @@ BUILTIN: tuple[PassInfo, ...] = (
                 name="search",
                 type="none|mse",
                 default="mse",
-                help="How scales are chosen: `mse` tries a few grids per block and keeps the one of least squared error, `none` takes the block's range.",
+                help="How scales are chosen: `mse` tries a few grids per block (of nf4, the levels and their mirror image) and keeps the one of least squared error, `none` takes the block's range.",
             ),
             OptionInfo(
                 name="damping",
@@ -284,7 +290,7 @@ BUILTIN: tuple[PassInfo, ...] = (
                 name="format",
                 type="matmulnbits|qdq|lwc|auto",
                 default="matmulnbits",
-                help="`matmulnbits` lowers to ONNX Runtime's MatMulNBits and GatherBlockQuantized, `qdq` to the standard DequantizeLinear, `lwc` to lwc::DynamicQuantMatMul, the only one with 3 bits; there embeddings, and what is tied to them, stay `matmulnbits`. `auto` takes for each weight the faster of `matmulnbits` and `lwc` on the measured target, for one token and a prompt of 512 together, and leaves a weight alone that neither makes as fast as float32 in both.",
+                help="`matmulnbits` lowers to ONNX Runtime's MatMulNBits (of nf4, MatMulBnb4) and GatherBlockQuantized, `qdq` to the standard DequantizeLinear (of nf4, Gather and Mul, which ONNX Runtime computes when it loads the model: the file is small, the memory not), `lwc` to lwc::DynamicQuantMatMul, the only one with 3 bits; there embeddings, and what is tied to them, stay `matmulnbits`. `auto` takes for each weight the faster of `matmulnbits` and `lwc` on the measured target, for one token and a prompt of 512 together, and leaves a weight alone that neither makes as fast as float32 in both.",
             ),
             OptionInfo(
                 name="accuracy-level",

@@ -22,7 +22,6 @@ Array: TypeAlias = np.ndarray[Any, Any]
 
 STANDARD_OPSET = 23
 _MS = "com.microsoft"
-_SPILL_BYTES = 1 << 20
 
 
 @dataclass
@@ -63,9 +62,7 @@ class Tables:
         key = (dtype, content.shape, hashlib.sha256(content.tobytes()).digest())
         found = self._made.get(key)
         if found is None or found.graph is not self.edit.module.graph:
-            store = self.edit.module.store
-            large = content.nbytes > _SPILL_BYTES
-            found = self.edit.constant(store.put(content) if large else content, name)
+            found = self.edit.constant(self.edit.module.spilled(ir.Tensor(content)), name)
             self._made[key] = found
         return found
 

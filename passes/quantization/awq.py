@@ -34,8 +34,9 @@ def input_factors(
 ) -> Array:
     """Return what to multiply each input of some layers by before they are rounded.
 
-    A factor is `mean|x|^r`, divided by the geometric mean of the largest and the least of them.
-    Of 20 powers r in `[0, 1)` the one of least error is taken; r = 0 leaves the weights alone.
+    A factor is `mean|x|^r`, divided by the geometric mean of the largest and least of them; that
+    of an input which is always zero is 1. Of 20 powers r in `[0, 1)` the one of least error is
+    taken; r = 0 leaves the weights alone.
 
     Args:
         weights: Those of all layers that read the activation, `[inputs, outputs]` each.
@@ -45,15 +46,19 @@ def input_factors(
         block_sizes: Inputs that share a scale, for each weight.
     """
     best, least = np.ones(len(means)), np.inf
-    base = np.maximum(means.astype(np.float64), _LEAST)
+    live = means > 0
+    if not live.any():
+        return best
+    base = np.maximum(means[live].astype(np.float64), _LEAST)
+    base /= np.sqrt(base.max() * base.min())
     for power in _POWERS:
-        factors = base**power
-        factors /= np.sqrt(factors.max() * factors.min())
+        factors = np.ones(len(means))
+        factors[live] = base**power
         along = factors[:, None].astype(np.float32)
         error = 0.0
         for weight, size in zip(weights, block_sizes, strict=True):
             scaled = weight.astype(np.float32) * along
-            rounded = round_to_nearest(scaled, grid, size).values(size)
+            rounded = round_to_nearest(scaled, grid, size).values(grid, size)
             error += output_error(weight - rounded / along, gram)
         if error < least:
             best, least = factors, error
@@ -76,7 +81,7 @@ def clipped(weights: Array, gram: Array, grid: Grid, block_size: int) -> Rounded
         for share in _CLIPS.astype(weights.dtype):
             within = np.clip(part, low * share, high * share)
             codes, scales, zeros = round_block(within, grid, block_size, weights.dtype)
-            difference = part - (codes - zeros.astype(np.float32)) * scales
+            difference = part - grid.points(codes, zeros) * scales
             errors = np.einsum("kn,kn->n", inner @ difference, difference)
             better = errors < least
             least[better] = errors[better]

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import onnx_ir as ir
 
 from lwc.core.walk import constant_tensor, op_name
+from lwc.passes.attention.heads import Piece, views
 from lwc.passes.quantization.channel_places import Place, constant_place, given_input
 from lwc.passes.quantization.token_operators import NORMS, input_place, output_place
 from lwc.rewrite import Editor, Miss, attribute
@@ -19,6 +20,8 @@ from lwc.rewrite import Editor, Miss, attribute
 __all__ = ["Divisible", "Sharing", "consumers", "divisible"]
 
 _REGROUPS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity")
+
+_LAYERS = ("MatMul", "Gemm")
 
 _VALUES = {
     "com.microsoft::MultiHeadAttention": ((3, 6, 7), ("num_heads", "num_heads")),
@@ -88,10 +91,13 @@ def divisible(value: ir.Value, edit: Editor) -> Divisible | Miss:
         return _attention(node, edit)
     if name in ("Mul", "Add"):
         return _elementwise(node, edit)
-    if name in ("MatMul", "Gemm"):
+    if name in _LAYERS:
         return _linear(node, edit)
     if name in _REGROUPS and _keeps_channels(node, edit):
         return _behind(node.inputs[0], edit)
+    source = _turned_back(value, edit)
+    if source is not None:
+        return _behind(source, edit)
     return Miss(f"it comes from {node.op_type}, which mixes channels or bends them", node)
 
 
@@ -101,6 +107,20 @@ def _keeps_channels(node: ir.Node, edit: Editor) -> bool:
     if not before or not after:
         return False
     return edit.same_dim(before[-1], after[-1])
+
+
+def _turned_back(value: ir.Value, edit: Editor) -> ir.Value | None:
+    """Return what a value is a view of that has the same channels last.
+
+    In between, heads may have been dealt out and joined again.
+    """
+    sources: list[ir.Value] = []
+    for source, view in views(value, edit):
+        shape = edit.shape(source)
+        if sources and shape and view[-1:] == ((Piece(len(shape) - 1, 1, shape[-1]),),):
+            return source if all(map(edit.single_use, sources[1:])) else None
+        sources.append(source)
+    return None
 
 
 def _behind(value: ir.Value | None, edit: Editor) -> Divisible | Miss:
@@ -196,14 +216,28 @@ def _linear(node: ir.Node, edit: Editor) -> Divisible | Miss:
 
 
 def _own(weight: Place | None, edit: Editor) -> Place | Miss | None:
-    """Return a weight that its layer alone reads, through Transpose at most; None for no weight."""
-    if weight is None or any(step.op_type != "Transpose" for step in weight.steps):
+    """Return a weight that its layer alone reads, through Transpose at most; None for no weight.
+
+    A bias that is the only row or column of a weight may read it too: it gets a copy.
+    """
+    if weight is None:
         return None
-    if not all(edit.single_use(step.outputs[0]) for step in weight.steps):
+    for step in weight.steps:
+        if step.op_type == "Cast":
+            return Miss("its weight is read through a Cast: fold it first", weight.node)
+        if not edit.single_use(step.outputs[0]):
+            return Miss("its weight is shared", weight.node)
+    if weight.source.producer() is not None:
+        return Miss("its weight is no initializer", weight.node)
+    if not edit.single_use(weight.source) and not _is_bias_too(weight):
         return Miss("its weight is shared", weight.node)
-    if weight.source.producer() is not None or not edit.single_use(weight.source):
-        return Miss("its weight is shared, or no initializer", weight.node)
     return weight
+
+
+def _is_bias_too(weight: Place) -> bool:
+    """Tell whether a weight of one row or column is read by one layer, and else by what adds it."""
+    layers = [node for node, _ in weight.source.uses() if node.op_type in (*_LAYERS, "Transpose")]
+    return 1 in weight.shape and len(layers) == 1
 
 
 def _vector(node: ir.Node, index: int, edit: Editor) -> Place | None:

@@ -35,11 +35,10 @@ class Rounded(NamedTuple):
     scales: Array
     zeros: Array
 
-    def values(self, block_size: int) -> Array:
+    def values(self, grid: Grid, block_size: int) -> Array:
         """Return the weights that the codes stand for, float32 `[inputs, outputs]`."""
         which = np.arange(len(self.codes)) // block_size
-        wide = self.codes.astype(np.float32)
-        wide -= self.zeros[which]
+        wide = grid.points(self.codes, self.zeros[which])
         wide *= self.scales[which]
         return wide
 
@@ -106,9 +105,9 @@ def gptq(
         for row in range(start, stop):
             block = order[row] // block_size
             scale, zero = made.scales[block], made.zeros[block].astype(np.float32)
-            codes = np.clip(np.rint(work[row] / scale) + zero, 0, grid.top)
+            codes = grid.codes(work[row] / scale, zero).astype(np.uint8)
             made.codes[order[row]] = codes
-            error = (work[row] - (codes - zero) * scale) / factor[row, row]
+            error = (work[row] - grid.points(codes, zero) * scale) / factor[row, row]
             errors[row - start] = error
             work[row + 1 : stop] -= np.outer(factor[row, row + 1 : stop], error)
         if stop < inputs:

@@ -125,6 +125,7 @@ _READ = 1 << 14
 _HALF_CONTRIB = frozenset(
     [
         "MatMulNBits",
+        "MatMulBnb4",
         "GatherBlockQuantized",
         "Gelu",
         "FastGelu",

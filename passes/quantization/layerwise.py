@@ -177,7 +177,7 @@ class LayerwiseQuantizer:
                 matrix, gram, spec.grid, size,
                 damping=self._damping, by_activation=self._by_activation,
             )  # fmt: skip
-        values = rounded.values(size)
+        values = rounded.values(spec.grid, size)
         plain = matrix.astype(np.float32, copy=False)
         difference = plain - values
         values = values.T if spec.transposed else values

@@ -1,6 +1,7 @@
 """Putting quantized weights into the graph.
 
-As MatMulNBits and GatherBlockQuantized, DequantizeLinear, or `lwc::DynamicQuantMatMul`.
+ONNX Runtime's operators are MatMulNBits, MatMulBnb4 and GatherBlockQuantized, the standard ones
+DequantizeLinear, or a Gather of levels; lwc's own is `lwc::DynamicQuantMatMul`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import onnx_ir as ir
 from lwc.core.dialect import DynamicQuantMatMul
 from lwc.core.walk import constant_tensor
 from lwc.passes.quantization.dialect_ops import dynamic_quant_matmul
+from lwc.passes.quantization.rounding import Grid
 from lwc.passes.quantization.streaming import QuantizedWeight
 from lwc.passes.quantization.weight_uses import WeightUse, WeightUses
 from lwc.rewrite.editor import Editor, attribute
@@ -21,6 +23,8 @@ from lwc.rewrite.editor import Editor, attribute
 __all__ = ["PackedWeight", "lower_to_contrib", "lower_to_dialect", "lower_to_standard"]
 
 _CONTRIB = "com.microsoft"
+_NF4 = 1
+"""MatMulBnb4's `quant_type`."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class PackedWeight:
         zero_points: See `QuantizedWeight`.
         inputs: Inputs of the layer, or the width of the embedding.
         outputs: Outputs of the layer, or the rows of the table.
-        bits: Bits of a code.
+        grid: What codes stand for.
         block_size: Weights per block; 0 is one block for all inputs.
     """
 
@@ -42,8 +46,13 @@ class PackedWeight:
     zero_points: ir.Value | None
     inputs: int
     outputs: int
-    bits: int
+    grid: Grid
     block_size: int
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return self.grid.bits
 
     @classmethod
     def register(
@@ -52,18 +61,22 @@ class PackedWeight:
         name: str,
         weight: QuantizedWeight,
         shape: tuple[int, int],
-        **sizes: int,
+        *,
+        grid: Grid,
+        block_size: int,
     ) -> PackedWeight:
         """Add the tensors to the main graph; `shape` is (inputs, outputs)."""
         add = editor.module.add_initializer
         zeros = weight.zero_points
+        suffix = f"q{grid.bits}" if grid.codebook == "uniform" else grid.codebook
         return cls(
-            codes=add(f"{name}_q{sizes['bits']}", weight.codes),
+            codes=add(f"{name}_{suffix}", weight.codes),
             scales=add(f"{name}_scales", weight.scales),
             zero_points=None if zeros is None else add(f"{name}_zero_points", zeros),
             inputs=shape[0],
             outputs=shape[1],
-            **sizes,
+            grid=grid,
+            block_size=block_size,
         )
 
 
@@ -83,20 +96,21 @@ def lower_to_contrib(
 
 def _linear(editor: Editor, use: WeightUse, packed: PackedWeight, accuracy_level: int) -> ir.Value:
     node = use.node
-    inputs = [node.inputs[0], packed.codes, packed.scales, packed.zero_points]
-    attributes = {
-        "K": packed.inputs,
-        "N": packed.outputs,
-        "bits": packed.bits,
-        "block_size": packed.block_size,
-        "accuracy_level": accuracy_level,
-    }
+    inputs = [node.inputs[0], packed.codes, packed.scales]
+    attributes = {"K": packed.inputs, "N": packed.outputs, "block_size": packed.block_size}
+    even = packed.grid.codebook == "uniform"
+    op = "MatMulNBits" if even else "MatMulBnb4"
+    if even:
+        inputs.append(packed.zero_points)
+        attributes |= {"bits": packed.bits, "accuracy_level": accuracy_level}
+    else:
+        attributes |= {"quant_type": _NF4}
     if use.role == "MatMul":
-        return editor.op("MatMulNBits", inputs, attributes, domain=_CONTRIB)
-    bias = _own_bias(node, packed)
+        return editor.op(op, inputs, attributes, domain=_CONTRIB)
+    bias = _own_bias(node, packed) if even else None  # MatMulBnb4 has none
     if bias is not None:
         inputs += [None, bias]
-    result = editor.op("MatMulNBits", inputs, attributes, domain=_CONTRIB)
+    result = editor.op(op, inputs, attributes, domain=_CONTRIB)
     return result if bias is not None else _with_terms(editor, node, result, packed)
 
 
@@ -108,7 +122,7 @@ def lower_to_dialect(editor: Editor, weight: WeightUses, packed: PackedWeight) -
         variant = DynamicQuantMatMul(
             K=packed.inputs,
             N=packed.outputs,
-            bits=packed.bits,  # type: ignore[arg-type]
+            bits=packed.grid.bits,
             block_size=packed.block_size,
             x_block=int(packed.block_size > 0),
             zero_points=int(packed.zero_points is not None),
@@ -179,7 +193,7 @@ def _gather(editor: Editor, node: ir.Node, packed: PackedWeight, *, shared: bool
 
 
 def lower_to_standard(editor: Editor, weight: WeightUses, packed: PackedWeight) -> None:
-    """Put DequantizeLinear between the codes and what read the weight.
+    """Put DequantizeLinear between the codes and what read the weight, or its like for a codebook.
 
     An embedding looks up codes and scales first and dequantizes only the rows it found.
     """
@@ -193,12 +207,28 @@ def lower_to_standard(editor: Editor, weight: WeightUses, packed: PackedWeight) 
             attributes = {"axis": -1, "block_size": packed.block_size}
             _replace(editor, user, editor.op("DequantizeLinear", _trim(found), attributes))
             continue
+        if packed.grid.levels is not None:
+            shape = [packed.inputs, packed.outputs]
+            found_levels = _levels(editor, packed, shape[::-1] if transposed else shape)
+            editor.set_input(user, index, found_levels)
+            continue
         inputs = _trim([packed.codes, packed.scales, packed.zero_points])
         if packed.block_size:
             attributes = {"axis": int(transposed), "block_size": packed.block_size}
         else:
             attributes = {"axis": int(not transposed)}
         editor.set_input(user, index, editor.op("DequantizeLinear", inputs, attributes))
+
+
+def _levels(editor: Editor, packed: PackedWeight, shape: list[int]) -> ir.Value:
+    """Look up the levels of all codes and scale them: a weight of a shape."""
+    levels = packed.grid.levels
+    assert levels is not None
+    table = editor.constant(levels.astype(_dtype(packed)), f"{packed.grid.codebook}_levels")
+    # Gather takes no codes of 4 bits.
+    codes = editor.op("Cast", [packed.codes], {"to": ir.DataType.INT32})
+    scaled = editor.op("Mul", [editor.op("Gather", [table, codes]), packed.scales])
+    return editor.op("Reshape", [scaled, editor.constant(shape, "weight_shape")])
 
 
 def _replace(editor: Editor, node: ir.Node, result: ir.Value) -> None:
@@ -213,5 +243,8 @@ def _trim(values: list[ir.Value | None]) -> list[ir.Value | None]:
 
 
 def _scalar(editor: Editor, number: float, packed: PackedWeight) -> ir.Value:
-    dtype: Any = packed.scales.dtype.numpy() if packed.scales.dtype else np.float32
-    return editor.constant(np.array(number, dtype=dtype), "factor")
+    return editor.constant(np.array(number, dtype=_dtype(packed)), "factor")
+
+
+def _dtype(packed: PackedWeight) -> Any:
+    return packed.scales.dtype.numpy() if packed.scales.dtype else np.float32

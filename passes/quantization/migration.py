@@ -12,6 +12,7 @@ from lwc.core.walk import constant_tensor
 from lwc.core.weights import reading
 from lwc.passes.quantization.channel_factors import Divisible, Sharing, consumers, divisible
 from lwc.passes.quantization.channel_places import Place
+from lwc.passes.quantization.token_operators import is_linear
 from lwc.rewrite import Miss, use_count
 from lwc.rewrite.editor import Editor
 
@@ -45,7 +46,7 @@ def find_pairs(module: Module, edit: Editor, ctx: PassContext) -> Iterator[Pair]
         if isinstance(weights, Miss) or isinstance(source, Miss):
             miss = weights if isinstance(weights, Miss) else source
             assert isinstance(miss, Miss)
-            if edit.is_constant(node.inputs[1]):
+            if edit.is_constant(node.inputs[1]) or is_linear(node):
                 ctx.missed(f"channels of '{value.name}' stay: {miss.reason}", miss.node or node)
             continue
         yield Pair(value, source, weights)
@@ -97,5 +98,5 @@ def put(module: Module, place: Place, array: Array) -> None:
     if place.source.is_initializer() and alone:
         module.replace_initializer(place.source, tensor)
         return
-    fresh = module.add_initializer(name, tensor)
-    place.node.replace_input_with(place.operand, fresh)
+    reader, operand = (place.steps[0], 0) if place.steps else (place.node, place.operand)
+    reader.replace_input_with(operand, module.add_initializer(name, tensor))

@@ -42,28 +42,34 @@ class QuantizeWeights(Pass):
 
     Attributes:
         bits: Bits of the weights of MatMul and Gemm.
+        codebook: `uniform` has evenly spaced levels; `nf4` the 16 of NormalFloat, quantiles of the
+            normal distribution, times the largest magnitude of a block (Dettmers et al. 2023,
+            QLoRA). It needs 4 bits and whole blocks; tables read by Gather stay uniform.
         method: `rtn` rounds to nearest; `gptq` lets the weights that are not rounded yet make up
             for each error (Frantar et al. 2023); `awq` scales up inputs that see large activations,
             where what makes the activation can take the factor, and clips blocks (Lin et al. 2024).
         embeddings: Bits of tables read by Gather; none leaves them, and what is tied to them.
         block_size: Weights that share a scale; a power of two from 16. With `format=qdq`, 0
-            or `lwc` gives each output channel one scale. By default 32, but 16 for 8-bit weights
-            of MatMulNBits whose layer reads a product of activations, as after a gate: its spread
+            or `lwc` gives each output channel one scale. By default 32, with `codebook=nf4` 64, but
+            16 for 8-bit weights of MatMulNBits whose layer reads a product of activations, as after
+            a gate: its spread
             within a block decides the error at accuracy level 4.
         symmetric: Whether the zero point is fixed in the middle. That saves a byte or half a
             byte per block.
-        search: How scales are chosen: `mse` tries a few grids per block and keeps the one of
-            least squared error, `none` takes the block's range.
+        search: How scales are chosen: `mse` tries a few grids per block (of nf4, the levels and
+            their mirror image) and keeps the one of least squared error, `none` takes the block's
+            range.
         ops: Operators whose weights are quantized.
         damping: Of GPTQ: added to the diagonal of X·Xᵀ, as a share of its mean.
         act_order: Of GPTQ: round the inputs of the largest activations first.
         exclude: Patterns (`*`, `?`, `[...]`) of names of nodes or weights to leave alone.
-        format: `matmulnbits` lowers to ONNX Runtime's MatMulNBits and GatherBlockQuantized,
-            `qdq` to the standard DequantizeLinear, `lwc` to lwc::DynamicQuantMatMul, the only
-            one with 3 bits; there embeddings, and what is tied to them, stay `matmulnbits`. `auto`
-            takes for each weight the faster of `matmulnbits` and `lwc` on the measured target, for
-            one token and a prompt of 512 together, and leaves a weight alone that neither makes
-            as fast as float32 in both.
+        format: `matmulnbits` lowers to ONNX Runtime's MatMulNBits (of nf4, MatMulBnb4) and
+            GatherBlockQuantized, `qdq` to the standard DequantizeLinear (of nf4, Gather and Mul,
+            which ONNX Runtime computes when it loads the model: the file is small, the memory not),
+            `lwc` to lwc::DynamicQuantMatMul, the only one with 3 bits; there embeddings, and what
+            is tied to them, stay `matmulnbits`. `auto` takes for each weight the faster of
+            `matmulnbits` and `lwc` on the measured target, for one token and a prompt of 512
+            together, and leaves a weight alone that neither makes as fast as float32 in both.
         accuracy_level: How products are computed: 4 rounds activations to int8 per block, which
             is fast and adds about 0.5 % relative error to a layer's output; 1 is float32, which
             `lwc` does not have.
@@ -73,6 +79,7 @@ class QuantizeWeights(Pass):
     contract: ClassVar[Contract] = Lossy(noise=0.1)
 
     bits: Literal[2, 3, 4, 8] = 4
+    codebook: Literal["uniform", "nf4"] = "uniform"
     method: Literal["rtn", "gptq", "awq"] = "rtn"
     embeddings: Literal[4, 8] | None = 8
     block_size: int | None = None
@@ -103,11 +110,26 @@ class QuantizeWeights(Pass):
                 f"format=lwc does not compute at accuracy-level={self.accuracy_level}",
                 remedy="leave it at 4, or use another format",
             )
+        if self.codebook == "nf4":
+            self._check_nf4()
         for op in self.ops:
             if op not in ("MatMul", "Gemm"):
                 raise UsageError(
                     f"ops={op} has no quantized form", remedy="choose from MatMul, Gemm"
                 )
+
+    def _check_nf4(self) -> None:
+        if self.bits != 4:
+            raise UsageError(f"codebook=nf4 has codes of 4 bits, not {self.bits}")
+        if self.format in ("lwc", "auto"):
+            raise UsageError(
+                f"format={self.format} has no codebook=nf4", remedy="use format=matmulnbits or qdq"
+            )
+        if self.format == "matmulnbits" and self.block_size is not None and self.block_size > 256:
+            raise UsageError(
+                f"block-size={self.block_size} is more than the 256 of MatMulBnb4",
+                remedy="use 64, or format=qdq",
+            )
 
     def run(self, module: Module, ctx: PassContext) -> PassResult:
         """See the class."""
@@ -147,9 +169,11 @@ class QuantizeWeights(Pass):
             done.append((layer, result.spill(module.store)))
             tally.add(weight, spec, result, output_error)
             ctx.limit.spend(f"quantize-{weight.uses[0].role.lower()}", node)
+            grid = spec.grid
+            kind = f"{grid.bits} bits" if grid.codebook == "uniform" else grid.codebook
             outputs = "" if output_error is None else f", of its outputs {output_error:.2e}"
             ctx.applied(
-                f"'{weight.value.name}' in {spec.grid.bits} bits, relative error "
+                f"'{weight.value.name}' in {kind}, relative error "
                 f"{result.relative_error:.2e}{outputs}",
                 node,
                 weight.uses[0].role,
@@ -263,7 +287,7 @@ class QuantizeWeights(Pass):
             return f"its type is {weight.tensor.dtype}, and lwc::DynamicQuantMatMul takes float32"
         if weight.tensor.dtype == ir.DataType.BFLOAT16 and layout != "qdq":
             raise PassError(
-                f"'{weight.value.name}' is bfloat16, for which MatMulNBits has no CPU kernel",
+                f"'{weight.value.name}' is bfloat16, for which ONNX Runtime has no CPU kernel",
                 node=describe(weight.uses[0].node),
                 remedy="run convert-dtype{float16} first, or use format=qdq",
             )
@@ -273,7 +297,7 @@ class QuantizeWeights(Pass):
             return f"its type is {weight.tensor.dtype}"
         inputs, _ = _matrix(weight)
         size = self._block(weight, editor)
-        if "Gather" in roles and size and inputs % size:
+        if ("Gather" in roles or self._is_nf4(weight)) and size and inputs % size:
             return f"rows of {inputs} do not divide into blocks of {size}"
         if "Gather" in roles and self.format == "qdq" and (size == 0 or self.embeddings == 4):
             return "a standard embedding needs 8 bits in blocks"
@@ -300,6 +324,8 @@ class QuantizeWeights(Pass):
             return self.block_size
         if layout == "tiles":
             return 32
+        if self._is_nf4(weight):
+            return 64
         rounds = layout != "qdq" and self.accuracy_level == 4
         fine = rounds and self._bits(weight) == 8
         return 16 if fine and all(_reads_product(use, editor) for use in weight.uses) else 32
@@ -309,11 +335,17 @@ class QuantizeWeights(Pass):
             return "qdq"
         if all(use.role == "Gather" for use in weight.uses):
             return "table"
+        if self._is_nf4(weight):
+            return "bnb4"
         return "matmulnbits" if weight.tied or self.format == "matmulnbits" else "tiles"
+
+    def _is_nf4(self, weight: WeightUses) -> bool:
+        return self.codebook == "nf4" and all(use.role != "Gather" for use in weight.uses)
 
     def _is_symmetric(self, weight: WeightUses) -> bool:
         # A shared 4-bit table would need its zero points packed in two ways.
-        return self.symmetric or (weight.tied and self._bits(weight) == 4)
+        shared = weight.tied and self._bits(weight) == 4
+        return self.symmetric or shared or self._is_nf4(weight)
 
     def _packed_bytes(self, weight: WeightUses, size: int) -> int:
         from lwc.core.quant_layout import TILE, packed_bytes
@@ -339,8 +371,9 @@ class QuantizeWeights(Pass):
         from lwc.passes.quantization.streaming import WeightSpec
 
         bits, size = self._bits(weight), self._block(weight, editor)
-        grid = Grid(bits, self._is_symmetric(weight), self.search)
         layout = self._layout(weight)
+        codebook: Literal["uniform", "nf4"] = "nf4" if self._is_nf4(weight) else "uniform"
+        grid = Grid(bits, self._is_symmetric(weight), self.search, codebook)
         if layout == "qdq":
             self._check_opset(weight, bits, size, module.opset)
         return WeightSpec(grid, size, weight.uses[0].transposed, layout)
@@ -355,7 +388,7 @@ class QuantizeWeights(Pass):
                 remedy="use format=matmulnbits",
             )
         if bits == 4 or size:
-            needed, what = 21, "DequantizeLinear in blocks or with 4 bits"
+            needed, what = 21, "a standard form in blocks or with 4 bits"
         else:
             half = weight.tensor.dtype != ir.DataType.FLOAT
             needed, what = (19, "DequantizeLinear to float16") if half else (13, "")
@@ -382,7 +415,7 @@ class QuantizeWeights(Pass):
             weight.value.name or "weight",
             result,
             _matrix(weight),
-            bits=spec.grid.bits,
+            grid=spec.grid,
             block_size=spec.block_size,
         )
         transposes = [user for user, _ in weight.value.uses() if user.op_type == "Transpose"]

@@ -1,10 +1,12 @@
-"""Round-to-nearest: real blocks to integers, a scale and a zero point, by plain numpy.
+"""Round-to-nearest: real blocks to codes, a scale and a zero point, by plain numpy.
 
 A block is a run of `block_size` weights that share one scale `s` and one integer zero point `z`;
 a weight `w` is stored as the code `q = clamp(round(w / s) + z, 0, 2**bits - 1)` and read back as
-`s * (q - z)`. Everything here works on a *tile* `[block_size, blocks]` small enough for the
-processor's cache, one block per column, in buffers that are reused: long rows make numpy's loops
-fast, and a column's result does not depend on how a weight is cut into tiles.
+`s * (q - z)`. With a codebook, `q` is the level nearest to `w / s`, and there is no `z`.
+
+Everything here works on a *tile* `[block_size, blocks]` small enough for the processor's cache, one
+block per column, in buffers that are reused: long rows make numpy's loops fast, and a column's
+result does not depend on how a weight is cut into tiles.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import ml_dtypes
 import numpy as np
+
+from lwc.passes.quantization.codebook import nearest_levels, nf4_levels
 
 __all__ = ["Codes", "Grid", "TileRounder", "widen"]
 
@@ -36,7 +40,7 @@ _DROPPED_BITS = {
 
 @dataclass(frozen=True)
 class Grid:
-    """The integers a block may be rounded to, and how the block's scale is chosen.
+    """The points a block may be rounded to, and how the block's scale is chosen.
 
     Attributes:
         bits: Bits of a code.
@@ -45,11 +49,15 @@ class Grid:
             of the largest magnitude becomes -8 exactly, with a negative scale where it is positive.
         search: `none` takes the scale from the range of the block, zero included; `mse` tries a
             few (scale, zero point) pairs and keeps the one of least squared error.
+        codebook: `uniform` has the integers; `nf4` the 16 levels of NormalFloat, which span
+            `±max|w|`. Their codes have no zero points and count as symmetric; the search also tries
+            them mirrored, by a negative scale.
     """
 
     bits: Literal[2, 3, 4, 8]
     symmetric: bool
     search: Literal["none", "mse"]
+    codebook: Literal["uniform", "nf4"] = "uniform"
 
     @property
     def top(self) -> int:
@@ -60,6 +68,24 @@ class Grid:
     def middle(self) -> int:
         """The zero point of symmetric codes."""
         return 1 << (self.bits - 1)
+
+    @property
+    def levels(self) -> Array | None:
+        """What codes stand for where they are no integers, in steps of the scale."""
+        return nf4_levels() if self.codebook == "nf4" else None
+
+    def codes(self, steps: Array, zeros: Array) -> Array:
+        """Return the codes nearest to numbers in steps of their scale; zero points are floats."""
+        if self.levels is not None:
+            return nearest_levels(steps, self.levels)
+        integers: Array = np.clip(np.rint(steps) + zeros, 0, self.top)
+        return integers
+
+    def points(self, codes: Array, zeros: Array) -> Array:
+        """Return what uint8 codes stand for in steps of their scale, float32."""
+        if self.levels is not None:
+            return np.take(self.levels, codes)
+        return np.subtract(codes, zeros, dtype=np.float32)
 
 
 class Codes(NamedTuple):
@@ -126,7 +152,7 @@ class TileRounder:
         self._whole = np.empty_like(self._weights)
         self._codes = np.empty(block_size * blocks, np.uint8)
         # Only there may the nearest integer lie outside the grid; see `Grid.symmetric`.
-        self._clips = grid.symmetric and grid.bits < 8
+        self._clips = grid.symmetric and grid.bits < 8 and grid.codebook == "uniform"
 
     def weights(self, blocks: int) -> Array:
         """Return the buffer `[block_size, blocks]` to put the next tile into."""
@@ -142,10 +168,13 @@ class TileRounder:
         real = self._view(self._real, weights.shape[1])
         codes = self._view(self._codes, weights.shape[1])
         np.multiply(weights, best.inverses, out=real)
-        np.add(real, best.zeros + _MAGIC, out=real)
-        if self._clips:
-            np.minimum(real, np.float32(self._grid.top) + _MAGIC, out=real)
-        np.copyto(codes, real.view(np.int32), casting="unsafe")
+        if self._grid.levels is not None:
+            codes[...] = nearest_levels(real, self._grid.levels)
+        else:
+            np.add(real, best.zeros + _MAGIC, out=real)
+            if self._clips:
+                np.minimum(real, np.float32(self._grid.top) + _MAGIC, out=real)
+            np.copyto(codes, real.view(np.int32), casting="unsafe")
         squared_weight = float(np.einsum("kn,kn->", weights, weights))
         return Codes(codes, best.scales, best.zeros.astype(np.uint8), error, squared_weight)
 
@@ -164,6 +193,9 @@ class TileRounder:
     def _choices(self, low: Array, high: Array) -> Iterator[_Choice]:
         """Yield the choices that the search compares, the plain one first."""
         grid = self._grid
+        if grid.levels is not None:
+            yield from self._level_choices(low, high)
+            return
         if grid.symmetric:
             yield from self._symmetric_choices(low, high)
             return
@@ -202,6 +234,14 @@ class TileRounder:
         if grid.search == "mse":
             yield evenly
 
+    def _level_choices(self, low: Array, high: Array) -> Iterator[_Choice]:
+        zeros = np.zeros(low.shape, np.float32)
+        plain = self._choice(np.maximum(-low, high), zeros)
+        mirrored = _Choice(-plain.scales, -plain.inverses, zeros.copy())
+        yield plain
+        if self._grid.search == "mse":
+            yield mirrored
+
     def _choice(self, scales: Array, zeros: Array | None = None) -> _Choice:
         """Round non-negative scales up to the storage type; a block of zeros gets one."""
         dropped = _DROPPED_BITS[self._scale_dtype]
@@ -222,7 +262,10 @@ class TileRounder:
         real = self._view(self._real, weights.shape[1])
         whole = self._view(self._whole, weights.shape[1])
         np.multiply(weights, choice.inverses, out=real)
-        np.rint(real, out=whole)
+        if self._grid.levels is not None:
+            np.take(self._grid.levels, nearest_levels(real, self._grid.levels), out=whole)
+        else:
+            np.rint(real, out=whole)
         if self._clips:
             np.minimum(whole, np.float32(self._grid.top - self._grid.middle), out=whole)
         np.subtract(real, whole, out=real)

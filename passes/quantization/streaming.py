@@ -22,7 +22,7 @@ from lwc.passes.quantization.rounding import Codes, Grid, TileRounder, widen
 __all__ = ["Layout", "QuantizedWeight", "WeightSpec", "in_threads", "packed", "quantize"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
-Layout: TypeAlias = Literal["matmulnbits", "table", "qdq", "tiles"]
+Layout: TypeAlias = Literal["matmulnbits", "bnb4", "table", "qdq", "tiles"]
 
 _TILE_ELEMENTS = 1 << 18
 _TILE_COLUMNS = 1024
@@ -55,10 +55,14 @@ class QuantizedWeight:
 
     Attributes:
         codes: `matmulnbits`: uint8 `[outputs, blocks, block_size * bits / 8]`. `table`: the
-            same bytes as `[outputs, inputs * bits / 8]`. `qdq`: uint4, int4, uint8 or int8 in
-            the shape of the weight. `tiles`: as `lwc.core.quant_layout` packs them.
-        scales: `[outputs, blocks]`. `qdq`: as the weight, the inputs' axis in blocks;
-            `[outputs]` where one block spans all inputs. `tiles`: `[tiles, blocks, 16]`.
+            same bytes as `[outputs, inputs * bits / 8]`. `bnb4`: uint8 `[outputs * inputs / 2]`,
+            the first of two codes in the upper half of a byte. `qdq`: uint4, int4, uint8 or int8
+            in the shape of the weight; of a codebook, uint4 with the inputs' axis in two,
+            `[blocks, block_size, outputs]` or `[outputs, blocks, block_size]`. `tiles`: as
+            `lwc.core.quant_layout` packs them.
+        scales: `[outputs, blocks]`, for `bnb4` flat. `qdq`: as the weight, the inputs' axis in
+            blocks; `[outputs]` where one block spans all inputs. Of a codebook as the codes, with
+            an extent of 1 for `block_size`. `tiles`: `[tiles, blocks, 16]`.
         zero_points: None when symmetric. uint8, rows packed like codes; `qdq` and `tiles`: as the
             scales.
         relative_error: Frobenius norm of the difference over that of the weight.
@@ -79,11 +83,13 @@ class QuantizedWeight:
         """Return the same with each output multiplied by a factor, `[outputs]`."""
         array = self.scales.numpy()
         if spec.layout == "tiles":
-            scaled = array.astype(np.float32) * pack_columns(factors[None])
-            return replace(self, scales=ir.Tensor(_small(scaled.astype(np.float32))))
-        inner = array.ndim == 2 and (spec.layout != "qdq" or spec.transposed)
-        scales = (array * (factors[:, None] if inner else factors)).astype(array.dtype)
-        return replace(self, scales=ir.Tensor(scales))
+            tiled = array.astype(np.float32) * pack_columns(factors[None])
+            return replace(self, scales=ir.Tensor(_small(tiled.astype(np.float32))))
+        if spec.layout != "qdq" or spec.transposed:  # outputs are the first axis
+            scales = array.reshape(len(factors), -1) * factors[:, None]
+        else:
+            scales = array * factors
+        return replace(self, scales=ir.Tensor(scales.reshape(array.shape).astype(array.dtype)))
 
     def spill(self, store: WeightStore) -> QuantizedWeight:
         """Return the same with its tensors in `store`."""
@@ -314,20 +320,29 @@ class _Sink:
         """Bring the tensors into their final form."""
         grid = self._spec.grid
         if self._spec.layout == "tiles":
-            codes = self._codes.T if self._spec.transposed else self._codes
+            tiles = self._codes.T if self._spec.transposed else self._codes
             return QuantizedWeight(
-                ir.Tensor(pack_codes(codes[:inputs], grid.bits)),
+                ir.Tensor(pack_codes(tiles[:inputs], grid.bits)),
                 ir.Tensor(_small(pack_columns(self._scales.T))),
                 None if grid.symmetric else ir.Tensor(pack_columns(self._zeros.T)),
                 relative_error,
             )
-        scales = self._scales.astype(dtype)
+        scales: Array = self._scales.astype(dtype)
         if not self._whole:
-            codes = self._codes
+            codes: Array = self._codes
             if self._spec.layout == "table":
                 codes = codes.reshape(len(codes), -1)
+            elif self._spec.layout == "bnb4":
+                codes, scales = (codes << 4 | codes >> 4).reshape(-1), scales.reshape(-1)
             zeros = None if grid.symmetric else ir.Tensor(pack_rows(self._zeros, grid.bits))
             return QuantizedWeight(ir.Tensor(codes), ir.Tensor(scales), zeros, relative_error)
+        if grid.codebook != "uniform":
+            shape, along = (*scales.shape, self._size), (*scales.shape, 1)
+            if not self._spec.transposed:
+                scales = np.ascontiguousarray(scales.T)
+                shape, along = (len(scales), self._size, -1), (len(scales), 1, -1)
+            split = _integers(self._codes.reshape(shape), ir.DataType.UINT4)
+            return QuantizedWeight(split, ir.Tensor(scales.reshape(along)), None, relative_error)
         # Signed types hold symmetric codes: their zero point is then 0, the default.
         kind = _QDQ_TYPES[grid.bits, grid.symmetric]
         codes, zero_points = self._codes, self._zeros

@@ -104,7 +104,7 @@ class Operands(NamedTuple):
 _SUMS = ("Add", "Sub", "Sum")
 _REGROUPS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Expand", "Tile")
 _SAME = ("Identity", "Neg", "Dropout", "Cast")
-_QUANTIZED = ("NBits", "Quantize", "quantize", "Integer", "QLinear")
+_QUANTIZED = ("NBits", "Bnb4", "Quantize", "quantize", "Integer", "QLinear")
 _SPELLED_NORM = ("Pow", "ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2")
 
 

@@ -71,7 +71,7 @@ def find_weights(module: Module) -> Iterator[WeightUses]:
             continue
         seen.add(value)
         tensor = constant_tensor(value)
-        if tensor is None or not tensor.dtype.is_floating_point() or _is_scale_table(node):
+        if tensor is None or not tensor.dtype.is_floating_point() or _is_lookup(node, tensor):
             continue
         uses, obstacle = _trace(value, flipped=False)
         if value.is_graph_output():
@@ -127,10 +127,14 @@ def _trace(value: ir.Value, flipped: bool) -> tuple[list[WeightUse], str | None]
     return uses, obstacle
 
 
-def _is_scale_table(gather: ir.Node) -> bool:
-    """Tell whether a Gather looks up scales or zero points of a table already quantized."""
-    return gather.op_type == "Gather" and any(
-        user.op_type == "DequantizeLinear" and index > 0 for user, index in gather.outputs[0].uses()
+def _is_lookup(gather: ir.Node, tensor: ir.TensorProtocol) -> bool:
+    """Tell whether a Gather looks up numbers, or scales or zero points of a quantized table."""
+    return gather.op_type == "Gather" and (
+        len(tensor.shape) < 2
+        or any(
+            user.op_type == "DequantizeLinear" and index > 0
+            for user, index in gather.outputs[0].uses()
+        )
     )
 
 

@@ -74,6 +74,83 @@ def test_histograms_count_every_magnitude_in_its_bin(seed: int, sizes: list[int]
         )
 
 
+def test_products_stay_positive_where_means_are_large() -> None:
+    """Means of a batch 10,000 times the spread: float32 products are off by 1e6 and more."""
+    random = np.random.default_rng(0)
+    parts = [random.standard_normal((500, 40)) + 1e4 * random.standard_normal(40) for _ in range(3)]
+    made = Gram()
+    wanted = np.zeros((40, 40))
+    for part in (each.astype(np.float32) for each in parts):
+        made.update(part)
+        wanted += part.T.astype(np.float64) @ part.astype(np.float64)
+    found = np.linalg.eigvalsh(made.value)
+    assert found[0] == pytest.approx(np.linalg.eigvalsh(wanted)[0], rel=1e-4)
+    np.linalg.cholesky(made.value)
+    np.testing.assert_array_equal(made.value, made.value.T)
+
+
+def test_channels_of_zeros_stay_exactly_zero() -> None:
+    made = Gram()
+    for seed in range(3):
+        rows = np.random.default_rng(seed).standard_normal((7, 4)).astype(np.float32) + 3
+        rows[:, 2] = 0
+        made.update(rows)
+    assert not made.value[2].any()
+    assert not made.value[:, 2].any()
+
+
+def test_batches_without_rows_or_channels() -> None:
+    for made in (AbsMax(), MeanAbs(), Gram()):
+        made.update(np.zeros((2, 0, 4), np.float32))
+        assert made.value.shape[-1] == 4
+        assert not made.value.any()
+        made.update(np.ones((1, 4), np.float32))
+        assert made.value.any()
+    empty = AbsMax()
+    empty.update(np.zeros((3, 0), np.float32))
+    assert empty.value.shape == (0,)
+
+
+def test_a_scalar_has_one_channel() -> None:
+    made = AbsMax()
+    made.update(np.array(-3.0, np.float32))
+    assert made.value.tolist() == [3]
+
+
+@pytest.mark.parametrize("bins", [1, 2, 7, 8, 33])
+def test_any_number_of_bins_may_be_halved(bins: int) -> None:
+    """A range that doubles three times: each magnitude lies in its bin of the last range."""
+    numbers = np.array([0.1, 0.9, 1.7, 6.9])
+    made, whole = Histogram(bins), Histogram(bins)
+    made.limit, whole.limit = 1.0, 8.0
+    made.update(numbers[:2])
+    made.update(numbers[2:])
+    assert made.limit == 8.0
+    whole.update(numbers)
+    np.testing.assert_array_equal(made.counts, whole.counts)
+
+
+@pytest.mark.parametrize("bins", [7, 100, 2048])
+@pytest.mark.parametrize("levels", [3, 7, 127])
+def test_clipping_points_of_one_value_and_of_zeros(bins: int, levels: int) -> None:
+    """One magnitude is what there is to represent: it is clipped by less than a bin."""
+    made, zeros, empty = Histogram(bins), Histogram(bins), Histogram(bins)
+    made.update(np.full(50, 3.0))
+    zeros.update(np.zeros(50))
+    assert made.entropy(levels) == 3.0
+    assert made.percentile(0.5) == 3.0
+    assert 3.0 * (1 - 1 / bins) - 1e-9 <= made.least_squares(levels) <= 3.0
+    for other in (zeros, empty):
+        assert other.entropy(levels) == other.least_squares(levels) == other.percentile(0.5) == 0
+
+
+def test_entropy_may_keep_the_whole_range() -> None:
+    """Evenly spread magnitudes with as many at the top: nothing is to be clipped."""
+    made = Histogram(2048)
+    made.update(np.append(np.linspace(0, 1, 4096), np.ones(4096)))
+    assert made.entropy(127) == 1.0
+
+
 def test_a_histogram_of_zeros() -> None:
     made = Histogram(8)
     made.update(np.zeros(5, np.float32))

@@ -25,8 +25,8 @@ def layer(seed: int, inputs: int = 48, outputs: int = 24, rows: int = 400) -> tu
     return weights, activations.T @ activations
 
 
-def error(weights: Array, rounded: Rounded, size: int, gram: Array) -> float:
-    return output_error(weights - rounded.values(size), gram)
+def error(weights: Array, rounded: Rounded, grid: Grid, size: int, gram: Array) -> float:
+    return output_error(weights - rounded.values(grid, size), gram)
 
 
 def column_by_column(weights: Array, gram: Array, rounded: Rounded, damping: float) -> Array:
@@ -61,10 +61,10 @@ def test_outputs_are_nearer_than_by_rounding(bits: Any, size: int, act_order: bo
     """With short last blocks too (48 = 32 + 16)."""
     weights, gram = layer(bits)
     grid = Grid(bits, False, "mse")
-    nearest = error(weights, round_to_nearest(weights, grid, size), size, gram)
+    nearest = error(weights, round_to_nearest(weights, grid, size), grid, size, gram)
     found = gptq(weights, gram, grid, size, by_activation=act_order)
     assert found.codes.max() <= grid.top
-    assert error(weights, found, size, gram) < (0.8 if act_order else 1.0) * nearest
+    assert error(weights, found, grid, size, gram) < (0.8 if act_order else 1.0) * nearest
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -83,10 +83,10 @@ def test_inputs_that_are_never_active_are_rounded_to_nearest(symmetric: bool) ->
     gram[dead] = gram[:, dead] = 0
     grid = Grid(4, symmetric, "none")
     found, nearest = gptq(weights, gram, grid, 16), round_to_nearest(weights, grid, 16)
-    steps = np.abs(found.values(16) - weights)[dead] / np.abs(found.scales[[0, 1]])
+    steps = np.abs(found.values(grid, 16) - weights)[dead] / np.abs(found.scales[[0, 1]])
     # A symmetric grid has one step less on one side.
     assert steps.max() <= (1.0 if symmetric else 0.5) + 1e-5
-    assert error(weights, found, 16, gram) < error(weights, nearest, 16, gram)
+    assert error(weights, found, grid, 16, gram) < error(weights, nearest, grid, 16, gram)
     assert np.isfinite(gptq(weights, np.zeros_like(gram), grid, 16).scales).all()
 
 
@@ -98,7 +98,7 @@ def test_a_singular_matrix_is_damped_until_it_is_none(damping: float) -> None:
     gram, grid = few.T @ few, Grid(4, False, "mse")
     found = gptq(weights, gram, grid, 16, damping=damping)
     nearest = round_to_nearest(weights, grid, 16)
-    assert error(weights, found, 16, gram) < 0.5 * error(weights, nearest, 16, gram)
+    assert error(weights, found, grid, 16, gram) < 0.5 * error(weights, nearest, grid, 16, gram)
 
 
 @given(st.integers(0, 999), st.sampled_from([2, 3, 4, 8]), st.sampled_from([16, 32, 48]))
@@ -109,11 +109,11 @@ def test_awq_is_never_worse_than_rounding_on_its_own_terms(seed: int, bits: Any,
     means = np.sqrt(np.diag(gram) / 400)
     factors = input_factors([weights], gram, means, grid, [size])[:, None].astype(np.float32)
     nearest = round_to_nearest(weights, grid, size)
-    scaled = round_to_nearest(weights * factors, grid, size).values(size) / factors
-    assert output_error(weights - scaled, gram) <= 1.001 * error(weights, nearest, size, gram)
+    scaled = round_to_nearest(weights * factors, grid, size).values(grid, size) / factors
+    assert output_error(weights - scaled, gram) <= 1.001 * error(weights, nearest, grid, size, gram)
     by_block = np.zeros((2, 8))
     for which, made in enumerate((nearest, clipped(weights, gram, grid, size))):
-        off = weights - made.values(size)
+        off = weights - made.values(grid, size)
         for start in range(0, 48, size):
             rows = slice(start, min(start + size, 48))
             by_block[which] += np.einsum("kn,kl,ln->n", off[rows], gram[rows, rows], off[rows])
@@ -130,9 +130,24 @@ def test_awq_protects_inputs_of_large_activations() -> None:
     factors = input_factors([weights], gram, np.abs(activations).mean(axis=0), grid, [48])
     assert factors.argmax() == 7
     scaled = round_to_nearest(weights * factors[:, None].astype(np.float32), grid, 48)
-    off = scaled.values(48) / factors[:, None] - weights
-    nearest = error(weights, round_to_nearest(weights, grid, 48), 48, gram)
+    off = scaled.values(grid, 48) / factors[:, None] - weights
+    nearest = error(weights, round_to_nearest(weights, grid, 48), grid, 48, gram)
     assert output_error(off, gram) < 0.2 * nearest
+
+
+def test_an_input_that_is_always_zero_has_no_say_in_the_factors() -> None:
+    random = np.random.default_rng(6)
+    activations = random.standard_normal((500, 48)) * np.exp(random.standard_normal(48))
+    activations[:, 9] = 0
+    weights = random.standard_normal((48, 24)).astype(np.float32)
+    gram, means = activations.T @ activations, np.abs(activations).mean(axis=0)
+    grid = Grid(4, False, "none")
+    factors = input_factors([weights], gram, means, grid, [16])
+    assert factors[9] == 1
+    live = np.delete(factors, 9)
+    assert live.max() * live.min() == pytest.approx(1)
+    assert live.max() > 1
+    assert (input_factors([weights], 0 * gram, 0 * means, grid, [16]) == 1).all()
 
 
 def test_scales_are_those_that_half_precision_stores() -> None:

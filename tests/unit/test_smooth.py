@@ -127,6 +127,15 @@ SPELLED = {
         "a = com.microsoft.MultiHeadAttention <num_heads = 2> (q, k, v) y = MatMul (a, wo)",
         {"wq": (8, 16), "wk": (8, 16), "wv": (8, 16), "wo": (16, 6)},
     ),
+    "heads that are dealt out and joined again": (
+        "q = MatMul (x, wq) k = MatMul (x, wk) v = MatMul (x, wv) "
+        "a = com.microsoft.MultiHeadAttention <num_heads = 2> (q, k, v) "
+        "apart = Constant <value_ints = [0, 0, 2, 8]> () "
+        "joined = Constant <value_ints = [0, 0, 16]> () "
+        "h = Reshape (a, apart) t = Transpose <perm = [0, 2, 1, 3]> (h) "
+        "b = Transpose <perm = [0, 2, 1, 3]> (t) j = Reshape (b, joined) y = MatMul (j, wo)",
+        {"wq": (8, 16), "wk": (8, 16), "wv": (8, 16), "wo": (16, 6)},
+    ),
     "heads of values that are shared": (
         "q = MatMul (x, wq) k = MatMul (x, wk) v = MatMul (x, wv) "
         "a = com.microsoft.GroupQueryAttention <num_heads = 4, kv_num_heads = 2> "
@@ -170,6 +179,21 @@ def test_a_scale_that_two_norms_share_is_parted() -> None:
     assert len(module.graph.initializers) == 4
 
 
+@pytest.mark.parametrize(
+    ("size", "read"),
+    [(1, "y = MatMul (m, c)"), (8, "t = Transpose <perm = [1, 0]> (c) y = MatMul (m, t)")],
+)
+def test_a_constant_that_is_bias_and_weight_is_parted_at_once(size: int, read: str) -> None:
+    """`smoothed` checks that a second run finds nothing."""
+    module = weighted(
+        f"g (float[1, s, {size}] x) => (float[1, s, {8 // size}] y, float[1, s, 6] z) <> {{ "
+        f"u = MatMul (x, w) n = Add (u, c) z = MatMul (n, v) m = Mul (x, scale) {read} }}",
+        w=(size, 8), c=(1, 8), v=(8, 6), scale=(size,),
+    )  # fmt: skip
+    data = [{"x": feed["x"][..., :size]} for feed in feeds()]
+    assert smoothed(module, data=data) == 2
+
+
 def test_a_dead_channel_stays() -> None:
     scale = np.ones(8)
     scale[3] = 0
@@ -198,6 +222,32 @@ def test_a_dead_channel_stays() -> None:
             "u = MatMul (x, v) n = Mul (u, w8) o = Abs (n) b = Add (n, w8) y = MatMul (b, w)",
             {"v": (8, 8), "w8": (8,)},
             "read elsewhere",
+        ),
+        (
+            "apart = Constant <value_ints = [1, 5, 2, 4]> () "
+            "joined = Constant <value_ints = [1, 5, 8]> () "
+            "n = Mul (x, w8) h = Reshape (n, apart) t = Transpose <perm = [0, 1, 3, 2]> (h) "
+            "j = Reshape (t, joined) y = MatMul (j, w)",
+            {"w8": (8,)},
+            "comes from Reshape",
+        ),
+        (
+            "apart = Constant <value_ints = [1, 5, 2, 4]> () "
+            "joined = Constant <value_ints = [1, 5, 8]> () "
+            "n = Mul (x, w8) h = Reshape (n, apart) o = Abs (h) j = Reshape (h, joined) "
+            "y = MatMul (j, w)",
+            {"w8": (8,)},
+            "comes from Reshape",
+        ),
+        (
+            "n = Relu (x) t = Transpose <perm = [1, 0]> (turned) y = MatMul (n, t)",
+            {"turned": (6, 8)},
+            "comes from Relu",
+        ),
+        (
+            "n = Mul (x, w8) h = Cast <to = 10> (w) c = Cast <to = 1> (h) y = MatMul (n, c)",
+            {"w8": (8,)},
+            "its weight is read through a Cast",
         ),
         (
             "n = LayerNormalization <axis = 1> (x, big) y = MatMul (n, w)",

@@ -557,8 +557,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "blocks of twice the size", "wrong block size", QUANTIZATION + "lowering",
-        '        "block_size": packed.block_size,\n        "accuracy_level"',
-        '        "block_size": 2 * packed.block_size,\n        "accuracy_level"',
+        '"N": packed.outputs, "block_size": packed.block_size}',
+        '"N": packed.outputs, "block_size": 2 * packed.block_size}',
         "quantize-weights",
     ),
     Mutation(

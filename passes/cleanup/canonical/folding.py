@@ -21,7 +21,6 @@ FREE_BYTES = 1024
 Array = np.ndarray[Any, Any]
 
 _MANY_USES = 1000
-_SPILL_BYTES = 4 << 20
 _BOUNDED_BY_INPUT = frozenset({"NonZero", "Unique", "Compress"})
 _NEVER = frozenset({"Constant", "Identity"})
 
@@ -169,7 +168,5 @@ class Folding:
             return None
         if result.nbytes <= FREE_BYTES:
             return edit.constant(result)
-        result = np.ascontiguousarray(result)
-        large = result.nbytes > _SPILL_BYTES
-        content = edit.module.store.put(result) if large else result
+        content = edit.module.spilled(ir.Tensor(np.ascontiguousarray(result)))
         return edit.constant(content, output.name or "folded")

@@ -15,7 +15,6 @@ __all__ = ["Linear", "LinearFolder", "linear_of"]
 
 Array = np.ndarray[Any, Any]
 
-_SPILL_BYTES = 4 << 20
 _GROWTH = 0.005
 """Share of the weights' bytes that copies of shared weights may add."""
 
@@ -207,6 +206,5 @@ class LinearFolder:
 
     def _store(self, array: Array, old: ir.Value | None) -> ir.Value:
         name = old.name if old is not None and old.name else "bias"
-        array = np.ascontiguousarray(array)
-        content = self._edit.module.store.put(array) if array.nbytes > _SPILL_BYTES else array
-        return self._edit.constant(content, name)
+        content = ir.Tensor(np.ascontiguousarray(array))
+        return self._edit.constant(self._edit.module.spilled(content), name)
