@@ -111,7 +111,7 @@ def _linear(editor: Editor, use: WeightUse, packed: PackedWeight, accuracy_level
     if bias is not None:
         inputs += [None, bias]
     result = editor.op(op, inputs, attributes, domain=_CONTRIB)
-    return result if bias is not None else _with_terms(editor, node, result, packed)
+    return result if bias is not None else _with_terms(editor, node, result)
 
 
 def lower_to_dialect(editor: Editor, weight: WeightUses, packed: PackedWeight) -> None:
@@ -131,7 +131,7 @@ def lower_to_dialect(editor: Editor, weight: WeightUses, packed: PackedWeight) -
         inputs = [use.node.inputs[0], packed.codes, packed.scales, packed.zero_points, bias]
         result = dynamic_quant_matmul(editor, variant, inputs)
         if use.role == "Gemm" and bias is None:
-            result = _with_terms(editor, use.node, result, packed)
+            result = _with_terms(editor, use.node, result)
         _replace(editor, use.node, result)
 
 
@@ -144,15 +144,15 @@ def _own_bias(node: ir.Node, packed: PackedWeight) -> ir.Value | None:
     return addend if plain else None
 
 
-def _with_terms(editor: Editor, node: ir.Node, result: ir.Value, packed: PackedWeight) -> ir.Value:
+def _with_terms(editor: Editor, node: ir.Node, result: ir.Value) -> ir.Value:
     """Write out alpha * (x @ W) + beta * C of a Gemm, given x @ W."""
     alpha, beta = attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0)
     addend = node.inputs[2] if len(node.inputs) > 2 and beta != 0 else None
     if alpha != 1:
-        result = editor.op("Mul", [result, _scalar(editor, alpha, packed)])
+        result = editor.op("Mul", [result, _scalar(editor, alpha, node)])
     if addend is not None:
         if beta != 1:
-            addend = editor.op("Mul", [addend, _scalar(editor, beta, packed)])
+            addend = editor.op("Mul", [addend, _scalar(editor, beta, node)])
         result = editor.op("Add", [result, addend])
     return result
 
@@ -242,8 +242,10 @@ def _trim(values: list[ir.Value | None]) -> list[ir.Value | None]:
     return values[:-1] if values[-1] is None else values
 
 
-def _scalar(editor: Editor, number: float, packed: PackedWeight) -> ir.Value:
-    return editor.constant(np.array(number, dtype=_dtype(packed)), "factor")
+def _scalar(editor: Editor, number: float, node: ir.Node) -> ir.Value:
+    """Return a number of the type that a node gives."""
+    dtype = editor.dtype(node.outputs[0]) or ir.DataType.FLOAT
+    return editor.constant(np.array(number, dtype=dtype.numpy()), "factor")
 
 
 def _dtype(packed: PackedWeight) -> Any:

@@ -1,0 +1,247 @@
+"""`quantize-weights{format=lwc}` and `format=auto`."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from dialect import Case, expected
+from quantized import (
+    GEMM,
+    INPUTS,
+    LINEAR,
+    TIED,
+    calibrated,
+    correlated,
+    feed_of,
+    missed,
+    module_of,
+    outputs,
+    quantized,
+    stack,
+    weight,
+)
+
+from lwc.analysis.manager import AnalysisManager
+from lwc.analysis.target import Table, Target
+from lwc.core.errors import PassError, UsageError
+from lwc.core.module import Module
+from lwc.core.quant_layout import unpack_codes
+from lwc.passes.quantization import streaming
+from lwc.passes.quantization.dialect_ops import variant_of
+from lwc.passes.quantization.kernel_choice import choose_operator
+from lwc.passes.quantization.quantize_weights import QuantizeWeights
+from lwc.passes.quantization.rounding import Grid
+from lwc.passes.quantization.streaming import WeightSpec, quantize
+from lwc.pipeline.passes import PassContext
+
+
+def kinds(module: Module) -> list[str]:
+    return [node.op_type for node in module.graph]
+
+
+def case_of(module: Module, name: str = "w") -> Case:
+    """Read a product back, by the layout's documentation."""
+    (node,) = [
+        node for node in module.graph
+        if variant_of(node) and (node.inputs[1].name or "").startswith(f"{name}_q")  # type: ignore[union-attr]
+    ]  # fmt: skip
+    variant = variant_of(node)
+    assert variant is not None
+
+    def columns(array: Any) -> Any:
+        return array.transpose(1, 0, 2).reshape(array.shape[1], -1)[:, : variant.N]
+
+    arrays = [weight(module, value.name or "") for value in node.inputs[1:] if value is not None]
+    zeros = columns(arrays[2]) if variant.zero_points else np.zeros(0)
+    bias = arrays[2 + variant.zero_points] if variant.bias else np.zeros(0)
+    codes = unpack_codes(arrays[0], variant.bits, variant.K, variant.N)
+    return Case(variant, codes, columns(arrays[1]), zeros, bias)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("block", [0, 32, 64])
+def test_the_product_is_that_of_the_codes(bits: Any, symmetric: bool, block: int) -> None:
+    module = module_of(LINEAR)
+    real = weight(module, "w")
+    quantized(module, bits=bits, symmetric=symmetric, block_size=block, format="lwc")
+    assert kinds(module) == ["DynamicQuantMatMul"]
+    case = case_of(module)
+    assert (case.variant.block_size, case.variant.x_block) == (block, int(block > 0))
+    feed = feed_of(module)
+    (found,) = outputs(module, feed)
+    np.testing.assert_allclose(found, expected(case, feed["x"]), rtol=1e-5, atol=1e-4)
+    # Steps of a uniform grid over normal numbers: 2, 3, 4, 8 bits.
+    bound = {2: 0.75, 3: 0.35, 4: 0.18, 8: 0.012}[bits]
+    assert np.linalg.norm(case.weight() - real) < bound * np.linalg.norm(real)
+
+
+def test_bits_order_the_error() -> None:
+    errors = []
+    for bits in (2, 3, 4, 8):
+        result = quantized(module_of(LINEAR), bits=bits, format="lwc")
+        errors.append(float(result.statistics["mean relative error"]))
+    assert all(2 * b < a for a, b in itertools.pairwise(errors)), errors
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_gemm(scaled: bool) -> None:
+    text = GEMM if scaled else GEMM.replace(", alpha = 0.5, beta = 2.0", "")
+    module = module_of(text)
+    feed = feed_of(module)
+    (before,) = outputs(module, feed)
+    quantized(module, bits=8, format="lwc")
+    wanted = ["Mul", "Mul", "Add"] if scaled else []
+    assert sorted(kinds(module)) == sorted(["DynamicQuantMatMul", *wanted])
+    (after,) = outputs(module, feed)
+    assert np.linalg.norm(after - before) < 0.01 * np.linalg.norm(before)
+
+
+def test_tables_and_what_is_tied_to_them_stay_with_onnxruntime() -> None:
+    module = module_of(TIED)
+    quantized(module, format="lwc")
+    assert kinds(module).count("DynamicQuantMatMul") == 1
+    assert {"GatherBlockQuantized", "MatMulNBits"} < set(kinds(module))
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_result_does_not_depend_on_tiles(monkeypatch: pytest.MonkeyPatch, transposed: bool) -> None:
+    matrix = np.random.default_rng(1).standard_normal((200, 144)).astype(np.float32)
+    tensor = ir.Tensor(matrix.T.copy() if transposed else matrix)
+    spec = WeightSpec(Grid(3, False, "mse"), 32, transposed, "tiles")
+    found = []
+    for elements, columns in ((1 << 17, 1024), (4096, 7), (32, 1)):
+        monkeypatch.setattr(streaming, "_TILE_ELEMENTS", elements)
+        monkeypatch.setattr(streaming, "_TILE_COLUMNS", columns)
+        result = quantize(tensor, spec)
+        assert result is not None
+        assert result.zero_points is not None
+        found.append(
+            [t.numpy().tobytes() for t in (result.codes, result.scales, result.zero_points)]
+        )
+    assert found[0] == found[1] == found[2]
+
+
+def test_scales_are_float16_where_they_fit() -> None:
+    for factor, kind in ((1.0, np.float16), (1e-9, np.float32)):
+        module = module_of(LINEAR)
+        value = module.graph.initializers["w"]
+        module.replace_initializer(value, ir.Tensor(weight(module, "w") * np.float32(factor)))
+        quantized(module, bits=8, block_size=0, symmetric=True, format="lwc")
+        assert case_of(module).scales.dtype == kind
+        (found,) = outputs(module, feed_of(module))
+        assert np.abs(found).max() > 0
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("bits", [3, 8])
+def test_calibrated_methods(method: Any, bits: Any) -> None:
+    """What the graph computes is what the layers were rounded to, factors of AWQ included."""
+    (feed,) = correlated(count=1, seed=77)
+    wanted = outputs(stack(), feed)
+    errors: dict[str, float] = {}
+    for each in ("rtn", method):
+        module = stack()
+        calibrated(module, method=each, bits=bits, block_size=32, format="lwc")
+        assert kinds(module).count("DynamicQuantMatMul") == 4
+        found = outputs(module, feed)
+        errors[each] = max(
+            float(np.linalg.norm(a - b) / np.linalg.norm(b))
+            for a, b in zip(found, wanted, strict=True)
+        )
+    if bits == 8:  # two layers of int8 activations: below 1 % each
+        assert errors[method] < 0.02
+    else:
+        assert errors[method] < errors["rtn"]
+
+
+def test_second_run_changes_nothing() -> None:
+    module = module_of(LINEAR)
+    quantized(module, bits=3, format="lwc")
+    assert not quantized(module, bits=3, format="lwc").changed
+
+
+def test_half_precision_stays_with_a_reason() -> None:
+    module = module_of(LINEAR.replace("float[", "float16["))
+    assert not quantized(module, format="lwc").changed
+    assert "takes float32" in missed(module)[0]
+
+
+def test_the_module_gets_what_overloads_need() -> None:
+    module = module_of(LINEAR.replace("ir_version: 10", "ir_version: 8"))
+    quantized(module, format="lwc")
+    assert module.model.ir_version == 10
+    assert module.graph.opset_imports["lwc"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 3}, "no 3 bits"),
+        ({"bits": 3, "format": "qdq"}, "no 3 bits"),
+        ({"format": "lwc", "block_size": 16}, "power of two from 32"),
+        ({"format": "lwc", "accuracy_level": 1}, "accuracy-level=1"),
+        ({"format": "lwc", "codebook": "nf4"}, "nf4"),
+        ({"format": "matmulnbits", "block_size": 0}, "power of two from 16"),
+    ],
+)
+def test_impossible_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        QuantizeWeights(**options)
+
+
+# The choice by measured times
+
+
+def target(**seconds: tuple[float, float]) -> Target:
+    """Make a machine: seconds of a kernel per multiply-add for one row, and for 512."""
+    tables = {
+        kernel: Table(((1.0, 512.0), (64.0, 128.0), (64.0, 256.0)), (one,) * 4 + (many,) * 4)
+        for kernel, (one, many) in seconds.items()
+    }
+    return Target("cpu", "runtime", 1, 1e9, 1e9, 1e-6, 1e-5, tables, 1.0)
+
+
+PLAIN = (1e-9, 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("nbits", "own", "chosen"),
+    [
+        ((2e-10, 0.9e-10), (3e-10, 0.3e-10), "lwc"),
+        ((1e-10, 0.9e-10), (9e-10, 0.9e-10), "matmulnbits"),
+        ((1e-10, 1.1e-10), (9e-10, 0.9e-10), "lwc"),
+        ((1e-10, 1.1e-10), (1.1e-9, 0.1e-10), None),
+    ],
+)
+def test_the_faster_operator_is_taken(nbits: Any, own: Any, chosen: str | None) -> None:
+    machine = target(matmul=PLAIN, matmul_nbits4=nbits, lwc_matmul4=own)
+    operator, objection = choose_operator(machine, 4, INPUTS, 160)
+    assert operator == chosen
+    assert bool(objection) == (chosen is None)
+    module = module_of(LINEAR)
+    context = PassContext(
+        AnalysisManager(module), source="quantize-weights", find_target=lambda: machine
+    )
+    QuantizeWeights(format="auto").run(module, context)
+    names = {"lwc": "DynamicQuantMatMul", "matmulnbits": "MatMulNBits", None: "MatMul"}
+    assert kinds(module) == [names[chosen]]
+    if chosen is None:
+        assert "in floating point" in missed(module)[0]
+
+
+def test_three_bits_have_one_operator_and_unmeasured_ones_none() -> None:
+    machine = target(matmul=PLAIN, matmul_nbits4=(1e-10, 1e-11))
+    assert choose_operator(machine, 3, INPUTS, 160)[0] is None
+    machine = replace(machine, tables={**machine.tables, "lwc_matmul3": machine.tables["matmul"]})
+    assert choose_operator(machine, 3, INPUTS, 160)[0] == "lwc"
+
+
+def test_a_machine_that_was_not_measured_is_refused() -> None:
+    with pytest.raises(PassError, match="was not measured"):
+        quantized(module_of(LINEAR), format="auto")
