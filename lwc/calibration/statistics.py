@@ -7,6 +7,7 @@ axis: what a linear layer sums over.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,16 @@ class Statistic(ABC):
     @abstractmethod
     def update(self, batch: Array) -> None:
         """Take a batch `[..., channels]` in."""
+
+    def state(self) -> dict[str, Array]:
+        """Return all that was gathered, as arrays by name."""
+        return {name: np.asarray(content) for name, content in vars(self).items()}
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """Become a statistic that has this state."""
+        for name, array in state.items():
+            held = isinstance(getattr(self, name), np.ndarray)
+            setattr(self, name, array if held else array.item())
 
 
 def _rows(batch: Array) -> Array:

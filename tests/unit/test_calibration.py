@@ -163,16 +163,6 @@ def test_arrays_from_files(tmp_path: Path) -> None:
         list(CalibrationFile(tmp_path / "4.npz").feeds(module_of(NUMBERS)))
 
 
-def test_digests_tell_data_apart(tmp_path: Path) -> None:
-    path = tmp_path / "ids.jsonl"
-    path.write_text("[1]\n")
-    first = CalibrationFile(path).digest()
-    assert first == CalibrationFile(path).digest()
-    assert first != CalibrationFile(path, samples=1).digest()
-    path.write_text("[2]\n")
-    assert first != CalibrationFile(path).digest()
-
-
 def test_what_is_calibration_data(tmp_path: Path) -> None:
     feeds = [{"x": np.zeros((1, 4), np.float32)}]
     module = module_of(NUMBERS)
