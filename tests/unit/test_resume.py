@@ -19,6 +19,7 @@ import pytest
 
 import lwc
 from lwc.calibration.checkpoint import CheckpointFolder
+from lwc.calibration.stages import Stages
 from lwc.cli.opt import main
 from lwc.core.errors import LwcError, UsageError
 from lwc.passes.quantization import layerwise
@@ -173,7 +174,7 @@ def test_finished_layers_are_not_computed_again(
     assert (calls - whole).total() == 1
     calls.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(layerwise.Stages, "activations", None)
+        patch.setattr(Stages, "activations", None)
         run(tmp_path, tmp_path / "kept", passes(method))
     assert not calls
 
@@ -274,7 +275,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     onnx.save(blocks(), "in.onnx")
     Path("data").mkdir()
     for number, feed in enumerate(feeds()):
-        np.savez(f"data/{number}.npz", **feed)
+        np.savez(f"data/{number}.npz", x=feed["x"])
     return tmp_path
 
 
