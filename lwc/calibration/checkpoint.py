@@ -210,7 +210,8 @@ class Trail:
 def surroundings(backend: str, threads: int | None) -> tuple[object, ...]:
     """Return what decides about the last bits of a result, other than model, data and pass.
 
-    Sums are added up in an order that the libraries choose, also by the number of threads.
+    Sums are added up in an order that the libraries choose, also by the number of threads and the
+    kind of processor.
 
     Args:
         backend: What runs the model, with its version.
@@ -222,8 +223,18 @@ def surroundings(backend: str, threads: int | None) -> tuple[object, ...]:
     limits = [os.environ.get(name) for name in names]
     affinity = getattr(os, "sched_getaffinity", None)
     processors = os.cpu_count() if affinity is None else len(affinity(0))
-    machine = (platform.system(), platform.machine(), processors)
+    machine = (platform.system(), platform.machine(), processors, _processor())
     return (lwc.__version__, np.__version__, backend, threads, limits, machine)
+
+
+def _processor() -> list[str]:
+    """Return what tells a kind of processor, and so which kernels libraries choose."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            found = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
+    except OSError:
+        found = [platform.processor()]
+    return sorted(set(found))
 
 
 def module_digest(module: Module) -> str:

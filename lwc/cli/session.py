@@ -399,6 +399,8 @@ def _check_outputs(options: argparse.Namespace) -> None:
             option = name.replace("_", "-")
             what = "its own file only" if actions[0] == "reduce" else "nothing"
             raise UsageError(f"--{actions[0]} writes {what} and does not go with --{option}")
+    if options.calibrate and actions and actions[0] in ("plan", "reduce", "check-contract"):
+        raise UsageError(f"--{actions[0]} takes no calibration data", remedy="drop --calibrate")
     if options.reduce:
         if not options.reduce.lower().endswith(MODEL_SUFFIXES):
             raise UsageError(

@@ -362,6 +362,7 @@ def test_two_processes_at_a_time(folder: Path) -> None:
             ["--calibrate", "data", "--resume", "kept", "--explain", "smooth"],
             "--explain writes nothing and does not go with --resume",
         ),
+        (["--calibrate", "data", "--plan"], "--plan takes no calibration data (drop --calibrate)"),
     ],
 )
 def test_what_makes_no_sense(
