@@ -223,7 +223,11 @@ def run_passes(
     asked = _watch_calibration(ctx)
     record = manager.run(module, ctx)
     if settings.calibration is not None and not asked:
-        kept = "" if settings.resume is None else f", and '{os.fspath(settings.resume)}' keeps none"
+        kept = (
+            ""
+            if settings.resume is None
+            else f"; nothing is kept in '{os.fspath(settings.resume)}'"
+        )
         module.remarks.emit(
             Remark("warning", "calibration", f"no pass of the pipeline used the data{kept}")
         )

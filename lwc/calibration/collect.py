@@ -29,7 +29,8 @@ def collect(
 
     What is fetched from one run is held until the statistics took it. Where that is more than
     `ctx.max_memory`, values are dealt to several runs over the data, each within the bound; a
-    single value that exceeds it has a run of its own.
+    single value that exceeds it has a run of its own. Statistics that the checkpoint of `ctx` holds
+    are taken from there, without a run.
 
     Args:
         module: The model.

@@ -65,6 +65,8 @@ def activation_of(weight: WeightUses) -> ir.Value | None:
 class LayerwiseQuantizer:
     """Rounds layers one after the other by GPTQ or AWQ.
 
+    The checkpoint of the context keeps each result; what is there already is not computed again.
+
     Args:
         module: The model.
         layers: Weights of the main graph, each with one activation; see `activation_of`.

@@ -383,6 +383,6 @@ def test_data_that_no_pass_asks_for(
     assert main([*line, "-p", "canonicalize", *more]) == 0
     said = capsys.readouterr().err
     assert said.count("warning: calibration: no pass of the pipeline used the data") == 1
-    assert ("'kept' keeps none" in said) == bool(more)
+    assert ("; nothing is kept in 'kept'" in said) == bool(more)
     assert main([*line, "-p", "smooth"]) == 0
     assert "no pass of the pipeline" not in capsys.readouterr().err
