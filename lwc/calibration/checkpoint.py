@@ -253,11 +253,12 @@ def feeds_digest(feeds: Iterable[Feed]) -> str:
     """Return a hash of feeds: their number and order, names, types, shapes and contents."""
     made = hashlib.sha256()
     for feed in feeds:
-        inputs = [
+        arrays = [(name, np.asarray(feed[name])) for name in sorted(feed)]
+        told = [
             (name, str(array.dtype), array.shape, hashlib.sha256(_raw(array)).hexdigest())
-            for name, array in sorted(feed.items())
+            for name, array in arrays
         ]
-        made.update(_hash(inputs).encode())
+        made.update(_hash(told).encode())
     return made.hexdigest()
 
 

@@ -128,7 +128,8 @@ def _groups(module: Module, names: list[str], ctx: PassContext) -> list[list[str
     if ctx.max_memory is None or not names:
         return [names] if names else []
     shapes = ctx.analyses.get(Shapes)
-    extents = {frozenset(_extents(module, feed, shapes)) for feed in ctx.calibration_feeds(module)}
+    feeds = ctx.calibration_feeds(module)
+    extents = {frozenset(_extents(module, feed, shapes).items()) for feed in feeds}
     sizes = {value.name: shapes.nbytes(value) for value in _values(module) if value.name in names}
     groups: list[list[str]] = []
     held = 0
@@ -146,15 +147,16 @@ def _groups(module: Module, names: list[str], ctx: PassContext) -> list[list[str
     return groups
 
 
-def _extents(module: Module, feed: Feed, shapes: Shapes) -> Iterator[tuple[str, int]]:
-    """Yield the symbolic dimensions of the inputs, with what they are in a feed."""
+def _extents(module: Module, feed: Feed, shapes: Shapes) -> dict[str, int]:
+    """Return what the symbolic dimensions of the inputs are in a feed."""
+    found: dict[str, int] = {}
     for value in module.graph.inputs:
         shape = shapes.shape(value)
         array = feed.get(value.name or "")
         if array is not None and shape is not None:
-            for dim, extent in zip(shape, array.shape, strict=False):
-                if not isinstance(dim, int):
-                    yield str(dim), extent
+            pairs = zip(shape, array.shape, strict=False)
+            found |= {str(dim): extent for dim, extent in pairs if not isinstance(dim, int)}
+    return found
 
 
 def _values(module: Module) -> Iterator[ir.Value]:
