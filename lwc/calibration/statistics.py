@@ -25,14 +25,17 @@ class Statistic(ABC):
         """Take a batch `[..., channels]` in."""
 
     def state(self) -> dict[str, Array]:
-        """Return all that was gathered, as arrays by name."""
+        """Return all that was gathered: attributes, which are arrays, numbers or lists of them."""
         return {name: np.asarray(content) for name, content in vars(self).items()}
 
     def restore(self, state: Mapping[str, Array]) -> None:
         """Become a statistic that has this state."""
         for name, array in state.items():
-            held = isinstance(getattr(self, name), np.ndarray)
-            setattr(self, name, array if held else array.item())
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, list(array))
+            else:
+                held = isinstance(getattr(self, name), np.ndarray)
+                setattr(self, name, array if held else array.item())
 
 
 def _rows(batch: Array) -> Array:

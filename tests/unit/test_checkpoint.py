@@ -145,7 +145,17 @@ def test_many_write_one_folder(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("kind", [AbsMax, MeanAbs, Gram, Histogram])
+class Largest(Statistic):
+    """The largest number of each batch: a statistic that grows."""
+
+    def __init__(self) -> None:
+        self.found: list[Any] = []
+
+    def update(self, batch: Array) -> None:
+        self.found.append(batch.max(axis=0))
+
+
+@pytest.mark.parametrize("kind", [AbsMax, MeanAbs, Gram, Histogram, Largest])
 @given(st.integers(0, 99), st.integers(0, 3))
 def test_a_statistic_goes_on_from_its_state(kind: type[Statistic], seed: int, seen: int) -> None:
     random = np.random.default_rng(seed)
