@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import module_of
 
@@ -63,6 +63,7 @@ def entries(draw: Callable[..., Any]) -> dict[str, Array]:
     return made
 
 
+@settings(deadline=None, derandomize=True)  # disks take their time
 @given(entries())
 def test_what_was_put_comes_back(entry: dict[str, Array]) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -79,6 +80,7 @@ def test_what_was_put_comes_back(entry: dict[str, Array]) -> None:
         assert len(list(Path(folder).iterdir())) == 1
 
 
+@settings(deadline=None, derandomize=True)
 @given(entries(), st.floats(0, 1), st.integers(1, 255), st.booleans())
 def test_a_damaged_file_is_none(
     entry: dict[str, Array], place: float, bits: int, cut: bool
@@ -156,6 +158,7 @@ class Largest(Statistic):
 
 
 @pytest.mark.parametrize("kind", [AbsMax, MeanAbs, Gram, Histogram, Largest])
+@settings(deadline=None, derandomize=True, max_examples=20)
 @given(st.integers(0, 99), st.integers(0, 3))
 def test_a_statistic_goes_on_from_its_state(kind: type[Statistic], seed: int, seen: int) -> None:
     random = np.random.default_rng(seed)
@@ -263,6 +266,7 @@ CHANGES: list[Callable[[Run, int], object]] = [
 ]
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.none() | st.sampled_from(CHANGES), st.integers(0, 11))
 def test_any_change_is_another_key(change: Callable[[Run, int], object] | None, at: int) -> None:
     plain, changed = Run(module_of(MODEL), feeds_of()), Run(module_of(MODEL), feeds_of())
