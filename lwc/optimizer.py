@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lwc.analysis.manager import AnalysisManager
+from lwc.core.diagnostics import Remark
 from lwc.core.errors import InputError, RequirementError, UsageError
 from lwc.core.paths import is_folder_target
 from lwc.pipeline.instruments import History
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from lwc.core.module import Module
     from lwc.frontend.onnx_writer import SaveResult
     from lwc.pipeline.instruments import Instrument
-    from lwc.pipeline.passes import Contract, Feed, Runner
+    from lwc.pipeline.passes import Checkpoint, Contract, Feed, Runner
     from lwc.report.data import Report
     from lwc.verify.numeric.comparer import Comparer
 
@@ -103,6 +104,11 @@ class RunSettings:
         progress: Display for long loops.
         explain: See `lwc.pipeline.passes.PassContext`.
         calibration: Calibration data, for passes that must see activations.
+        resume: A folder that keeps what calibrated passes compute, and gives a run that follows
+            a killed one what it holds. The result is the same to the last bit.
+
+    Raises:
+        UsageError: A setting has a value that it cannot have.
     """
 
     verify: Verify = "structural"
@@ -115,9 +121,15 @@ class RunSettings:
     progress: Progress | None = None
     explain: str | None = None
     calibration: Calibration | None = None
+    resume: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         check_settings(self.verify, self.seed, self.threads, self.max_memory)
+        if self.resume is not None and self.calibration is None:
+            raise UsageError(
+                "resume keeps what is computed on calibration data, and there is none",
+                remedy="give calibration=",
+            )
 
 
 def optimize(
@@ -137,6 +149,7 @@ def optimize(
     grant: str | Iterable[str] = (),
     require_match: int | Mapping[str, int] | None = None,
     calibration: str | Path | Calibration | Iterable[Feed] | None = None,
+    resume: str | os.PathLike[str] | None = None,
 ) -> OptimizeResult:
     """Run passes over a model.
 
@@ -159,6 +172,7 @@ def optimize(
         require_match: The least number of rewrites of every pass, or by pass name.
         calibration: Data for passes that must see activations: a file (see
             `lwc.calibration.data.CalibrationFile`), feeds, or what gives feeds.
+        resume: See `RunSettings`.
 
     Raises:
         UsageError: A pass or an option is unknown.
@@ -179,6 +193,7 @@ def optimize(
         grant=frozenset([grant] if isinstance(grant, str) else grant),
         instruments=instruments,
         calibration=_calibration(calibration),
+        resume=resume,
     )
     result = run_passes(module, [*bind_pass(bind or {}), *resolved], settings, bind or {})
     check_required(result.record, required)
@@ -204,7 +219,18 @@ def run_passes(
         instruments=(*settings.instruments, history),
         rollback=False,
     )
-    record = manager.run(module, make_context(module, settings))
+    ctx = make_context(module, settings)
+    asked = _watch_calibration(ctx)
+    record = manager.run(module, ctx)
+    if settings.calibration is not None and not asked:
+        kept = (
+            ""
+            if settings.resume is None
+            else f"; nothing is kept in '{os.fspath(settings.resume)}'"
+        )
+        module.remarks.emit(
+            Remark("warning", "calibration", f"no pass of the pipeline used the data{kept}")
+        )
     return OptimizeResult(module, record, dict(bindings or {}), history)
 
 
@@ -220,10 +246,40 @@ def make_context(module: Module, settings: RunSettings) -> PassContext:
         explain=settings.explain,
         find_target=_target_finder(settings),
         calibration=None if settings.calibration is None else settings.calibration.feeds,
+        checkpoint=_checkpoint(settings),
     )
     if settings.progress is not None:
         ctx.progress = settings.progress
     return ctx
+
+
+def _watch_calibration(ctx: PassContext) -> list[Module]:
+    """Return a list that gets every module for which calibration data is asked."""
+    asked: list[Module] = []
+    feeds = ctx.calibration
+    if feeds is not None:
+
+        def watched(module: Module) -> Iterable[Feed]:
+            asked.append(module)
+            return feeds(module)
+
+        ctx.calibration = watched
+    return asked
+
+
+def _checkpoint(settings: RunSettings) -> Checkpoint | None:
+    if settings.resume is None:
+        return None
+    from lwc.calibration.checkpoint import CheckpointFolder, surroundings
+
+    backend = settings.backend
+    if backend == "onnxruntime":
+        import onnxruntime
+
+        name = f"onnxruntime {onnxruntime.__version__}"
+    else:
+        name = f"{type(backend).__module__}.{type(backend).__qualname__}"
+    return CheckpointFolder(settings.resume, surroundings(name, settings.threads))
 
 
 def _calibration(

@@ -10,15 +10,16 @@ import numpy as np
 import onnx_ir as ir
 
 from lwc.analysis.shapes import Shapes
+from lwc.calibration.checkpoint import Trail, feeds_digest
 from lwc.calibration.statistics import Statistic
 from lwc.core.dims import evaluate
-from lwc.core.errors import InputError
+from lwc.core.errors import InputError, LwcError
 
 if TYPE_CHECKING:
     from lwc.core.module import Module
-    from lwc.pipeline.passes import PassContext
+    from lwc.pipeline.passes import Feed, PassContext
 
-__all__ = ["check_any", "check_finite", "collect"]
+__all__ = ["check_any", "check_finite", "collect", "on_feed"]
 
 
 def collect(
@@ -28,7 +29,8 @@ def collect(
 
     What is fetched from one run is held until the statistics took it. Where that is more than
     `ctx.max_memory`, values are dealt to several runs over the data, each within the bound; a
-    single value that exceeds it has a run of its own.
+    single value that exceeds it has a run of its own. Statistics that the checkpoint of `ctx` holds
+    are taken from there, without a run.
 
     Args:
         module: The model.
@@ -44,19 +46,57 @@ def collect(
         LwcError: A feed does not fit the model.
     """
     names = {value.name or "": statistics for value, statistics in wanted.items()}
+    trail = Trail.begin(ctx, module, lambda: ctx.calibration_feeds(module))
     count = 0
     for group in _groups(module, list(names), ctx):
+        # Also by what is fetched with it: that may change what the backend fuses.
+        about = repr([(name, [_told(each) for each in names[name]]) for name in group])
+        kept = trail.get("statistics", about, len(group))
+        gathered = [statistic for name in group for statistic in names[name]]
+        if kept is not None:
+            count = int(kept["feeds"])
+            for number, statistic in enumerate(gathered):
+                parts = {part: kept[f"{number}.{part}"] for part in statistic.state()}
+                statistic.restore(parts)
+            continue
         count = 0
         with ctx.runner(module, group) as runner:
             feeds = ctx.calibration_feeds(module)
             for feed in ctx.progress.track(feeds, "calibrating"):
                 count += 1
-                for name, array in runner.run(feed, group).items():
+                with on_feed(count):
+                    found = runner.run(feed, group)
+                for name, array in found.items():
                     check_finite(array, name, count, module)
                     for statistic in names[name]:
                         statistic.update(array)
         check_any(count, module)
+        states = {
+            f"{number}.{part}": array
+            for number, statistic in enumerate(gathered)
+            for part, array in statistic.state().items()
+        }
+        trail.put("statistics", about, {"feeds": np.asarray(count), **states})
     return count
+
+
+def _told(statistic: Statistic) -> tuple[str, str]:
+    """Return what tells a statistic from others: its kind, and what it has seen before."""
+    return type(statistic).__qualname__, feeds_digest([statistic.state()])
+
+
+@contextlib.contextmanager
+def on_feed(count: int) -> Iterator[None]:
+    """Name the feed, counted from 1, on which a backend fails.
+
+    Raises:
+        LwcError: What the backend raised.
+    """
+    try:
+        yield
+    except LwcError as error:
+        error.message = f"feed {count} of the calibration data: {error.message}"
+        raise
 
 
 def check_finite(array: np.ndarray[Any, Any], name: str, feed: int, module: Module) -> None:
@@ -84,18 +124,12 @@ def check_any(feeds: int, module: Module) -> None:
 
 
 def _groups(module: Module, names: list[str], ctx: PassContext) -> list[list[str]]:
-    """Deal values to runs, by their sizes at the extents of the first feed."""
+    """Deal values to runs, each by its size on the feed where it is largest."""
     if ctx.max_memory is None or not names:
         return [names] if names else []
-    feed = next(iter(ctx.calibration_feeds(module)), {})
     shapes = ctx.analyses.get(Shapes)
-    extents: dict[str, int] = {}
-    for value in module.graph.inputs:
-        shape = shapes.shape(value)
-        array = feed.get(value.name or "")
-        if array is not None and shape is not None:
-            pairs = zip(shape, array.shape, strict=False)
-            extents |= {str(dim): extent for dim, extent in pairs if not isinstance(dim, int)}
+    feeds = ctx.calibration_feeds(module)
+    extents = {frozenset(_extents(module, feed, shapes).items()) for feed in feeds}
     sizes = {value.name: shapes.nbytes(value) for value in _values(module) if value.name in names}
     groups: list[list[str]] = []
     held = 0
@@ -103,13 +137,26 @@ def _groups(module: Module, names: list[str], ctx: PassContext) -> list[list[str
         size = ctx.max_memory  # where it is not known, the value has a run of its own
         with contextlib.suppress(KeyError):
             dim = sizes[name]
-            size = size if dim is None else evaluate(dim, extents)
+            if dim is not None:
+                size = max((evaluate(dim, dict(each)) for each in extents), default=0)
         if not groups or held + size > ctx.max_memory:
             groups.append([])
             held = 0
         groups[-1].append(name)
         held += size
     return groups
+
+
+def _extents(module: Module, feed: Feed, shapes: Shapes) -> dict[str, int]:
+    """Return what the symbolic dimensions of the inputs are in a feed."""
+    found: dict[str, int] = {}
+    for value in module.graph.inputs:
+        shape = shapes.shape(value)
+        array = feed.get(value.name or "")
+        if array is not None and shape is not None:
+            pairs = zip(shape, array.shape, strict=False)
+            found |= {str(dim): extent for dim, extent in pairs if not isinstance(dim, int)}
+    return found
 
 
 def _values(module: Module) -> Iterator[ir.Value]:

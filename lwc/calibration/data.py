@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -114,17 +113,6 @@ class CalibrationFile:
         else:
             found = self._text(path, module)
         return itertools.islice(found, self.samples)
-
-    def digest(self) -> str:
-        """Return a hash of the content and of how it is cut up: what cached results depend on."""
-        path, made = Path(self.path), hashlib.sha256()
-        for file in sorted(path.glob("*.npz")) if path.is_dir() else [path]:
-            with file.open("rb") as content:
-                made.update(hashlib.file_digest(content, "sha256").digest())
-        made.update(repr((self.samples, self.window)).encode())
-        if isinstance(self.tokenizer, str | Path):
-            made.update(str(Path(self.tokenizer).resolve()).encode())
-        return made.hexdigest()
 
     def _text(self, path: Path, module: Module) -> Iterator[dict[str, Array]]:
         place = self.tokenizer or module.source.path

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from lwc.calibration.collect import check_any, check_finite
+from lwc.calibration.collect import check_any, check_finite, on_feed
 from lwc.core.errors import InputError
 from lwc.core.module import Module
 from lwc.core.walk import values_read
@@ -69,6 +69,11 @@ class Stages:
         """Number of feeds."""
         return len(self._kept)
 
+    def fed(self) -> Iterator[dict[str, Array]]:
+        """Yield the feeds; only before the first stop is asked for."""
+        for kept in self._kept:
+            yield {value.name or "": array for value, array in kept.items()}
+
     def activations(self, stop: ir.Value) -> Iterator[Array]:
         """Yield one of the stops for each feed, computed with the weights as they are now.
 
@@ -98,7 +103,8 @@ class Stages:
         names = [value.name or "" for value in made]
         with self._ctx.runner(stage) as runner:
             for count, kept in enumerate(self._kept, 1):
-                results = runner.run({v.name or "": kept[v] for v in given}, names)
+                with on_feed(count):
+                    results = runner.run({v.name or "": kept[v] for v in given}, names)
                 for value in [value for value in kept if value not in later]:
                     del kept[value]
                 for value in later.intersection(made):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,19 @@ class Statistic(ABC):
     @abstractmethod
     def update(self, batch: Array) -> None:
         """Take a batch `[..., channels]` in."""
+
+    def state(self) -> dict[str, Array]:
+        """Return all that was gathered: attributes, which are arrays, numbers or lists of them."""
+        return {name: np.asarray(content) for name, content in vars(self).items()}
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """Become a statistic that has this state."""
+        for name, array in state.items():
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, list(array))
+            else:
+                held = isinstance(getattr(self, name), np.ndarray)
+                setattr(self, name, array if held else array.item())
 
 
 def _rows(batch: Array) -> Array:

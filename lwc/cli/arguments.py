@@ -205,6 +205,12 @@ def _add_pipeline_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--calibrate-window", type=int, metavar="N", help="tokens of a text in one feed (512)"
     )
+    group.add_argument(
+        "--resume",
+        metavar="DIR",
+        help="keep what is computed on the calibration data in this folder; after a run that "
+        "was killed, the same command takes it from there",
+    )
     group.add_argument("--seed", type=int, metavar="N", help="seed of everything random (0)")
     group.add_argument("--threads", type=int, metavar="N", help="threads when the model is run")
     group.add_argument(

@@ -42,6 +42,7 @@ _NEVER_EMPTY = {
     "reduce": "a file",
     "feeds": "a file",
     "calibrate": "a file or folder",
+    "resume": "a folder",
     "pass_pipeline_crash_reproducer": "a file",
 }
 
@@ -303,6 +304,7 @@ class Session:
             progress=self.progress,
             explain=explain,
             calibration=self._calibration(),
+            resume=self.options.resume,
         )
 
     def _calibration(self) -> CalibrationFile | None:
@@ -392,11 +394,13 @@ def _check_outputs(options: argparse.Namespace) -> None:
     actions = [name.replace("_", "-") for name in actions]
     if len(actions) > 1:
         raise UsageError(f"--{actions[0]} and --{actions[1]} do not go together")
-    for name in ("output", "report", "require_match", "pass_pipeline_crash_reproducer"):
+    for name in ("output", "report", "require_match", "resume", "pass_pipeline_crash_reproducer"):
         if actions and getattr(options, name):
             option = name.replace("_", "-")
             what = "its own file only" if actions[0] == "reduce" else "nothing"
             raise UsageError(f"--{actions[0]} writes {what} and does not go with --{option}")
+    if options.calibrate and actions and actions[0] in ("plan", "reduce", "check-contract"):
+        raise UsageError(f"--{actions[0]} takes no calibration data", remedy="drop --calibrate")
     if options.reduce:
         if not options.reduce.lower().endswith(MODEL_SUFFIXES):
             raise UsageError(
@@ -418,10 +422,12 @@ def _check_outputs(options: argparse.Namespace) -> None:
         raise UsageError(
             "--tokenizer needs a text to read", remedy="add --text FILE or --calibrate FILE"
         )
-    for name in ("calibrate_samples", "calibrate_window"):
+    for name in ("calibrate_samples", "calibrate_window", "resume"):
         if getattr(options, name) is not None and not options.calibrate:
             option = name.replace("_", "-")
             raise UsageError(f"--{option} needs calibration data", remedy="add --calibrate PATH")
+    if options.resume and os.path.exists(options.resume) and not os.path.isdir(options.resume):
+        raise UsageError(f"--resume '{options.resume}': it is a file", remedy="name a folder")
     for path in options.report:
         if Path(path).suffix.lower() not in REPORT_SUFFIXES:
             raise UsageError(

@@ -53,6 +53,11 @@ def _pass_line(each: PassRecord) -> str:
     counts = f", {each.applied:,} rewrites" if each.applied else ""
     if each.missed:
         counts += f", {len(each.missed):,} missed"
+    counts += "".join(
+        f", {count:,} {name}"
+        for name, count in each.statistics.items()
+        if name in ("layers resumed", "statistics resumed")
+    )
     if not each.changed:
         return f"unchanged: {_why_unchanged(each)}"
     weights = f"{text.size(each.before.parameter_bytes)}"

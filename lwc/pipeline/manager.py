@@ -121,7 +121,9 @@ class PassManager:
             instrument.before_pass(pass_, module, index)
         before = module.clone() if self._needs_copy else None
         heard = len(module.remarks)
-        ctx = dataclasses.replace(ctx, source=pass_.name)
+        ctx = dataclasses.replace(ctx, source=pass_.name, spec=to_text([pass_]))
+        if ctx.checkpoint is not None:
+            ctx.checkpoint.taken.clear()
         try:
             outcome = self._attempt(pass_, module, ctx, state, before)
         except BaseException as error:
@@ -147,7 +149,7 @@ class PassManager:
             seconds=outcome.seconds,
             verify_seconds=outcome.verify_seconds,
             changed=result.changed,
-            statistics=dict(result.statistics),
+            statistics={**result.statistics, **_resumed(ctx)},
             rewrites=dict(result.rewrites or applied),
             remarks=said,
             verification=outcome.verification,
@@ -291,6 +293,12 @@ def _result_problem(result: PassResult) -> str | None:
             if not isinstance(figure, number) or (name == "rewrites" and figure < 0):
                 return f"{name}['{key}'] is {what}, not {_shown(figure)}"
     return None
+
+
+def _resumed(ctx: PassContext) -> dict[str, int]:
+    """Return what the pass took from the checkpoint, as statistics of it."""
+    taken = {} if ctx.checkpoint is None else ctx.checkpoint.taken
+    return {f"{kind} resumed": count for kind, count in taken.items()}
 
 
 def _shown(value: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Approximate",
+    "Checkpoint",
     "Contract",
     "Exact",
     "Feed",
@@ -158,6 +160,21 @@ class Progress(Protocol):
         """Yield from `items`, showing progress."""
 
 
+class Checkpoint(Protocol):
+    """Keeps results of calibrated passes; see `lwc.calibration.checkpoint.CheckpointFolder`."""
+
+    facts: object
+    taken: Counter[str]
+
+    def get(
+        self, kind: str, key: str, warn: Callable[[str], None]
+    ) -> tuple[Mapping[str, Array], str] | None:
+        """Return a result and its checksum, or None."""
+
+    def put(self, kind: str, key: str, entry: Mapping[str, Array]) -> str:
+        """Keep a result and return its checksum."""
+
+
 class _Silent:
     def track(
         self, items: Iterable[Any], description: str, total: int | None = None
@@ -193,6 +210,9 @@ class PassContext:
             was not measured.
         calibration: Gives calibration data for a module, as often as it is asked; None where the
             user gave none.
+        checkpoint: Keeps what calibrated passes compute, for a run that follows a killed one; None
+            where that was not asked for.
+        spec: The running pass with its options.
     """
 
     analyses: AnalysisManager
@@ -206,6 +226,8 @@ class PassContext:
     explain: str | None = None
     find_target: Callable[[], Target | None] = lambda: None
     calibration: Callable[[Module], Iterable[Feed]] | None = None
+    checkpoint: Checkpoint | None = None
+    spec: str = ""
 
     def editor(self) -> Editor:
         """Return an editor of the module that obeys the limit and records this pass."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 import onnx_ir as ir
 
+from lwc.calibration.checkpoint import Entry, Trail
 from lwc.calibration.stages import Stages
 from lwc.calibration.statistics import Gram, MeanAbs, Statistic
 from lwc.core.weights import reading
@@ -63,6 +64,8 @@ def activation_of(weight: WeightUses) -> ir.Value | None:
 
 class LayerwiseQuantizer:
     """Rounds layers one after the other by GPTQ or AWQ.
+
+    The checkpoint of the context keeps each result; what is there already is not computed again.
 
     Args:
         module: The model.
@@ -119,28 +122,69 @@ class LayerwiseQuantizer:
         stages = Stages(self._module, list(self._groups), self._ctx)
         count = sum(map(len, self._groups.values()))
         groups = self._groups.items()
+        layers = [(layer.weight.value.name, layer.spec) for layer in self.layers]
+        how = (self._method, self._damping, self._by_activation, layers)
+        trail = Trail.begin(self._ctx, self._module, stages.fed, how)
+        # Where something is missing, every stage is run, with the weights and the divisions of an
+        # uninterrupted run: what is not read from disk comes out the same to the last bit.
+        finished = trail.reaches(self._steps())
         for value, group in self._ctx.progress.track(
             groups, f"quantizing {count} layers by {self._method}", len(groups)
         ):
-            gram, means = Gram(), MeanAbs()
-            wanted: tuple[Statistic, ...] = (gram,) if self._method == "gptq" else (gram, means)
-            for batch in stages.activations(value):
-                for statistic in wanted:
-                    statistic.update(batch)
-            products = gram.value
-            if value in self._pairs:
-                factors = self._scale(self._pairs[value], group, products, means.value)
-                if factors is not None:
-                    stages.divide(value, factors)
-                    products = products / np.outer(factors, factors)
-            for layer in group:
-                yield layer, self._round(layer, products)
+            yield from self._quantize(value, group, None if finished else stages, trail)
+            trail.advance()
 
-    def _scale(self, pair: Pair, group: list[Layer], gram: Array, means: Array) -> Array | None:
-        """Scale the inputs of a group of layers; return what their activation is divided by.
+    def _steps(self) -> Iterator[list[tuple[str, str]]]:
+        """Yield what is kept, step by step, by kind and name: of each group factors, then layers.
 
-        None where they stay as they are.
+        A layer is rounded with the factors of its group.
         """
+        for value, group in self._groups.items():
+            yield [("factors", value.name or "")] if value in self._pairs else []
+            yield [("layers", layer.weight.value.name or "") for layer in group]
+
+    def _quantize(
+        self, value: ir.Value, group: list[Layer], stages: Stages | None, trail: Trail
+    ) -> Iterator[tuple[Layer, LayerResult | None]]:
+        """Yield the layers of a group, computed or as they are kept.
+
+        Without stages no activation is computed: all is kept.
+        """
+        name, names = value.name or "", [layer.weight.value.name or "" for layer in group]
+
+        def find_layers() -> list[Entry | None]:
+            trail.advance()
+            return [trail.get("layers", each) for each in names]
+
+        pair = self._pairs.get(value)
+        scaling = {} if pair is None else trail.get("factors", name)
+        kept = [None] if scaling is None else find_layers()
+        gram, means = Gram(), MeanAbs()
+        wanted: tuple[Statistic, ...] = (gram,) if self._method == "gptq" else (gram, means)
+        wanted = wanted if None in kept else ()
+        for batch in stages.activations(value) if stages is not None else ():
+            for statistic in wanted:
+                statistic.update(batch)
+        products, factors = gram.value, None
+        if pair is not None:
+            if scaling is None:
+                found = self._factors(pair, group, products, means.value)
+                scaling = trail.put("factors", name, {} if found is None else {"factors": found})
+                kept = find_layers()
+            factors = self._scale(pair, scaling["factors"]) if scaling else None
+        if factors is not None:
+            if stages is not None:
+                stages.divide(value, factors)
+            if wanted:
+                products = products / np.outer(factors, factors)
+        for layer, each, entry in zip(group, names, kept, strict=True):
+            made = entry
+            if made is None:
+                made = trail.put("layers", each, self._rounded(layer, products))
+            yield layer, self._put_back(layer, made)
+
+    def _factors(self, pair: Pair, group: list[Layer], gram: Array, means: Array) -> Array | None:
+        """Return the best factors of the inputs of a group of layers, or None."""
         read = {use.node for layer in group for use in layer.weight.uses}
         if {place.node for place in pair.weights} != read:
             return None  # some layer behind the activation keeps its weights
@@ -150,7 +194,14 @@ class LayerwiseQuantizer:
             return None
         sizes = [layer.spec.block_size or len(m) for layer, m in zip(group, matrices, strict=True)]
         alike = spread(shared(means, sharing), sharing)
-        factors = input_factors(matrices, gram, alike, group[0].spec.grid, sizes)
+        return input_factors(matrices, gram, alike, group[0].spec.grid, sizes)
+
+    def _scale(self, pair: Pair, factors: Array) -> Array | None:
+        """Scale the inputs of a group of layers; return what their activation is divided by.
+
+        None where they stay as they are.
+        """
+        sharing = pair.source.sharing
         made = edits(pair, factors)
         if made is None or np.all(factors == 1):
             return None
@@ -164,11 +215,12 @@ class LayerwiseQuantizer:
         self.scaled += 1
         return factors
 
-    def _round(self, layer: Layer, gram: Array) -> LayerResult | None:
-        weight, spec = layer
+    def _rounded(self, layer: Layer, gram: Array) -> Entry:
+        """Return what makes the layer's result; nothing for infinite weights."""
+        spec = layer.spec
         matrix = _matrix(layer)
         if not np.isfinite(matrix).all():
-            return None
+            return {}
         size = spec.block_size or len(matrix)
         if self._method == "awq":
             rounded = clipped(matrix, gram, spec.grid, size)
@@ -177,17 +229,26 @@ class LayerwiseQuantizer:
                 matrix, gram, spec.grid, size,
                 damping=self._damping, by_activation=self._by_activation,
             )  # fmt: skip
-        values = rounded.values(spec.grid, size)
         plain = matrix.astype(np.float32, copy=False)
-        difference = plain - values
-        values = values.T if spec.transposed else values
-        tensor = ir.Tensor(np.ascontiguousarray(values.astype(matrix.dtype)))
-        self._module.replace_initializer(weight.value, self._module.spilled(tensor))
-        return LayerResult(
-            rounded,
+        difference = plain - rounded.values(spec.grid, size)
+        errors = (
             _ratio(float(np.vdot(difference, difference)), float(np.vdot(plain, plain))),
             _ratio(output_error(difference, gram), output_error(plain, gram)),
         )
+        return {**rounded._asdict(), "errors": np.asarray(errors)}
+
+    def _put_back(self, layer: Layer, entry: Entry) -> LayerResult | None:
+        """Let the layer's weight hold the values of its grid."""
+        if not entry:
+            return None
+        weight, spec = layer
+        rounded = Rounded(**{name: entry[name] for name in Rounded._fields})
+        values = rounded.values(spec.grid, spec.block_size or len(rounded.codes))
+        values = values.T if spec.transposed else values
+        tensor = ir.Tensor(np.ascontiguousarray(values.astype(weight.tensor.dtype.numpy())))
+        self._module.replace_initializer(weight.value, self._module.spilled(tensor))
+        weight_error, output_error = map(float, entry["errors"])
+        return LayerResult(rounded, weight_error, output_error)
 
 
 def _matrix(layer: Layer) -> Array:

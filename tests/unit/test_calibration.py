@@ -240,16 +240,6 @@ def test_arrays_from_files(tmp_path: Path) -> None:
         list(CalibrationFile(tmp_path / "4.npz").feeds(module_of(NUMBERS)))
 
 
-def test_digests_tell_data_apart(tmp_path: Path) -> None:
-    path = tmp_path / "ids.jsonl"
-    path.write_text("[1]\n")
-    first = CalibrationFile(path).digest()
-    assert first == CalibrationFile(path).digest()
-    assert first != CalibrationFile(path, samples=1).digest()
-    path.write_text("[2]\n")
-    assert first != CalibrationFile(path).digest()
-
-
 def test_what_is_calibration_data(tmp_path: Path) -> None:
     feeds = [{"x": np.zeros((1, 4), np.float32)}]
     module = module_of(NUMBERS)
@@ -295,6 +285,31 @@ def test_values_within_a_bound(limit: int | None, runs: int) -> None:
         wanted = np.zeros_like(whole) if value.name == "c" else np.abs(whole)
         np.testing.assert_array_equal(largest.value, wanted.max(axis=0))
         np.testing.assert_allclose(mean.value, wanted.mean(axis=0), rtol=1e-6)
+
+
+def test_the_largest_feed_bounds_what_is_fetched() -> None:
+    """Two values of 5 rows fit, of 50 rows one: whichever feed comes first."""
+    module = module_of(NUMBERS)
+    feeds = [{"x": np.ones((rows, 4), np.float32)} for rows in (5, 50, 5)]
+    opened: list[list[str]] = []
+    ctx = context(module, feeds, 2 * 5 * 4 * 4)
+
+    def runner(made: Module, expose: Any) -> Any:
+        opened.append(list(expose))
+        return make_runner(made, expose)
+
+    ctx.make_runner = runner
+    collect(module, {node.outputs[0]: [AbsMax()] for node in list(module.graph)[:3]}, ctx)
+    assert opened == [["a"], ["b"], ["c"]]
+
+
+def test_the_feed_that_cannot_be_run_is_named() -> None:
+    """The third holds an id that is not in the vocabulary of 7."""
+    module = module_of(IDS)
+    feeds = [{"ids": np.array([[1, number]])} for number in (0, 6, 7)]
+    (node,) = module.graph
+    with pytest.raises(LwcError, match=r"feed 3 of the calibration data: .*idx=7"):
+        collect(module, {node.outputs[0]: (AbsMax(),)}, context(module, feeds))
 
 
 def test_what_cannot_be_collected() -> None:

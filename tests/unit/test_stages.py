@@ -14,7 +14,7 @@ from support import module_of, run_plain
 from lwc.analysis.manager import AnalysisManager
 from lwc.backends.onnxruntime.session import make_runner
 from lwc.calibration.stages import Stages
-from lwc.core.errors import InputError
+from lwc.core.errors import InputError, LwcError
 from lwc.core.module import Module
 from lwc.pipeline.passes import PassContext
 
@@ -109,6 +109,17 @@ def test_what_is_not_finite_is_named() -> None:
     (stop,) = values(module, "a")
     with pytest.raises(InputError, match="'a' is not finite"):
         list(Stages(module, [stop], context(module, [])).activations(stop))
+
+
+def test_the_feed_that_cannot_be_run_is_named() -> None:
+    module = module_of(
+        "g (int64[n] i) => (float[n] y) <float[3] t = {1, 2, 3}> { a = Gather (t, i) y = Neg (a) }"
+    )
+    ctx = context(module, [])
+    ctx.calibration = lambda module: [{"i": np.array([2, last])} for last in (0, 3)]
+    (stop,) = values(module, "a")
+    with pytest.raises(LwcError, match=r"feed 2 of the calibration data: .*idx=3"):
+        list(Stages(module, [stop], ctx).activations(stop))
 
 
 def test_there_must_be_data() -> None:
