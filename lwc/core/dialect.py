@@ -182,11 +182,13 @@ class DynamicQuantMatMul:
             per_block = Constant <value = int64 {{{block}}}> ()
             which = Div (places, per_block)
             columns = Constant <value = int64[2] {{{self._blocks}, {tiles * TILE}}}> ()
+            in_tiles3 = Constant <value = int64[3] {{{tiles}, {self._blocks}, {TILE}}}> ()
             column_end = Constant <value = int64[2] {{{self._blocks}, {self.N}}}> ()"""
         )
         for name in ["scales"] + ["zero_points"] * self.zero_points:
             lines.append(
-                f"""{name}_by_block = Transpose <perm = [1, 0, 2]> ({name})
+                f"""{name}_tiles = Reshape ({name}, in_tiles3)
+                {name}_by_block = Transpose <perm = [1, 0, 2]> ({name}_tiles)
                 {name}_rows = Reshape ({name}_by_block, columns)
                 {name}_kept = Slice ({name}_rows, begin, column_end)
                 {name}_wide = Cast <to = 1> ({name}_kept)

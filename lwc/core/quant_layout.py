@@ -10,7 +10,7 @@ that a shift and a mask of 64 bytes give a whole line:
   then 64 bytes with the high bits of all eight, the first in the lowest.
 
 Inputs are padded to a multiple of 32 and columns to whole tiles, with zeros. Scales and zero points
-are `[tiles, blocks, 16]`.
+are `[tiles, blocks, 16]`. All three may also be flat.
 """
 
 from __future__ import annotations

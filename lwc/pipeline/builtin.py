@@ -290,7 +290,7 @@ BUILTIN: tuple[PassInfo, ...] = (
                 name="format",
                 type="matmulnbits|qdq|lwc|auto",
                 default="matmulnbits",
-                help="`matmulnbits` lowers to ONNX Runtime's MatMulNBits (of nf4, MatMulBnb4) and GatherBlockQuantized, `qdq` to the standard DequantizeLinear (of nf4, Gather and Mul, which ONNX Runtime computes when it loads the model: the file is small, the memory not), `lwc` to lwc::DynamicQuantMatMul, the only one with 3 bits; there embeddings, and what is tied to them, stay `matmulnbits`. `auto` takes for each weight the faster of `matmulnbits` and `lwc` on the measured target, for one token and a prompt of 512 together, and leaves a weight alone that neither makes as fast as float32 in both.",
+                help="`matmulnbits` lowers to ONNX Runtime's MatMulNBits (of nf4, MatMulBnb4) and GatherBlockQuantized, `qdq` to the standard DequantizeLinear (of nf4, Gather and Mul, which ONNX Runtime computes when it loads the model: the file is small, the memory not), `lwc` to lwc::DynamicQuantMatMul, the only one with 3 bits; an embedding alone stays GatherBlockQuantized. `auto` takes for each weight the faster of `matmulnbits` and `lwc` on the measured target, for one token and a prompt of 512 together, and leaves a weight alone that neither makes as fast as float32 in both.",
             ),
             OptionInfo(
                 name="accuracy-level",

@@ -93,7 +93,7 @@ def gate(node: ir.Node, edit: Editor) -> Outcome:
         if gates.variant.N % TILE:
             return Miss(f"{gates.variant.N} columns are no whole tiles of {TILE}")
         parts = [(gates.weights, gates.bias), (others.weights, others.bias)]
-        stacked = [[_read(value) for value in weights] for weights, _ in parts]
+        stacked = [[_tiles(value, gates.variant.N) for value in weights] for weights, _ in parts]
         rows = [None if row is None else _read(row) for _, row in parts]
         return _gated(gates, stacked, rows, edit)
     return None
@@ -122,7 +122,7 @@ def split_gate(node: ir.Node, edit: Editor) -> Outcome:
         width = found.variant.N // 2
         if not edit.same_shape(half, other) or width % TILE:
             return Miss(f"its halves are not of the same whole tiles of {TILE} columns", cut)
-        halves = [np.split(_read(value), 2) for value in found.weights]
+        halves = [np.split(_tiles(value, found.variant.N), 2) for value in found.weights]
         rows = [None, None] if found.bias is None else np.split(_read(found.bias), 2)
         first = list(cut.outputs).index(half)
         stacked = [[each[place] for each in halves] for place in (first, 1 - first)]
@@ -205,9 +205,7 @@ def _gated(
     inputs: list[ir.Value | None] = [gates.node.inputs[0]]
     for value, both in zip(gates.weights, zip(*stacked, strict=True), strict=True):
         assert value is not None
-        inputs.append(
-            _initializer(value, np.stack(both, axis=1).reshape(-1, *both[0].shape[1:]), edit)
-        )
+        inputs.append(_initializer(value, np.stack(both, axis=1).reshape(-1), edit))
     if variant.bias:
         zeros = np.zeros(gates.variant.N, np.float32)
         tiles = [(zeros if row is None else row).reshape(-1, TILE) for row in rows]
@@ -218,6 +216,11 @@ def _gated(
 def _initializer(value: ir.Value, array: Array, edit: Editor) -> ir.Value:
     tensor = edit.module.spilled(ir.Tensor(array))
     return edit.module.add_initializer(f"{value.name}_gated", tensor)
+
+
+def _tiles(value: ir.Value | None, columns: int) -> Array:
+    """Read codes, scales or zero points, `[tiles, ...]`."""
+    return _read(value).reshape(-(-columns // TILE), -1)
 
 
 def _read(value: ir.Value | None) -> Array:

@@ -17,6 +17,7 @@ from lwc.core.walk import constant_tensor
 from lwc.passes.quantization.dialect_ops import dynamic_quant_matmul
 from lwc.passes.quantization.rounding import Grid
 from lwc.passes.quantization.streaming import QuantizedWeight
+from lwc.passes.quantization.tile_lookup import lookup_in_tiles
 from lwc.passes.quantization.weight_uses import WeightUse, WeightUses
 from lwc.rewrite.editor import Editor, attribute
 
@@ -115,9 +116,19 @@ def _linear(editor: Editor, use: WeightUse, packed: PackedWeight, accuracy_level
 
 
 def lower_to_dialect(editor: Editor, weight: WeightUses, packed: PackedWeight) -> None:
-    """Replace every use of `weight`, none of them a Gather, by `lwc::DynamicQuantMatMul`."""
+    """Replace products by `lwc::DynamicQuantMatMul`; an embedding looks up its tiles."""
     for use in weight.uses:
         editor.root = use.node
+        if use.role == "Gather":
+            indices = use.node.inputs[1]
+            assert indices is not None
+            tensors = (packed.codes, packed.scales, packed.zero_points)
+            shape = (packed.inputs, packed.outputs)
+            rows = lookup_in_tiles(
+                editor, indices, tensors, shape, bits=packed.bits, block_size=packed.block_size
+            )
+            _replace(editor, use.node, rows)
+            continue
         bias = _own_bias(use.node, packed) if use.role == "Gemm" else None
         variant = DynamicQuantMatMul(
             K=packed.inputs,

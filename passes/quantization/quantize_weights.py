@@ -66,8 +66,8 @@ class QuantizeWeights(Pass):
         format: `matmulnbits` lowers to ONNX Runtime's MatMulNBits (of nf4, MatMulBnb4) and
             GatherBlockQuantized, `qdq` to the standard DequantizeLinear (of nf4, Gather and Mul,
             which ONNX Runtime computes when it loads the model: the file is small, the memory not),
-            `lwc` to lwc::DynamicQuantMatMul, the only one with 3 bits; there embeddings, and what
-            is tied to them, stay `matmulnbits`. `auto` takes for each weight the faster of
+            `lwc` to lwc::DynamicQuantMatMul, the only one with 3 bits; an embedding alone stays
+            GatherBlockQuantized. `auto` takes for each weight the faster of
             `matmulnbits` and `lwc` on the measured target, for one token and a prompt of 512
             together, and leaves a weight alone that neither makes as fast as float32 in both.
         accuracy_level: How products are computed: 4 rounds activations to int8 per block, which
@@ -297,9 +297,10 @@ class QuantizeWeights(Pass):
             return f"its type is {weight.tensor.dtype}"
         inputs, _ = _matrix(weight)
         size = self._block(weight, editor)
-        if ("Gather" in roles or self._is_nf4(weight)) and size and inputs % size:
+        whole = self._is_nf4(weight) or ("Gather" in roles and layout != "tiles")
+        if whole and size and inputs % size:
             return f"rows of {inputs} do not divide into blocks of {size}"
-        if "Gather" in roles and self.format == "qdq" and (size == 0 or self.embeddings == 4):
+        if "Gather" in roles and layout == "qdq" and (size == 0 or self.embeddings == 4):
             return "a standard embedding needs 8 bits in blocks"
         if any(
             use.role == "MatMul" and editor.rank(use.node.inputs[0]) == 1 for use in weight.uses
@@ -337,14 +338,14 @@ class QuantizeWeights(Pass):
             return "table"
         if self._is_nf4(weight):
             return "bnb4"
-        return "matmulnbits" if weight.tied or self.format == "matmulnbits" else "tiles"
+        return "matmulnbits" if self.format == "matmulnbits" else "tiles"
 
     def _is_nf4(self, weight: WeightUses) -> bool:
         return self.codebook == "nf4" and all(use.role != "Gather" for use in weight.uses)
 
     def _is_symmetric(self, weight: WeightUses) -> bool:
         # A shared 4-bit table would need its zero points packed in two ways.
-        shared = weight.tied and self._bits(weight) == 4
+        shared = weight.tied and self._bits(weight) == 4 and self._layout(weight) != "tiles"
         return self.symmetric or shared or self._is_nf4(weight)
 
     def _packed_bytes(self, weight: WeightUses, size: int) -> int:

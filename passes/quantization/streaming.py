@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 import numpy as np
 import onnx_ir as ir
 
-from lwc.core.quant_layout import pack_codes, pack_columns
+from lwc.core.quant_layout import TILE, pack_codes, pack_columns
 from lwc.core.weights import WeightStore, reading_once
 from lwc.passes.quantization.gptq import Rounded
 from lwc.passes.quantization.packing import pack_rows, pack_tile
@@ -59,10 +59,10 @@ class QuantizedWeight:
             the first of two codes in the upper half of a byte. `qdq`: uint4, int4, uint8 or int8
             in the shape of the weight; of a codebook, uint4 with the inputs' axis in two,
             `[blocks, block_size, outputs]` or `[outputs, blocks, block_size]`. `tiles`: as
-            `lwc.core.quant_layout` packs them.
+            `lwc.core.quant_layout` packs them, flat.
         scales: `[outputs, blocks]`, for `bnb4` flat. `qdq`: as the weight, the inputs' axis in
             blocks; `[outputs]` where one block spans all inputs. Of a codebook as the codes, with
-            an extent of 1 for `block_size`. `tiles`: `[tiles, blocks, 16]`.
+            an extent of 1 for `block_size`. `tiles`: `[tiles, blocks, 16]`, flat.
         zero_points: None when symmetric. uint8, rows packed like codes; `qdq` and `tiles`: as the
             scales.
         relative_error: Frobenius norm of the difference over that of the weight.
@@ -83,8 +83,9 @@ class QuantizedWeight:
         """Return the same with each output multiplied by a factor, `[outputs]`."""
         array = self.scales.numpy()
         if spec.layout == "tiles":
-            tiled = array.astype(np.float32) * pack_columns(factors[None])
-            return replace(self, scales=ir.Tensor(_small(tiled.astype(np.float32))))
+            each = pack_columns(factors[None])
+            tiled = array.astype(np.float32).reshape(len(each), -1, TILE) * each
+            return replace(self, scales=ir.Tensor(_small(tiled.astype(np.float32).reshape(-1))))
         if spec.layout != "qdq" or spec.transposed:  # outputs are the first axis
             scales = array.reshape(len(factors), -1) * factors[:, None]
         else:
@@ -321,9 +322,9 @@ class _Sink:
         if self._spec.layout == "tiles":
             tiles = self._codes.T if self._spec.transposed else self._codes
             return QuantizedWeight(
-                ir.Tensor(pack_codes(tiles[:inputs], grid.bits)),
-                ir.Tensor(_small(pack_columns(self._scales.T))),
-                None if grid.symmetric else ir.Tensor(pack_columns(self._zeros.T)),
+                ir.Tensor(pack_codes(tiles[:inputs], grid.bits).reshape(-1)),
+                ir.Tensor(_small(pack_columns(self._scales.T).reshape(-1))),
+                None if grid.symmetric else ir.Tensor(pack_columns(self._zeros.T).reshape(-1)),
                 relative_error,
             )
         scales: Array = self._scales.astype(dtype)
