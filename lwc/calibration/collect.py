@@ -85,7 +85,7 @@ def check_any(feeds: int, module: Module) -> None:
 
 def _groups(module: Module, names: list[str], ctx: PassContext) -> list[list[str]]:
     """Deal values to runs, by their sizes at the extents of the first feed."""
-    if ctx.max_memory is None or not names:
+    if ctx.max_memory is None:
         return [names] if names else []
     feed = next(iter(ctx.calibration_feeds(module)), {})
     shapes = ctx.analyses.get(Shapes)

@@ -450,6 +450,15 @@ def test_activations_in_half_precision_do_not_grow_before_attention(
     assert (factors.min() < 0.9) == (len(shape) == 1)
 
 
+def test_activations_in_full_precision_may_grow_before_attention() -> None:
+    random = np.random.default_rng(3)
+    weights = {"scale": random.standard_normal((8, 8)) / 9, "w": random.standard_normal((8, 6))}
+    module = weighted(HALF_LAYER.replace("float16", "float"), **weights)
+    before = content(module, "scale")
+    assert applied_once(module).changed
+    assert (before / content(module, "scale")).min() < 0.9
+
+
 def test_heads_that_share_values_take_the_largest_of_their_magnitudes() -> None:
     """A factor of the values is that of the largest activations and weights of its heads."""
     sharing = Sharing(2, 2, 3)

@@ -200,3 +200,17 @@ def test_an_input_with_a_default_need_not_be_fed() -> None:
     (stop,) = values(module, "y")
     (found,) = Stages(module, [stop], ctx).activations(stop)
     np.testing.assert_array_equal(found, FEEDS[0]["x"] + np.arange(4))
+
+
+def test_a_weight_that_is_read_through_a_node_is_seen_when_it_is_replaced() -> None:
+    module = module_of(
+        """g (float[b, 4] x, bool c) => (float[b, 4] y)
+        <float[4, 4] w = {1, 2, 0, 0, 0, 1, 0, 0, 0, 0, 1, 3, 1, 0, 0, 1}>
+        { t = Transpose (w) a = MatMul (x, t) y = MatMul (a, t) }"""
+    )
+    first, second = values(module, "a", "y")
+    stages = Stages(module, [first, second], context(module, []))
+    before = list(stages.activations(first))
+    module.replace_initializer(module.graph.initializers["w"], ir.Tensor(2 * np.eye(4, dtype="f")))
+    for a, y in zip(before, stages.activations(second), strict=True):
+        np.testing.assert_array_equal(y, 2 * a)
