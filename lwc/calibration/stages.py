@@ -134,9 +134,8 @@ class Stages:
 
 
 def _varying(module: Module, fed: Container[ir.Value]) -> set[ir.Value]:
-    """Return the values of the main graph that depend on what is fed, or must be."""
-    inputs = module.graph.inputs
-    found = {value for value in inputs if value in fed or value.const_value is None}
+    """Return the values of the main graph that depend on what is fed."""
+    found = {value for value in module.graph.inputs if value in fed}
     for node in module.graph:
         if any(value in found for value in values_read(node)):
             found.update(node.outputs)

@@ -10,7 +10,8 @@ import numpy as np
 
 from lwc.calibration.feeds import dim_names, make_feed
 from lwc.calibration.inputs import RoleKind, fed_inputs, input_role
-from lwc.core.errors import InputError, LwcError, MissingExtraError
+from lwc.core.errors import InputError, LwcError
+from lwc.frontend.tokenizer_files import open_tokenizer
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -45,56 +46,14 @@ def read_text(path: str | Path) -> str:
 
 
 def load_tokenizer(path: str | Path) -> Tokenize:
-    """Read the tokenizer of a model.
-
-    Args:
-        path: A `tokenizer.json`, a folder with one (or with what transformers reads), a `.gguf`
-            file, or a model file beside its `tokenizer.json`.
+    """Read the tokenizer of a model; see `lwc.frontend.tokenizer_files.open_tokenizer`.
 
     Raises:
         InputError: There is no tokenizer at `path`, or it cannot be read.
         MissingExtraError: The library that reads it is not installed.
     """
-    path = Path(path)
-    if not path.exists():
-        raise InputError("no such file or folder", file=path)
-    if path.suffix == ".gguf":
-        return _through_transformers(path.parent, gguf_file=path.name)
-    folder = path if path.is_dir() else path.parent
-    file = path if path.suffix == ".json" else folder / "tokenizer.json"
-    if file.exists():
-        return _through_tokenizers(file)
-    if path.is_dir():
-        return _through_transformers(path)
-    raise InputError(
-        "there is no tokenizer.json beside it", file=path, remedy="--tokenizer PATH names one"
-    )
-
-
-def _through_tokenizers(file: Path) -> Tokenize:
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise MissingExtraError("reading a tokenizer.json", "hf") from error
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises plain Exception
-        raise InputError(f"not a tokenizer: {error}", file=file) from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
-
-
-def _through_transformers(folder: Path, **options: Any) -> Tokenize:
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise MissingExtraError("reading this tokenizer", "hf") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"no tokenizer can be read: {error}", file=folder) from error
-    return lambda text: tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    opened = open_tokenizer(path)
+    return lambda text: opened.encode(text, False)
 
 
 def windows(count: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:

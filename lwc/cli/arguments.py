@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Mapping, Sequence
-from typing import NoReturn
 
 from lwc.cli.guard import EXIT_CODES
+from lwc.cli.parser import Parser, Version
 from lwc.core.errors import UsageError
 from lwc.pipeline.options import did_you_mean
 
@@ -40,11 +40,6 @@ The module's text and results go to stdout, everything else to stderr. Without -
 nothing else that prints or writes is asked for, the text of the resulting module is printed.
 
 {EXIT_CODES}"""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message, remedy=f"{PROGRAM} --help lists the options")
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -139,7 +134,7 @@ def parse_size(text: str) -> int:
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=PROGRAM,
         description="Run ordered, verified passes over a transformer model.",
         epilog=_EPILOG,
@@ -333,15 +328,4 @@ def _add_general_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--color", choices=("auto", "always", "never"), default="auto")
     group.add_argument("-q", "--quiet", action="store_true", help="print errors only")
     group.add_argument("--debug", action="store_true", help="print the traceback of an error")
-    group.add_argument("--version", action=_Version)
-
-
-class _Version(argparse.Action):
-    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
-        super().__init__(option_strings, dest, nargs=0, help="print the version")
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from lwc import __version__
-
-        print(f"{PROGRAM} {__version__}")
-        parser.exit()
+    group.add_argument("--version", action=Version)

@@ -11,9 +11,10 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from lwc.cli.guard import EXIT_CODES, guarded
+from lwc.cli.parser import Parser, Version
 from lwc.core.errors import InputError, UsageError
 from lwc.core.text import printable
 
@@ -40,21 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return guarded(PROGRAM, lambda: _run(words), debug="--debug" in words)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message, remedy=f"{PROGRAM} --help lists the options")
-
-
-class _Version(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from lwc import __version__
-
-        print(f"{PROGRAM} {__version__}")
-        parser.exit()
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=PROGRAM,
         description="Continue a prompt with a language model.",
         epilog=_EPILOG,
@@ -96,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     running.add_argument("--json", metavar="FILE", help="write the text and its figures as JSON")
     running.add_argument("-q", "--quiet", action="store_true", help="print no figures or remarks")
     running.add_argument("--debug", action="store_true", help="print the traceback of an error")
-    running.add_argument("--version", action=_Version, nargs=0, help="print the version")
+    running.add_argument("--version", action=Version)
     return parser
 
 
@@ -108,6 +96,8 @@ def _run(words: Sequence[str]) -> int:
         raise UsageError("--threads is at least 1")
     if options.json and not Path(options.json).resolve().parent.is_dir():
         raise UsageError(f"cannot write '{options.json}': there is no such folder")
+    if options.json and Path(options.json).is_dir():
+        raise UsageError(f"cannot write '{options.json}': it is a folder")
     settings = _settings(options)
     prompt = _prompt(options)
 

@@ -87,7 +87,8 @@ def generate_batch(
     ]
     rows = [_Row(prompt, tokenizer, settings) for prompt in prompts]
     begun = time.perf_counter()
-    logits = _prefill(feeder, decoder, prompts, settings.chunk)
+    with feeder.explaining(int(lengths.max())):
+        logits = _prefill(feeder, decoder, prompts, settings.chunk)
     first = 0.0
     while True:
         tokens = [sampler.draw(row) for sampler, row in zip(samplers, logits, strict=True)]
@@ -97,7 +98,8 @@ def generate_batch(
             row.add(token, now)
         if all(row.stopped is not None for row in rows):
             break
-        logits = decoder.step(np.array(tokens, np.int64)[:, None], lengths[:, None])
+        with feeder.explaining(int(lengths.max()) + 1):
+            logits = decoder.step(np.array(tokens, np.int64)[:, None], lengths[:, None])
         lengths = lengths + 1
     return [_result(row, feeder, first - begun, row.last - first) for row in rows]
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Self, TypeAlias
 
 import numpy as np
 
 from lwc.backends.decoding import CacheInterface, Decoder
+from lwc.calibration.inputs import input_role
 from lwc.core.diagnostics import Remark
 from lwc.core.errors import LwcError
 from lwc.core.module import Module
+from lwc.core.walk import constant_tensor
 from lwc.generate.interface import NO_CACHE, find_interface
 from lwc.generate.policies import CachePolicy, Tracker
-from lwc.generate.recompute import RecomputingDecoder
+from lwc.generate.recompute import RecomputingDecoder, looks_ahead
 from lwc.generate.variants import check_no_windows, told_positions, weighed
 
 __all__ = ["CHUNK", "Feeder"]
@@ -127,13 +130,46 @@ class Feeder(AbstractContextManager["Feeder"]):
         """
         decoder = self.decoder
         positions = np.arange(self._position, self._position + len(ids))
-        logits = decoder.step(np.array([ids], np.int64), positions[None], every=every)
+        with self.explaining(self._position + len(ids)):
+            logits = decoder.step(np.array([ids], np.int64), positions[None], every=every)
         self._position += len(ids)
         if self._tracker is not None:
             moves = self._tracker.seen(positions, decoder.masses() if self._weighs else None)
             if moves is not None:
                 decoder.cut(moves)
         return np.array(logits[0])  # the next step writes over them
+
+    @contextlib.contextmanager
+    def explaining(self, length: int) -> Iterator[None]:
+        """Name the most tokens that the model takes, where running so many fails because of it.
+
+        Raises:
+            LwcError: The model failed.
+        """
+        try:
+            yield
+        except LwcError as error:
+            end = None if error.node is None else self._table_end(error.node, length)
+            if end is None:
+                raise
+            raise LwcError(
+                f"a table of positions ends after {end} tokens, and there are {length}",
+                file=self._module.source.path,
+                node=error.node,
+                remedy="give a shorter prompt, or ask for fewer new tokens",
+            ) from error
+
+    def _table_end(self, failed: str, length: int) -> int | None:
+        """Return the rows of a table that the node which failed reads, if they are too few."""
+        for node in self._module.nodes():
+            if not node.name or not failed.endswith(f"'{node.name}'"):
+                continue
+            if any(value is not None and value.name == self.interface.ids for value in node.inputs):
+                return None
+            tensors = [constant_tensor(value) for value in node.inputs]
+            rows = [t.shape.numpy()[0] for t in tensors if t is not None and len(t.shape) == 2]
+            return min((each for each in rows if each < length), default=None)
+        return None
 
     def close(self) -> None:
         """Free the decoder."""
@@ -152,8 +188,18 @@ def _decoder(module: Module, interface: CacheInterface, threads: int | None) -> 
     if not interface.tensors:
         from lwc.backends.onnxruntime.session import OnnxRuntimeBackend
 
-        compiled = OnnxRuntimeBackend().compile(module, threads=threads)
-        return RecomputingDecoder(compiled, interface)
+        decoder = RecomputingDecoder(
+            OnnxRuntimeBackend().compile(module, threads=threads), interface
+        )
+        ids = next(value for value in module.graph.inputs if value.name == interface.ids)
+        if looks_ahead(decoder, input_role(module, ids).high + 1):
+            decoder.close()
+            raise LwcError(
+                "what the model gives for a token depends on tokens behind it: it is an encoder",
+                file=module.source.path,
+                remedy="give a causal language model",
+            )
+        return decoder
     from lwc.backends.onnxruntime.decoding import open_decoder
 
     return open_decoder(module, interface, threads=threads)

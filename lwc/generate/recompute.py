@@ -11,9 +11,15 @@ from lwc.backends.base import Executable
 from lwc.backends.decoding import CacheInterface, Moves
 from lwc.core.errors import LwcError
 
-__all__ = ["RecomputingDecoder"]
+__all__ = ["RecomputingDecoder", "looks_ahead"]
 
 Array: TypeAlias = np.ndarray[Any, Any]
+
+_PROBE = 8
+"""Tokens of the two texts that are compared."""
+
+_NOISE = 0.05
+"""Relative change of logits that activations rounded to 8 bits together may bring about."""
 
 
 class RecomputingDecoder:
@@ -81,3 +87,25 @@ class RecomputingDecoder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def looks_ahead(decoder: RecomputingDecoder, words: int) -> bool:
+    """Tell whether the logits of a token depend on tokens behind it, as an encoder's do.
+
+    The first token of two texts that differ in all others is compared. A model that gives the
+    logits of the last token only is taken for a decoder.
+
+    Args:
+        decoder: The model; it forgets its tokens.
+        words: Number of different tokens, at least 2.
+    """
+    found = []
+    for others in (np.zeros(_PROBE - 1, np.int64), np.arange(1, _PROBE) % (words - 1) + 1):
+        decoder.start(_PROBE)
+        try:
+            logits = decoder.step(np.append(0, others)[None], np.arange(_PROBE)[None], every=True)
+        except LwcError:
+            return False
+        found.append(logits[0, 0].astype(np.float64))
+    first, second = found
+    return bool(np.linalg.norm(first - second) > _NOISE * np.linalg.norm(first))

@@ -37,6 +37,8 @@ class Settings:
         for name in ("max_new_tokens", "chunk"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name.replace('_', '-')} is at least 1")
+        if "" in self.stop:
+            raise UsageError("stop takes texts of at least one character")
 
 
 @dataclass(frozen=True)

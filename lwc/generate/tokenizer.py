@@ -8,16 +8,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from lwc.core.errors import InputError, LwcError, MissingExtraError
+from lwc.core.errors import InputError, LwcError
 from lwc.core.module import Module
+from lwc.frontend.tokenizer_files import (
+    TOKENIZER_FILE,
+    OpenTokenizer,
+    open_tokenizer,
+    read_tokenizer_file,
+)
 from lwc.generate.detokenize import Decode
 
 __all__ = ["Message", "TextTokenizer", "load_text_tokenizer", "tokenizer_of"]
 
 Message: TypeAlias = Mapping[str, str]
 """One turn of a chat: its `role` (`system`, `user`, `assistant`) and its `content`."""
-
-_TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -68,53 +72,32 @@ def tokenizer_of(module: Module) -> TextTokenizer:
         InputError: None did, or it cannot be read.
     """
     companions = module.source.companions
-    if _TOKENIZER in companions:
-        return _from_files(companions)
+    if TOKENIZER_FILE in companions:
+        return _with_files(read_tokenizer_file(companions[TOKENIZER_FILE]), companions)
     if module.source.path is None:
         raise InputError("the model came without a tokenizer", remedy="give one")
     return load_text_tokenizer(module.source.path)
 
 
 def load_text_tokenizer(path: str | Path) -> TextTokenizer:
-    """Read a tokenizer with its configuration.
+    """Read a tokenizer with its configuration, which is what lies beside it.
 
     Args:
-        path: A folder, a `.json` file of a tokenizer, a model beside its `tokenizer.json`, or a
-            `.gguf` file. The tokenizer's configuration is what lies beside it.
+        path: See `lwc.frontend.tokenizer_files.open_tokenizer`.
 
     Raises:
         InputError: There is no tokenizer at `path`, or it cannot be read.
         MissingExtraError: The library that reads it is not installed.
     """
-    path = Path(path)
-    if not path.exists():
-        raise InputError("no such file or folder", file=path)
-    if path.suffix == ".gguf":
-        return _through_transformers(path.parent, path, gguf_file=path.name)
-    folder = path if path.is_dir() else path.parent
-    tokenizer = path if path.suffix == ".json" else folder / _TOKENIZER
-    if tokenizer.is_file():
-        beside = {file.name: str(file) for file in folder.iterdir() if file.is_file()}
-        return _from_files({**beside, _TOKENIZER: str(tokenizer)})
-    if path.is_dir():
-        return _through_transformers(path, path)
-    raise InputError(
-        "there is no tokenizer.json beside it", file=path, remedy="--tokenizer PATH names one"
-    )
+    opened = open_tokenizer(path)
+    folder = opened.file if opened.file.is_dir() else opened.file.parent
+    beside = {file.name: str(file) for file in folder.iterdir() if file.is_file()}
+    if opened.library == "tokenizers":
+        return _with_files(opened, beside)
+    return _with_what_transformers_knows(opened, beside)
 
 
-def _from_files(files: Mapping[str, str]) -> TextTokenizer:
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise MissingExtraError("reading a tokenizer.json", "hf") from error
-    file = files[_TOKENIZER]
-    try:
-        tokenizer = Tokenizer.from_file(file)
-    except Exception as error:  # the library raises plain Exception
-        raise InputError(f"not a tokenizer: {error}", file=file) from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
+def _with_files(opened: OpenTokenizer, files: Mapping[str, str]) -> TextTokenizer:
     config = _json(files, "tokenizer_config.json")
     specials = {
         name: text
@@ -122,44 +105,30 @@ def _from_files(files: Mapping[str, str]) -> TextTokenizer:
         if name.endswith("_token") and (text := _special_text(value)) is not None
     }
     ends = _end_tokens(files)
-    end = tokenizer.token_to_id(specials["eos_token"]) if "eos_token" in specials else None
+    end = opened.reader.token_to_id(specials["eos_token"]) if "eos_token" in specials else None
     return TextTokenizer(
-        encode=lambda text, special: tokenizer.encode(text, add_special_tokens=special).ids,
-        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+        encode=opened.encode,
+        decode=opened.decode,
         stop_tokens=frozenset(ends if end is None else (*ends, end)),
         chat_template=_template(files, config),
         specials=specials,
-        file=file,
+        file=str(opened.file),
     )
 
 
-def _through_transformers(folder: Path, file: Path, **options: Any) -> TextTokenizer:
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise MissingExtraError("reading this tokenizer", "hf") from error
-    from lwc.frontend.huggingface import offline
-
-    try:
-        with offline():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"no tokenizer can be read: {error}", file=file) from error
-    beside = {each.name: str(each) for each in folder.iterdir() if each.is_file()}
-    ends = () if options else _end_tokens(beside)
-    end = tokenizer.eos_token_id
-    template = tokenizer.chat_template
+def _with_what_transformers_knows(opened: OpenTokenizer, files: Mapping[str, str]) -> TextTokenizer:
+    ends = () if opened.file.suffix == ".gguf" else _end_tokens(files)
+    end = opened.reader.eos_token_id
+    template = opened.reader.chat_template
     if isinstance(template, dict):
         template = template.get("default")
     return TextTokenizer(
-        encode=lambda text, special: tokenizer.encode(
-            text, add_special_tokens=special, verbose=False
-        ),
-        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+        encode=opened.encode,
+        decode=opened.decode,
         stop_tokens=frozenset(ends if end is None else (*ends, end)),
         chat_template=template,
-        specials={name: str(value) for name, value in tokenizer.special_tokens_map.items()},
-        file=str(file),
+        specials={name: str(value) for name, value in opened.reader.special_tokens_map.items()},
+        file=str(opened.file),
     )
 
 

@@ -97,9 +97,8 @@ def gptq(
         stop = min(start + strip, inputs)
         if not by_activation and start % block_size == 0:
             block = start // block_size
-            size = min(block_size, inputs - start)
             _, made.scales[block], made.zeros[block] = round_block(
-                work[start : start + size], grid, block_size, weights.dtype
+                work[start : start + block_size], grid, block_size, weights.dtype
             )
         errors = np.empty((stop - start, outputs), np.float32)
         for row in range(start, stop):
@@ -110,8 +109,7 @@ def gptq(
             error = (work[row] - grid.points(codes, zero) * scale) / factor[row, row]
             errors[row - start] = error
             work[row + 1 : stop] -= np.outer(factor[row, row + 1 : stop], error)
-        if stop < inputs:
-            work[stop:] -= factor[start:stop, stop:].T @ errors
+        work[stop:] -= factor[start:stop, stop:].T @ errors
     return made
 
 

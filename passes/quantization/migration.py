@@ -42,13 +42,13 @@ def find_pairs(module: Module, edit: Editor, ctx: PassContext) -> Iterator[Pair]
             continue
         seen.add(value)
         weights = consumers(value, edit)
-        source = divisible(value, edit) if not isinstance(weights, Miss) else weights
-        if isinstance(weights, Miss) or isinstance(source, Miss):
-            miss = weights if isinstance(weights, Miss) else source
-            assert isinstance(miss, Miss)
+        source = weights if isinstance(weights, Miss) else divisible(value, edit)
+        if isinstance(source, Miss):
             if edit.is_constant(node.inputs[1]) or is_linear(node):
-                ctx.missed(f"channels of '{value.name}' stay: {miss.reason}", miss.node or node)
+                reason = f"channels of '{value.name}' stay: {source.reason}"
+                ctx.missed(reason, source.node or node)
             continue
+        assert not isinstance(weights, Miss)
         yield Pair(value, source, weights)
 
 

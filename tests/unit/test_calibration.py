@@ -312,6 +312,40 @@ def test_the_feed_that_cannot_be_run_is_named() -> None:
         collect(module, {node.outputs[0]: (AbsMax(),)}, context(module, feeds))
 
 
+def test_nothing_is_run_where_nothing_is_wanted() -> None:
+    module = module_of(NUMBERS)
+    for limit in (None, 1):
+        assert collect(module, {}, context(module, [], limit)) == 0
+
+
+def test_an_input_of_unknown_rank_has_values_in_runs_of_their_own() -> None:
+    module = module_of(NUMBERS)
+    module.graph.inputs[0].shape = None
+    for node in module.graph:
+        node.outputs[0].shape = None
+    made = AbsMax()
+    ctx = context(module, [{"x": np.full((2, 4), -3, np.float32)}], 1_000)
+    assert collect(module, {module.graph[0].outputs[0]: (made,)}, ctx) == 1
+    assert made.value.tolist() == [3, 3, 3, 3]
+
+
+def test_a_bound_does_not_hide_what_a_feed_lacks() -> None:
+    module = module_of(NUMBERS)
+    with pytest.raises(LwcError, match="is no input"):
+        collect(
+            module,
+            {module.graph[0].outputs[0]: (AbsMax(),)},
+            context(module, [{"z": np.zeros(1)}], 1_000),
+        )
+
+
+def test_one_number_that_is_none_is_enough() -> None:
+    module = module_of(NUMBERS)
+    feeds = [{"x": np.zeros((1, 4), np.float32)}, {"x": np.array([[0, 1, np.inf, 0]], np.float32)}]
+    with pytest.raises(InputError, match="'a' is not finite on feed 2"):
+        collect(module, {module.graph[0].outputs[0]: (AbsMax(),)}, context(module, feeds))
+
+
 def test_what_cannot_be_collected() -> None:
     module = module_of(NUMBERS)
     value = module.graph[0].outputs[0]

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import quantized
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -321,6 +323,8 @@ def test_a_model_without_a_cache_runs_with_a_remark(
         (["--prompt", "A", "--max-new-tokens", "0"], "max-new-tokens is at least 1"),
         (["--prompt", "A", "--threads", "0"], "--threads is at least 1"),
         (["--prompt", "A", "--json", "/no/such/folder/x.json"], "no such folder"),
+        (["--prompt", "A", "--json", "/tmp"], "cannot write '/tmp': it is a folder"),
+        (["--prompt", "A", "--stop", ""], "stop takes texts of at least one character"),
         (["--prompt", "A", "--prompt-file", "x"], "not allowed with"),
         ([], "--prompt --prompt-file is required"),
         (["--prompt-file", "/no/such/file"], "cannot be read"),
@@ -331,6 +335,53 @@ def test_wrong_usage_is_one_line(
 ) -> None:
     assert main([str(folder), *words]) == 2
     assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_the_end_of_a_table_of_positions_is_named(
+    cache: bool, llama: Any, words: TextTokenizer
+) -> None:
+    with TextGenerator(as_module(llama, "plain", cache=cache), words) as generator:
+        assert (
+            len(
+                generator.generate(
+                    list(range(2, 60)) * 2, Settings(12, stop_tokens=frozenset())
+                ).tokens
+            )
+            == 12
+        )
+        reason = "a table of positions ends after 128 tokens, and there are 129"
+        with pytest.raises(LwcError, match=reason):
+            generator.generate(list(range(2, 60)) * 2, Settings(14, stop_tokens=frozenset()))
+        with pytest.raises(LwcError, match="a table of positions ends after 128 tokens"):
+            generator.generate(list(range(2, 62)) * 3)
+        with pytest.raises(LwcError, match=reason):
+            generator.generate_batch(
+                [list(range(2, 60)) * 2], Settings(14, stop_tokens=frozenset())
+            )
+        with pytest.raises(LwcError) as caught:
+            generator.generate([WORDS + 5])
+        assert "positions" not in str(caught.value)
+
+
+ENCODER = """<ir_version: 10, opset_import: ["" : 21]>
+encoder (int64[batch,seq] input_ids) => (float[batch,seq,67] logits) <float[67,67] table> {
+    x = Gather (table, input_ids)
+    turned = Transpose <perm = [0, 2, 1]> (x)
+    scores = MatMul (x, turned)
+    shares = Softmax (scores)
+    logits = MatMul (shares, x)
+}"""
+
+
+def test_an_encoder_is_refused(words: TextTokenizer) -> None:
+    table = np.random.default_rng(0).standard_normal((WORDS, WORDS)) * 0.1
+    module = quantized.module_of(ENCODER, table=table.astype(np.float32))
+    with (
+        TextGenerator(module, words) as generator,
+        pytest.raises(LwcError, match="depends on tokens behind it: it is an encoder"),
+    ):
+        generator.generate("AB")
 
 
 @pytest.mark.parametrize("option", ["--help", "--version", "--no-such-option"])

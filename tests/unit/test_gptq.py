@@ -158,3 +158,46 @@ def test_scales_are_those_that_half_precision_stores() -> None:
         clipped(half, gram, Grid(4, False, "mse"), 16),
     ):
         np.testing.assert_array_equal(made.scales, made.scales.astype(np.float16))
+
+
+def test_blocks_are_clipped_where_outputs_gain() -> None:
+    """In each output one weight of 8, on an input that is hardly active: it may lose a half."""
+    weights = np.random.default_rng(8).standard_normal((32, 24)).astype(np.float32)
+    weights[5], weights[9] = 8, -8
+    gram = np.diag(np.where(np.isin(np.arange(32), [5, 9]), 1e-6, 1.0))
+    grid = Grid(4, False, "none")
+    nearest = error(weights, round_to_nearest(weights, grid, 32), grid, 32, gram)
+    assert error(weights, clipped(weights, gram, grid, 32), grid, 32, gram) < 0.5 * nearest
+
+
+def test_the_most_active_input_is_rounded_first() -> None:
+    """Then no error of another one has reached it."""
+    weights, gram = layer(9)
+    first, grid = int(np.diag(gram).argmax()), Grid(4, False, "none")
+    assert first > 0
+    nearest = round_to_nearest(weights, grid, 16)
+    by_activation = gptq(weights, gram, grid, 16, by_activation=True)
+    np.testing.assert_array_equal(by_activation.codes[first], nearest.codes[first])
+    assert (gptq(weights, gram, grid, 48).codes[first] != nearest.codes[first]).any()
+
+
+def test_a_block_of_several_strips_has_the_scale_of_its_beginning() -> None:
+    weights, gram = layer(10, inputs=256, outputs=4, rows=600)
+    grid = Grid(4, False, "none")
+    found, nearest = gptq(weights, gram, grid, 256), round_to_nearest(weights, grid, 256)
+    np.testing.assert_array_equal(found.scales, nearest.scales)
+    assert error(weights, found, grid, 256, gram) < error(weights, nearest, grid, 256, gram)
+
+
+def test_a_short_block_of_small_weights_has_a_small_scale() -> None:
+    weights = np.random.default_rng(11).uniform(-0.01, 0.01, (40, 6)).astype(np.float32)
+    assert round_to_nearest(weights, Grid(4, False, "none"), 32).scales.max() < 0.002
+
+
+def test_the_unit_of_activations_does_not_matter() -> None:
+    """With an input that is never active, too; a power of two keeps every digit."""
+    weights, gram = layer(12)
+    gram[3] = gram[:, 3] = 0
+    grid = Grid(4, False, "mse")
+    found, small = (gptq(weights, each, grid, 16) for each in (gram, gram * 2.0**-30))
+    np.testing.assert_array_equal(found.codes, small.codes)

@@ -13,8 +13,11 @@ from lwc.analysis.manager import AnalysisManager
 from lwc.backends.onnxruntime.session import make_runner
 from lwc.core.errors import PassError, UsageError
 from lwc.core.module import Module
+from lwc.passes.quantization.channel_factors import Sharing
+from lwc.passes.quantization.migration import shared, spread
 from lwc.passes.quantization.smooth import Smooth
-from lwc.pipeline.passes import PassContext
+from lwc.pipeline.passes import PassContext, PassResult
+from lwc.rewrite.limit import RewriteLimit
 from lwc.verify.structure.well_formed import verify_structure
 
 Array = np.ndarray[Any, Any]
@@ -100,6 +103,11 @@ SPELLED = {
         "m = ReduceMean <axes = [-1]> (x) c = Sub (x, m) f = Mul (c, scale) n = Add (bias, f) "
         "y = MatMul (n, w)",
         {"scale": (8,), "bias": (1, 1, 8), "w": (8, 6)},
+    ),
+    "a scale in a Constant node": (
+        "scale = Constant <value_floats = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]> () "
+        "n = Mul (x, scale) y = MatMul (n, w)",
+        {"w": (8, 6)},
     ),
     "rms norm with a residual": (
         "n, a, b, r = com.microsoft.SkipSimplifiedLayerNormalization (x, x, scale) "
@@ -332,3 +340,185 @@ def test_channels_that_are_next_to_nothing_stay() -> None:
         scale=scale, w=(8, 6),
     )  # fmt: skip
     assert smoothed(module) == 1
+
+
+def applied_once(
+    module: Module, data: list[dict[str, Array]] | None = None, alpha: float = 0.5, **settings: Any
+) -> PassResult:
+    made = data or feeds()
+    ctx = PassContext(
+        AnalysisManager(module), source="smooth", make_runner=make_runner,
+        calibration=lambda module: made, **settings,
+    )  # fmt: skip
+    return Smooth(alpha).run(module, ctx)
+
+
+def said(module: Module, kind: str) -> list[str]:
+    return [each.message for each in module.remarks if each.kind == kind]
+
+
+def content(module: Module, name: str) -> Array:
+    tensor = module.graph.initializers[name].const_value
+    assert tensor is not None
+    return np.array(tensor.numpy())
+
+
+BARE = "g (float[1, s, 8] x) => (float[1, s, 6] y) <> { y = MatMul (x, w) }"
+
+
+def test_without_pairs_no_data_is_asked_for() -> None:
+    module = weighted(
+        "g (float[1, s, 8] x) => (float[1, s, 6] y) <> { y = MatMul (x, w) }", w=(8, 6)
+    )
+    ctx = PassContext(AnalysisManager(module), source="smooth", make_runner=make_runner)
+    assert not Smooth().run(module, ctx).changed
+    assert said(module, "note") == ["no activation whose channels could be divided"]
+
+
+def test_what_was_done_is_said() -> None:
+    module = weighted(NORM, scale=(8,), bias=(8,), w=(8, 6), v=(8, 4))
+    before = content(module, "scale")
+    result = applied_once(module)
+    factors = before / content(module, "scale")
+    assert result.statistics["largest factor"] == pytest.approx(factors.max(), rel=1e-5)
+    assert said(module, "note") == []
+    assert said(module, "applied") == [
+        f"'n' divided by {factors.min():.3g} to {factors.max():.3g}, in the norm before it"
+    ]
+    assert not applied_once(module).changed
+    assert said(module, "note") == ["all activations are as smooth as alpha asks for"]
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 2])
+def test_a_limit_is_kept_from_the_back(allowed: int) -> None:
+    module = weighted(
+        "g (float[1, s, 8] x) => (float[1, s, 6] y) <> { n = Mul (x, scale) h = MatMul (n, w) "
+        "m = LayerNormalization <axis = -1> (h, other) y = MatMul (m, v) }",
+        scale=(8,), w=(8, 8), other=(8,), v=(8, 6),
+    )  # fmt: skip
+    before = {name: content(module, name) for name in ("scale", "other")}
+    assert applied_once(module, limit=RewriteLimit(allowed)).changed == bool(allowed)
+    changed = [name for name in before if (content(module, name) != before[name]).any()]
+    assert changed == {0: [], 1: ["other"], 2: ["scale", "other"]}[allowed]
+
+
+HALF_NORM = (
+    "g (float16[1, s, 8] x) => (float16[1, s, 6] y) <> { n = Mul (x, scale) y = MatMul (n, w) }"
+)
+HALF_LAYER = (
+    "g (float16[1, s, 8] x) => (float16[1, s, 6] y) <> { n = MatMul (x, scale) y = MatMul (n, w) }"
+)
+
+
+def halved(text: str, **weights: Array) -> Module:
+    module = weighted(text, **{name: array.astype(np.float32) for name, array in weights.items()})
+    for name in weights:
+        half = content(module, name).astype(np.float16)
+        module.replace_initializer(module.graph.initializers[name], ir.Tensor(half))
+    return module
+
+
+def half_feeds() -> list[dict[str, Array]]:
+    return [{"x": feed["x"].astype(np.float16)} for feed in feeds()]
+
+
+def test_a_constant_that_would_overflow_stays() -> None:
+    """One weight of 100 behind a channel of 10,000, at alpha 1."""
+    w, scale = np.ones((8, 6)), np.ones(8)
+    w[2, 3], scale[2] = 100, 1e4
+    module = halved(HALF_NORM, scale=scale, w=w)
+    before = content(module, "w")
+    result = applied_once(module, [{"x": np.ones((1, 5, 8), np.float16)}], alpha=1.0)
+    assert not result.changed
+    assert said(module, "missed") == ["'n' stays: a constant would overflow its type"]
+    np.testing.assert_array_equal(content(module, "w"), before)
+
+
+@pytest.mark.parametrize(("text", "shape"), [(HALF_NORM, (8,)), (HALF_LAYER, (8, 8))])
+def test_activations_in_half_precision_do_not_grow_before_attention(
+    text: str, shape: tuple[int, ...]
+) -> None:
+    """Behind a layer what lies between might overflow; behind a norm there is nothing."""
+    random = np.random.default_rng(3)
+    weights = {"scale": random.standard_normal(shape) / 9, "w": random.standard_normal((8, 6))}
+    module = halved(text, **weights)
+    before = content(module, "scale").astype(np.float32)
+    assert applied_once(module, half_feeds()).changed
+    factors = before / content(module, "scale").astype(np.float32)
+    factors = factors if factors.ndim == 1 else factors[0]
+    assert factors.max() > 1.1
+    assert (factors.min() < 0.9) == (len(shape) == 1)
+
+
+def test_activations_in_full_precision_may_grow_before_attention() -> None:
+    random = np.random.default_rng(3)
+    weights = {"scale": random.standard_normal((8, 8)) / 9, "w": random.standard_normal((8, 6))}
+    module = weighted(HALF_LAYER.replace("float16", "float"), **weights)
+    before = content(module, "scale")
+    assert applied_once(module).changed
+    assert (before / content(module, "scale")).min() < 0.9
+
+
+def test_heads_that_share_values_take_the_largest_of_their_magnitudes() -> None:
+    """A factor of the values is that of the largest activations and weights of its heads."""
+    sharing = Sharing(2, 2, 3)
+    magnitudes = np.arange(12.0)
+    assert shared(magnitudes, sharing).tolist() == [3, 4, 5, 9, 10, 11]
+    assert spread(shared(magnitudes, sharing), sharing).tolist() == [
+        3, 4, 5, 3, 4, 5, 9, 10, 11, 9, 10, 11,
+    ]  # fmt: skip
+
+
+def test_a_copy_has_the_name_of_its_original() -> None:
+    module = weighted(
+        "g (float[1, s, 8] x) => (float[1, s, 8] y) <> { "
+        "n = LayerNormalization <axis = -1> (x, scale) h = MatMul (n, w) "
+        "m = LayerNormalization <axis = -1> (h, scale) y = MatMul (m, v) }",
+        scale=(8,), w=(8, 8), v=(8, 8),
+    )  # fmt: skip
+    smoothed(module)
+    assert sum("scale" in name for name in module.graph.initializers) == 2
+
+
+def test_a_product_of_activations_is_not_missed_and_a_stack_of_weights_is() -> None:
+    module = weighted(
+        "g (float[1, s, 8] x) => (float[1, s, s] y) <> { n = Mul (x, scale) "
+        "t = Transpose <perm = [0, 2, 1]> (x) y = MatMul (n, t) }",
+        scale=(8,),
+    )  # fmt: skip
+    assert smoothed(module) == 0
+    assert missed(module) == ""
+    module = weighted(
+        "g (float[1, s, 8] x) => (float[1, s, 6] y) <> { n = Mul (x, scale) y = MatMul (n, w) }",
+        scale=(8,), w=(1, 8, 6),
+    )  # fmt: skip
+    assert smoothed(module) == 0
+    assert "MatMul reads it, which is no linear layer" in missed(module)
+
+
+@pytest.mark.parametrize(
+    ("body", "place"),
+    [
+        ("n = Mul (x, scale) y = MatMul (n, w) z = Relu (n)", "Relu -> 'z'"),
+        ("y = MatMul (x, w) z = Relu (x)", "Relu -> 'z'"),
+        ("a = Relu (x) y = MatMul (a, w) z = Abs (x)", "Relu -> 'a'"),
+        ("z = Identity (x) y = MatMul (x, w)", "Identity -> 'z'"),
+    ],
+)
+def test_a_remark_names_what_is_in_the_way(body: str, place: str) -> None:
+    module = weighted(
+        f"g (float[1, s, 8] x) => (float[1, s, 6] y, float[1, s, 8] z) <> {{ {body} }}",
+        w=(8, 6), scale=(8,),
+    )  # fmt: skip
+    applied_once(module)
+    (remark,) = [each for each in module.remarks if each.kind == "missed"]
+    assert place in str(remark)
+
+
+def test_where_no_node_is_in_the_way_the_layer_is_named() -> None:
+    module = weighted(
+        "g (float[1, s, 8] x) => (float[1, s, 6] y) <> { y = MatMul (x, w) }", w=(8, 6)
+    )
+    applied_once(module)
+    (remark,) = [each for each in module.remarks if each.kind == "missed"]
+    assert "MatMul -> 'y'" in str(remark)

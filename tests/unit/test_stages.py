@@ -157,3 +157,71 @@ def test_an_input_with_a_default_is_what_is_fed() -> None:
     ctx.calibration = lambda module: [{"x": fed}]
     (found,) = Stages(module, [stop], ctx).activations(stop)
     np.testing.assert_array_equal(found, -fed)
+
+
+def test_what_is_kept_lies_in_files_only_where_memory_is_bounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lwc.calibration.stages._SPILLED", 1)
+    module = module_of(TEXT)
+    x = module.graph.inputs[0]
+    for bound in (None, 1):
+        found = next(Stages(module, [x], context(module, [], bound)).activations(x))
+        assert isinstance(found, np.memmap) == (bound is not None)
+
+
+def test_what_an_earlier_stage_made_on_the_way_is_not_made_again() -> None:
+    """And after the last stop nothing is kept."""
+    module, ran = (
+        module_of(
+            """g (float[b, 4] x, bool c) => (float[b, 4] y)
+        { p = Neg (x) a = Abs (p) q = Add (p, a) y = Relu (q) }"""
+        ),
+        list[str](),
+    )
+    first, second = values(module, "a", "q")
+    stages = Stages(module, [first, second], context(module, ran))
+    list(stages.activations(first))
+    for found, feed in zip(stages.activations(second), FEEDS, strict=True):
+        np.testing.assert_array_equal(found, np.abs(feed["x"]) - feed["x"])
+    assert ran == ["p", "a", "q"]
+    assert not any(stages._kept)
+    stages.divide(first, np.ones(4))  # it is no longer kept
+
+
+@pytest.mark.parametrize("name", ["x", "a"])
+def test_the_feed_that_is_not_finite_is_counted_from_one(name: str) -> None:
+    module = module_of("g (float[b, 4] x, bool c) => (float[b, 4] y) { a = Neg (x) y = Abs (a) }")
+    stop = module.graph.inputs[0] if name == "x" else values(module, "a")[0]
+    broken = FEEDS[1]["x"].copy()
+    broken[1, 2] = np.nan
+    ctx = context(module, [])
+    ctx.calibration = lambda module: [FEEDS[0], {**FEEDS[1], "x": broken}]
+    with pytest.raises(InputError, match=f"'{name}' is not finite on feed 2"):
+        list(Stages(module, [stop], ctx).activations(stop))
+
+
+def test_an_input_with_a_default_need_not_be_fed() -> None:
+    module = module_of("g (float[b, 4] x, float[4] z) => (float[b, 4] y) { y = Add (x, z) }")
+    default = ir.Tensor(np.arange(4, dtype=np.float32), name="z")
+    module.graph.inputs[1].const_value = default
+    module.graph.register_initializer(module.graph.inputs[1])
+    ctx = context(module, [])
+    ctx.calibration = lambda module: [{"x": FEEDS[0]["x"]}]
+    (stop,) = values(module, "y")
+    (found,) = Stages(module, [stop], ctx).activations(stop)
+    np.testing.assert_array_equal(found, FEEDS[0]["x"] + np.arange(4))
+
+
+def test_a_weight_that_is_read_through_a_node_is_seen_when_it_is_replaced() -> None:
+    module = module_of(
+        """g (float[b, 4] x, bool c) => (float[b, 4] y)
+        <float[4, 4] w = {1, 2, 0, 0, 0, 1, 0, 0, 0, 0, 1, 3, 1, 0, 0, 1}>
+        { t = Transpose (w) a = MatMul (x, t) y = MatMul (a, t) }"""
+    )
+    first, second = values(module, "a", "y")
+    stages = Stages(module, [first, second], context(module, []))
+    before = list(stages.activations(first))
+    module.replace_initializer(module.graph.initializers["w"], ir.Tensor(2 * np.eye(4, dtype="f")))
+    for a, y in zip(before, stages.activations(second), strict=True):
+        np.testing.assert_array_equal(y, 2 * a)
