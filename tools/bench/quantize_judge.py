@@ -2,17 +2,16 @@
 
     quantize_judge.py KIND MODEL IDS LOSSES THREADS
 
-KIND is `onnx` or `llama.cpp`. IDS is an `.npy` file of tokens; windows of 512 of them are fed
-without overlap and each predicts the token after it, as `lwc.evaluate.perplexity` does, which does
-it for `onnx`. LOSSES is the `.npy` file to write: negative log-likelihoods in nats, `[tokens - 1]`.
-It prints the most bytes that were ever resident.
+KIND is `onnx`, `genai` (an ONNX file with its `genai_config.json`) or `llama.cpp`. IDS is an `.npy`
+file of tokens; windows of 512 of them are fed without overlap and each predicts the token after it,
+as `lwc.evaluate.perplexity` does, which does it for ONNX. LOSSES is the `.npy` file to write:
+negative log-likelihoods in nats, `[tokens - 1]`. Where it fails, the last line it writes says why.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
-import resource
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,14 +24,28 @@ WINDOW = 512
 Array = np.ndarray[Any, Any]
 
 
-def _onnx(model: Path, ids: Array, threads: int) -> Array:
+def _onnx(model: Path, ids: Array, threads: int, bind: dict[str, int] | None = None) -> Array:
+    import lwc
     from lwc.evaluate.perplexity import perplexity
 
+    module = lwc.optimize(model, (), bind=bind).module
     tokens = [int(token) for token in ids]
     found = perplexity(
-        model, lambda _: tokens, "", window=WINDOW, stride=WINDOW, max_tokens=None, threads=threads
+        module,
+        lambda _: tokens,
+        "",
+        window=WINDOW,
+        stride=WINDOW,
+        max_tokens=None,
+        threads=threads,
     )
     return found.nll_per_token
+
+
+def _genai(model: Path, ids: Array, threads: int) -> Array:
+    config = json.loads(model.with_name("genai_config.json").read_text())
+    # The size of a head is a name in the file, like an extent that may be anything.
+    return _onnx(model, ids, threads, {"kv_cache_dim": config["model"]["decoder"]["head_size"]})
 
 
 def _llama(model: Path, ids: Array, threads: int) -> Array:
@@ -81,14 +94,19 @@ def _losses(logits: Array, targets: Array) -> Array:
     return rows
 
 
+def one_line(error: Exception) -> str:
+    """Return what happened, for a parent that reads the last line."""
+    said = f"{error}".strip().splitlines()
+    return f"{type(error).__name__}: {said[0] if said else ''}"
+
+
 def main() -> None:
     kind, model, ids, losses, threads = sys.argv[1:]
-    # What runtimes print must not get into the answer.
-    answer = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    judge = {"onnx": _onnx, "llama.cpp": _llama}[kind]
-    np.save(losses, judge(Path(model), np.load(ids), int(threads)))
-    print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=answer)
+    judge = {"onnx": _onnx, "genai": _genai, "llama.cpp": _llama}[kind]
+    try:
+        np.save(losses, judge(Path(model), np.load(ids), int(threads)))
+    except Exception as error:  # whatever it is, the parent wants one line of it
+        raise SystemExit(one_line(error)) from error
 
 
 if __name__ == "__main__":

@@ -60,8 +60,15 @@ def _load(base: Path) -> Any:
 
 
 def _save(model: Any, target: Path) -> None:
+    """Write a model without the weights that it has replaced: some quantizers leave them."""
     import onnx
 
+    graph = model.graph
+    read = {name for node in graph.node for name in node.input}
+    read |= {value.name for value in graph.output}
+    kept = [tensor for tensor in graph.initializer if tensor.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
     onnx.save_model(model, str(target), save_as_external_data=True, location=f"{target.name}.data")
 
 
@@ -174,7 +181,7 @@ def onnxsim(base: Path, target: Path, feeds: Sequence[Path], method: str) -> Non
 
 
 def inc_weights(
-    base: Path, target: Path, feeds: Sequence[Path], method: str, block_size: int = 128
+    base: Path, target: Path, feeds: Sequence[Path], method: str, block_size: int = 32
 ) -> None:
     """Quantize the weights to 4 bits with neural-compressor for ONNX."""
     from onnx_neural_compressor.quantization import algorithm_entry, config
@@ -205,6 +212,7 @@ def inc_smoothquant(base: Path, target: Path, feeds: Sequence[Path], alpha: floa
         op_types=["MatMul"],
         white_list=["MatMul"],
         calib_iter=len(feeds),
+        calibrate_method="MinMax",
         calibration_data_reader=reader,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,

@@ -57,7 +57,7 @@ class Results:
         """
         try:
             return self._make(setting)
-        except (RuntimeError, OSError, subprocess.SubprocessError, ValueError) as error:
+        except (RuntimeError, OSError) as error:
             raise Unmade(_line(str(error))) from error
 
     def _make(self, setting: Setting) -> dict[str, Any]:
@@ -119,13 +119,13 @@ class Results:
             kept.parent.mkdir(parents=True, exist_ok=True)
             draft, text = kept.with_suffix(".draft.npy"), kept.with_suffix(".ids.npy")
             np.save(text, ids)
-            kind = "llama.cpp" if setting.quantizer == "gguf" else "onnx"
+            kind = {"gguf": "llama.cpp", "genai": "genai"}.get(setting.quantizer or "", "onnx")
             module = "llama_cpp" if setting.quantizer == "gguf" else "lwc"
             words = [kind, str(model), str(text), str(draft), str(self.threads)]
             try:
                 self._child(module, "quantize_judge.py", *words)
                 os.replace(draft, kept)
-            except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+            except (RuntimeError, OSError) as error:
                 raise Unmade(f"does not run: {_line(str(error))}") from error
             finally:
                 text.unlink()
@@ -140,21 +140,24 @@ class Results:
         """Run a script where a module is installed, and return what it prints.
 
         Raises:
-            RuntimeError: It failed; the message is the last line it wrote.
+            RuntimeError: It failed or took too long; the message is the last line it wrote.
         """
-        done = subprocess.run(
-            [str(place(module).python), str(HERE / script), *words],
-            capture_output=True,
-            text=True,
-            timeout=self.limit,
-            check=False,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": str(self.threads),
-                "HF_HUB_OFFLINE": "1",
-                "PYTHONPATH": str(HERE.parents[1]),
-            },
-        )
+        try:
+            done = subprocess.run(
+                [str(place(module).python), str(HERE / script), *words],
+                capture_output=True,
+                text=True,
+                timeout=self.limit,
+                check=False,
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": str(self.threads),
+                    "HF_HUB_OFFLINE": "1",
+                    "PYTHONPATH": str(HERE.parents[1]),
+                },
+            )
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(f"took more than {self.limit:.0f} s") from error
         if done.returncode != 0:
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             raise RuntimeError(lines[-1])

@@ -66,9 +66,9 @@ _WEIGHTS = [
     _lwc("4-g32", "rtn", "quantize-weights"),
     _lwc("4-g32", "rtn-range", "quantize-weights{search=none}"),
     _lwc("4-g32", "rtn-symmetric", "quantize-weights{symmetric=true}"),
-    _lwc("4-g128", "rtn", _block(4, 128, "rtn")),
     *[
-        _lwc("4-g128", f"rotate+{method}", _block(4, 128, method), "rotated", method != "rtn")
+        _lwc(f"4-g{size}", f"rotate+{method}", _block(4, size, method), "rotated", method != "rtn")
+        for size in (32, 128)
         for method in ("rtn", "gptq", "awq")
     ],
     *[
@@ -103,10 +103,13 @@ _W8A8 = [
 _ORT = [
     _ort("8", "rtn", {"method": "rtn", "bits": 8, "block_size": 32}),
     _ort("4-g32", "rtn", {"method": "rtn", "block_size": 32}),
-    _ort("4-g32", "k-quant", {"method": "k-quant", "block_size": 32}),
     *[
-        _ort("4-g128", f"rotate+{method}", {"method": method}, "rotated")
+        _ort("4-g32", f"rotate+{method}", {"method": method, "block_size": 32}, "rotated")
         for method in ("rtn", "hqq", "k-quant", "gptq")
+    ],
+    *[
+        _ort("4-g128", f"rotate+{method}", {"method": method, "block_size": 128}, "rotated")
+        for method in ("rtn", "hqq")  # the others fail where 128 does not divide the inputs
     ],
     *[
         Setting("ort", "w8a8", f"{prefix}{name}", base, kind, options, "onnxruntime", static)
@@ -137,7 +140,7 @@ _ONNXSIM = [
 _INC = [
     *[
         Setting(
-            "inc", "4-g128", f"rotate+{method}", "rotated", "inc-weights", {"method": method},
+            "inc", "4-g32", f"rotate+{method}", "rotated", "inc-weights", {"method": method},
             "onnx_neural_compressor", method != "rtn",
         )
         for method in ("rtn", "gptq", "awq")

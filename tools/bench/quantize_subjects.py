@@ -69,6 +69,7 @@ class Subject:
         )
         return folder / "model.onnx"
 
+    @functools.cache  # noqa: B019  # there is one subject
     def ids(self, calibration: bool) -> list[int]:
         """Return the tokens of one half of the text.
 
@@ -94,6 +95,7 @@ class Subject:
         for index, feed in enumerate(data.feeds(lwc.load(self.base("float32")))):
             np.savez(folder / f"{index:03}.npz", **feed)
 
+    @functools.cache  # noqa: B019
     def parameters(self) -> tuple[int, int]:
         """Return how many weights there are: all, and those of the layers alone."""
         module = lwc.load(self.base("float32"))

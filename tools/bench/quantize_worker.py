@@ -5,7 +5,8 @@
 REQUEST is JSON: `quantizer` (`lwc`, or a key of `quantize_peers.QUANTIZERS`), `base` and `target`
 (ONNX files), `feeds` (a folder of `.npz` files) and `options`. It prints `{"seconds", "peak"}`:
 from importing the quantizer to the file that is written, and the most bytes that were ever
-resident, mapped files included. Only `lwc` imports lwc.
+resident, mapped files included. Where it fails, the last line it writes says why. Only `lwc`
+imports lwc.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from bench.quantize_judge import one_line
 from bench.quantize_peers import QUANTIZERS
 
 
@@ -37,11 +39,14 @@ def main() -> None:
     os.dup2(2, 1)
     base, target, feeds = (Path(request[name]) for name in ("base", "target", "feeds"))
     begun = time.perf_counter()
-    if request["quantizer"] == "lwc":
-        _lwc(base, target, feeds, **request["options"])
-    else:
-        quantizer = QUANTIZERS[request["quantizer"]]
-        quantizer(base, target, sorted(feeds.glob("*.npz")), **request["options"])
+    try:
+        if request["quantizer"] == "lwc":
+            _lwc(base, target, feeds, **request["options"])
+        else:
+            quantizer = QUANTIZERS[request["quantizer"]]
+            quantizer(base, target, sorted(feeds.glob("*.npz")), **request["options"])
+    except Exception as error:  # whatever it is, the parent wants one line of it
+        raise SystemExit(one_line(error)) from error
     seconds = time.perf_counter() - begun
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps({"seconds": seconds, "peak": peak}), file=answer)
