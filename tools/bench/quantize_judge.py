@@ -106,7 +106,7 @@ def main() -> None:
     try:
         np.save(losses, judge(Path(model), np.load(ids), int(threads)))
     except Exception as error:  # whatever it is, the parent wants one line of it
-        raise SystemExit(one_line(error)) from error
+        raise SystemExit("\n" + one_line(error)) from error
 
 
 if __name__ == "__main__":

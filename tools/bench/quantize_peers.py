@@ -203,8 +203,7 @@ def inc_weights(
 
 def inc_smoothquant(base: Path, target: Path, feeds: Sequence[Path], alpha: float) -> None:
     """Smooth, then quantize statically with neural-compressor for ONNX."""
-    from onnx_neural_compressor.quantization import algorithm_entry, config
-    from onnxruntime.quantization import QuantType
+    from onnx_neural_compressor.quantization import QuantType, algorithm_entry, config
 
     reader = _inc_reader(feeds)
     chosen = config.SmoothQuantConfig(
@@ -212,8 +211,8 @@ def inc_smoothquant(base: Path, target: Path, feeds: Sequence[Path], alpha: floa
         op_types=["MatMul"],
         white_list=["MatMul"],
         calib_iter=len(feeds),
-        calibrate_method="MinMax",
         calibration_data_reader=reader,
+        calibrate_method="MinMax",
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         per_channel=True,

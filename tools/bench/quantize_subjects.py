@@ -35,12 +35,13 @@ _FUSE = "canonicalize,fuse-norm,fuse-activation,fuse-rotary,fuse-attention,canon
 
 @functools.cache
 def lwc_digest() -> str:
-    """Return a hash of lwc's code: what it made depends on it."""
+    """Return a hash of lwc's code and of this file: what they make depends on it."""
     made = hashlib.sha256()
     home = Path(lwc.__file__).parent
     for folder in ("core", "frontend", "calibration", "rewrite", "passes", "analysis"):
         for file in sorted((home / folder).resolve().rglob("*.py")):
             made.update(file.read_bytes())
+    made.update(Path(__file__).read_bytes())  # the forms that are made here
     return made.hexdigest()[:12]
 
 
@@ -115,7 +116,7 @@ def _make_base(subject: Subject, name: Base, folder: Path) -> None:
     """Write a form of the model."""
     if name == "float32":
         words = [sys.executable, "-m", "lwc.cli.opt", str(subject.source.gguf), "-q"]
-        run([*words, "-o", f"{folder}/", "-p", _FUSE])
+        run([*words, "-o", f"{folder}/", "-p", _FUSE, "--grant", "all"])
         return
     module = lwc.optimize(subject.base("float32"), "rotate" if name == "rotated" else ()).module
     layers = ",".join(weight.value.name or "" for weight in _layers(module))

@@ -46,7 +46,7 @@ def main() -> None:
             quantizer = QUANTIZERS[request["quantizer"]]
             quantizer(base, target, sorted(feeds.glob("*.npz")), **request["options"])
     except Exception as error:  # whatever it is, the parent wants one line of it
-        raise SystemExit(one_line(error)) from error
+        raise SystemExit("\n" + one_line(error)) from error
     seconds = time.perf_counter() - begun
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps({"seconds": seconds, "peak": peak}), file=answer)
