@@ -358,10 +358,11 @@ def _recoded(before: Module, after: Module) -> str | None:
     """Return an input that took floating-point numbers and takes integers, such as a cache."""
     types = {value.name: value.dtype for value in before.graph.inputs}
     for value in after.graph.inputs:
-        was = types.get(value.name)
-        if value.dtype is not None and was is not None:
-            if was.is_floating_point() and not value.dtype.is_floating_point():
-                return value.name
+        was, now = types.get(value.name), value.dtype
+        if was is None or now is None:
+            continue
+        if was.is_floating_point() and not now.is_floating_point():
+            return value.name
     return None
 
 
