@@ -5,13 +5,15 @@ Both are copies of the module with a few nodes changed; weights are shared.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
+from lwc.analysis.shapes import Shapes
 from lwc.backends.decoding import CacheInterface
 from lwc.core.diagnostics import describe
 from lwc.core.errors import LwcError
@@ -145,7 +147,8 @@ def weighed(module: Module, interface: CacheInterface) -> tuple[Module, CacheInt
     twin = module.clone()
     outputs = {value.name: value for value in twin.graph.outputs}
     keys = [outputs[tensor.present] for tensor in interface.tensors[::2]]
-    parts = [_mass(twin, key, *heads, in_place=interface.in_place) for key in keys]
+    infer = functools.cache(lambda: Shapes.build(twin))
+    parts = [_mass(twin, key, interface, infer) for key in keys]
     masses = _append(twin, "Concat", parts, "attention_masses", {"axis": 0})
     masses.type = ir.TensorType(ir.DataType.FLOAT)
     masses.shape = ir.Shape([len(keys), *heads, None])
@@ -153,12 +156,14 @@ def weighed(module: Module, interface: CacheInterface) -> tuple[Module, CacheInt
     return twin, replace(interface, masses=str(masses.name))
 
 
-def _mass(module: Module, key: ir.Value, heads: int, *, in_place: bool) -> ir.Value:
+def _mass(
+    module: Module, key: ir.Value, interface: CacheInterface, infer: Callable[[], Shapes]
+) -> ir.Value:
     """Add what sums the probabilities of a layer to `[1, heads, past + new]`."""
-    shares = _shares(module, key)
+    shares, heads = _shares(module, key, infer), interface.tensors[0].heads
     if shares.dtype != ir.DataType.FLOAT:
         shares = _append(module, "Cast", [shares], "shares", {"to": int(ir.DataType.FLOAT)})
-    if in_place:  # the present has entries to spare
+    if interface.in_place:  # the present has entries to spare
         grouped = _constant(module, [1, heads, -1, _AS_IT_IS])
     else:  # ONNX infers for the probabilities of Attention that they are of no entries
         extents = _append(module, "Shape", [key], "extents")
@@ -173,7 +178,7 @@ def _constant(module: Module, numbers: list[int]) -> ir.Value:
     return module.add_initializer("masses_constant", np.array(numbers, np.int64))
 
 
-def _shares(module: Module, key: ir.Value) -> ir.Value:
+def _shares(module: Module, key: ir.Value, infer: Callable[[], Shapes]) -> ir.Value:
     """Return the attention probabilities of a layer, `[batch, heads, new, past + new]`."""
     maker = key.producer()
     while maker is not None and op_name(maker) in _CAST and maker.inputs[0] is not None:
@@ -194,6 +199,9 @@ def _shares(module: Module, key: ir.Value) -> ir.Value:
     shares = node.outputs[3]
     shares.name = module.fresh_name("shares")
     shares.type = node.outputs[0].type or key.type
+    if shares.dtype is None or not shares.dtype.is_floating_point():  # keys may be integers
+        dtype = infer().dtype(node.outputs[0])
+        shares.type = None if dtype is None else ir.TensorType(dtype)
     return shares
 
 

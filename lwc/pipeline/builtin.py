@@ -215,6 +215,27 @@ BUILTIN: tuple[PassInfo, ...] = (
         ),
     ),
     PassInfo(
+        name="quantize-kv-cache",
+        target="lwc.passes.quantization.quantize_kv_cache:QuantizeKvCache",
+        summary="Store the cache of fused attention as integers of 8 or 4 bits.",
+        contract="lossy",
+        options=(
+            OptionInfo(
+                name="bits",
+                type="4|8",
+                default="8",
+                help="Bits of a number in the cache.",
+                positional=True,
+            ),
+            OptionInfo(
+                name="scales",
+                type="channel|tensor",
+                default="channel",
+                help="`channel` gives each channel of each head a scale of its own, `tensor` one to all keys of a layer and one to its values.",
+            ),
+        ),
+    ),
+    PassInfo(
         name="quantize-weights",
         target="lwc.passes.quantization.quantize_weights:QuantizeWeights",
         summary="Round the weights of linear layers and embeddings to a few bits, in blocks.",

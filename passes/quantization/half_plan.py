@@ -141,6 +141,9 @@ _HALF_CONTRIB = frozenset(
 )
 """com.microsoft operators all of whose floating-point operands share one type, float16 included."""
 
+_CACHE_SCALES = 12, 13
+"""Inputs of GroupQueryAttention that are float32 whatever its other operands are."""
+
 _TYPE_NAMES = {ir.DataType.FLOAT16: "tensor(float16)", ir.DataType.BFLOAT16: "tensor(bfloat16)"}
 
 
@@ -176,6 +179,8 @@ class HalfPlan:
         return node not in self.kept and self._admits(node, index, "outputs")
 
     def _admits(self, node: ir.Node, index: int, side: str) -> bool:
+        if side == "inputs" and index in _CACHE_SCALES and node.op_type == "GroupQueryAttention":
+            return False
         schema = _schema(node.op_type, node.domain, self.opsets.get(node.domain, 1))
         formals: Any = () if schema is None else getattr(schema, side)
         if not formals:

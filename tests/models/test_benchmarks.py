@@ -33,6 +33,18 @@ SMALL = {
     "greedy": ["--layers", "2", "--prompts", "2", "--tokens", "4"],
     "mutants": ["--only", "branches of a decided if"],
     "pack": ["--threads", "1", "--tokens", "1", "--rounds", "1"],
+    "quantize": [
+        "--layers",
+        "2",
+        "--tokens",
+        "64",
+        "--samples",
+        "1",
+        "--settings",
+        "tables-8bit",
+        "lwc/4-g128/rotate+gptq",
+        "ort/4-g32/rtn",
+    ],
     "quantize_weights": ["--variants", "8 bits", "--tokens", "33"],
     "scale": [
         "--layers",

@@ -131,6 +131,7 @@ class Turn:
 class Field:
     """The contenders that run, and why others do not."""
 
+    contenders: Mapping[str, Contender] = field(default_factory=lambda: CONTENDERS)
     players: dict[str, Player] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -146,7 +147,7 @@ class Field:
 
     def enter(self, name: str, source: Source, threads: int, context: int) -> None:
         """Make a contender's model and start its process."""
-        contender = CONTENDERS[name]
+        contender = self.contenders[name]
         options = {"threads": threads, "context": context, **contender.options}
         try:
             player = Player(contender.module, contender.runner, contender.make(source), options)
@@ -164,7 +165,9 @@ class Field:
 
     def reference(self) -> str:
         """Return whose tokens are right: PyTorch's, or those of another one in float32."""
-        exact = [name for name in CONTENDERS if name in self.players and CONTENDERS[name].float32]
+        exact = [
+            name for name, each in self.contenders.items() if each.float32 and name in self.players
+        ]
         return (exact or list(self.players))[0]
 
     def close(self) -> None:
@@ -214,7 +217,13 @@ def _ratio(figures: Sequence[float], base: Sequence[float]) -> dict[str, float] 
 
 
 def summarize(
-    length: int, timed: Turns, warm: Turns, base: str, reference: Sequence[int]
+    length: int,
+    timed: Turns,
+    warm: Turns,
+    base: str,
+    reference: Sequence[int],
+    *,
+    contenders: Mapping[str, Contender] = CONTENDERS,
 ) -> list[dict[str, Any]]:
     """Return a row for each contender that finished."""
     rows = []
@@ -236,7 +245,7 @@ def summarize(
                 "peak_bytes": warm[name][0].peak,
                 "equal_tokens": min(equal_tokens(turn.tokens, reference) for turn in turns),
                 "tokens": len(turns[0].tokens),
-                "float32": CONTENDERS[name].float32,
+                "float32": contenders[name].float32,
                 "rounds": [{"first": turn.first, "rate": turn.rate} for turn in turns],
             }
         )

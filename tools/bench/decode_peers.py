@@ -1,4 +1,4 @@
-"""Where the peers of `decode.py` are installed, and the processes they run in."""
+"""Where the peers of `decode.py` and `quantize.py` are installed, and their processes."""
 
 from __future__ import annotations
 
@@ -24,8 +24,13 @@ from fetch_models import cache_folder
 PEERS = {
     "onnxruntime_genai": ["onnxruntime-genai"],
     "llama_cpp": ["--no-binary", "llama-cpp-python", "llama-cpp-python"],
+    # It imports the last two and does not say so.
+    "onnx_neural_compressor": ["onnx-neural-compressor", "prettytable", "scipy"],
 }
 """What pip installs for a module that is not part of lwc's own environment."""
+
+APART = {"onnx_neural_compressor": "inc-venv"}
+"""Peers with an environment of their own: they would take other peers' libraries back."""
 
 WORKER = Path(__file__).with_name("decode_worker.py")
 SECONDS = 900
@@ -36,26 +41,28 @@ class Absent(Exception):
     """A peer is not installed."""
 
 
-def _venv_python() -> Path:
+def _venv_python(name: str) -> Path:
     folder = "Scripts" if sys.platform == "win32" else "bin"
-    return cache_folder() / "peers-venv" / folder / "python"
+    return cache_folder() / name / folder / "python"
 
 
 def install_peers() -> None:
-    """Put the peers that are not importable here into an environment of their own.
+    """Put the peers that are not importable here into environments of their own.
 
     llama-cpp-python is compiled, for this processor; that takes a C++ compiler and some minutes.
     """
-    missing = [name for name in PEERS if importlib.util.find_spec(name) is None]
-    if not missing:
-        return
-    python = _venv_python()
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(python.parents[1])], check=True)
-    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
-    # The same ONNX Runtime as the other contenders have.
-    same = f"onnxruntime=={version('onnxruntime')}"
-    subprocess.run([*pip, same, *(word for name in missing for word in PEERS[name])], check=True)
+    missing: dict[str, list[str]] = {}
+    for name in PEERS:
+        if importlib.util.find_spec(name) is None:
+            missing.setdefault(APART.get(name, "peers-venv"), []).append(name)
+    for home, names in missing.items():
+        python = _venv_python(home)
+        if not python.exists():
+            subprocess.run([sys.executable, "-m", "venv", str(python.parents[1])], check=True)
+        pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
+        # The same ONNX Runtime as the other contenders have.
+        same = f"onnxruntime=={version('onnxruntime')}"
+        subprocess.run([*pip, same, *(word for name in names for word in PEERS[name])], check=True)
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ def place(module: str) -> Place:
     Raises:
         Absent: Nowhere.
     """
-    for python in (Path(sys.executable), _venv_python()):
+    for python in (Path(sys.executable), _venv_python(APART.get(module, "peers-venv"))):
         if python.exists():
             command = [str(python), "-c", _ASK, module]
             found = subprocess.run(command, capture_output=True, text=True, check=False)

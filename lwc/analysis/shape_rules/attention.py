@@ -111,7 +111,8 @@ def _group_query_attention(site: Site) -> Outcome:
     packed = not site.has(1)
     size = quotient(width, heads + 2 * kv_heads if packed else heads)
     total = _cache_extent(site.shape(3), site.known(6), site)
-    cache = (batch, kv_heads, total, size)
+    packed_codes = site.attribute("kv_cache_bit_width", 0) == 4
+    cache = (batch, kv_heads, total, quotient(size, 2) if packed_codes else size)
     cache_type = site.dtype(3) if site.has(3) else dtype
     return [
         Fact(dtype, (batch, length, multiply(heads, size))),
