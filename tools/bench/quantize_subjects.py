@@ -94,7 +94,8 @@ class Subject:
         ids = self.ids(calibration=True)
         data = CalibrationFile(model_path("lee"), lambda _: ids, window=WINDOW)
         for index, feed in enumerate(data.feeds(lwc.load(self.base("float32")))):
-            np.savez(folder / f"{index:03}.npz", **feed)
+            arrays: dict[str, Any] = dict(feed)
+            np.savez(folder / f"{index:03}.npz", **arrays)
 
     @functools.cache  # noqa: B019
     def parameters(self) -> tuple[int, int]:
