@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -82,6 +83,10 @@ class QuantizeWeights(Pass):
     format: Literal["matmulnbits", "qdq", "lwc"] = "matmulnbits"
     accuracy_level: Literal[0, 1, 2, 3, 4] = 4
 
+    _assigned: Mapping[object, Literal[2, 3, 4, 8]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
     def __post_init__(self) -> None:
         size = self.block_size
         whole = size == 0 and self.format != "matmulnbits"
@@ -105,6 +110,26 @@ class QuantizeWeights(Pass):
                 raise UsageError(
                     f"ops={op} has no quantized form", remedy="choose from MatMul, Gemm"
                 )
+
+    def with_bits(self, assigned: Mapping[ir.Value, Literal[2, 3, 4, 8]]) -> QuantizeWeights:
+        """Return the same pass, which rounds some weights of linear layers to bits of their own."""
+        twin = replace(self)
+        object.__setattr__(twin, "_assigned", dict(assigned))
+        return twin
+
+    def form(
+        self, weight: WeightUses, module: Module, editor: Editor
+    ) -> tuple[WeightSpec, int] | str:
+        """Say what a weight would become and the bytes that takes, or why it would stay.
+
+        Raises:
+            PassError: The module's opset cannot express it.
+        """
+        reason = self._obstacle(weight, editor)
+        if reason is not None:
+            return reason
+        size = self._packed_bytes(weight, self._block(weight, editor))
+        return self._spec(weight, module, editor), size
 
     def run(self, module: Module, ctx: PassContext) -> PassResult:
         """See the class."""
@@ -266,7 +291,9 @@ class QuantizeWeights(Pass):
 
     def _bits(self, weight: WeightUses) -> Literal[2, 3, 4, 8]:
         table = any(use.role == "Gather" for use in weight.uses)
-        return self.embeddings if table and self.embeddings else self.bits
+        if table and self.embeddings:
+            return self.embeddings
+        return self._assigned.get(weight.value, self.bits)
 
     def _block(self, weight: WeightUses, editor: Editor) -> int:
         """Return the block size of a weight; 0 is one block for all inputs."""
