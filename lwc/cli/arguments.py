@@ -238,6 +238,15 @@ def _add_action_options(group: argparse._ArgumentGroup) -> None:
         help="for --check-contract, what the inputs may be, as beside a counterexample",
     )
     group.add_argument(
+        "--sensitivity",
+        nargs="?",
+        const="",
+        metavar="OPTIONS",
+        help="print what rounding each layer alone to 3, 4 and 8 bits costs on the data of "
+        "--calibrate, most sensitive first; with options of mixed-precision other bits, formats "
+        "and samples: --sensitivity='bits=2,4 samples=8'",
+    )
+    group.add_argument(
         "--report",
         metavar="FILE",
         action="append",

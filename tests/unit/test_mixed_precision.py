@@ -52,7 +52,7 @@ def language_model() -> Module:
         <float[1] table = {{0}}, float[1] head = {{0}}, {
         ", ".join(f"float[1] w{i} = {{0}}" for i in range(LAYERS))
     }> {{ {" ".join(nodes)} }}"""
-    module = module_of(text)
+    module: Module = module_of(text)
     random = np.random.default_rng(3)
 
     def put(name: str, content: Array) -> None:
@@ -60,7 +60,8 @@ def language_model() -> Module:
         module.replace_initializer(value, ir.Tensor(content.astype(np.float32)))
 
     def spread(*shape: int) -> Array:
-        return random.standard_normal(shape) / np.sqrt(shape[0])
+        made: Array = random.standard_normal(shape) / np.sqrt(shape[0])
+        return made
 
     dead = [0, 32]
     table, head = random.standard_normal((WORDS, WIDTH)), 2 * spread(WIDTH, WORDS)
@@ -96,7 +97,10 @@ def measured(module: Module, samples: int = 3, window: int = 20, **options: Any)
 
 
 def by_name(found: Sensitivity) -> dict[str, dict[int, float]]:
-    return {value.name or "": dict(costs) for value, costs in found.costs.items()}
+    return {
+        value.name or "": {int(bits): cost for bits, cost in costs.items()}
+        for value, costs in found.costs.items()
+    }
 
 
 def mixed(module: Module, **options: Any) -> PassResult:
@@ -240,11 +244,12 @@ def test_more_budget_never_costs_more() -> None:
 def test_the_fragile_layer_gets_most_bits() -> None:
     module = language_model()
     mixed(module, budget=5.8, bits=(4, 8))
-    bits = {
-        node.inputs[1].name: node.attributes["bits"].as_int()
-        for node in module.graph
-        if node.op_type == "DynamicQuantMatMul"
-    }
+    bits = {}
+    for node in module.graph:
+        if node.op_type == "DynamicQuantMatMul":
+            codes = node.inputs[1]
+            assert codes is not None
+            bits[codes.name or ""] = node.attributes["bits"].as_int()
     assert max(bits, key=lambda name: (bits[name], name.startswith(FRAGILE))).startswith(FRAGILE)
 
 
