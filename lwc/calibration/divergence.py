@@ -52,7 +52,7 @@ class Reference:
                     off = found.astype(np.float64) - expected
                     new = np.array([np.vdot(off, off), _squares(expected)])
                 sums[name] = sums.get(name, np.zeros(2)) + new
-        return float(sum(error / whole for error, whole in sums.values() if error > 0))
+        return float(sum(_quotient(*each) for each in sums.values()))
 
 
 def probabilities(logits: Array) -> Array:
@@ -103,4 +103,11 @@ def _parts(rows: Array) -> list[slice]:
 
 def _squares(array: Array) -> float:
     wide = array.astype(np.float64)
-    return float(np.vdot(wide, wide)) or 1.0
+    return float(np.vdot(wide, wide))
+
+
+def _quotient(error: float, whole: float) -> float:
+    """Return what share of `whole` is wrong; infinite where nothing should be there."""
+    if whole > 0:
+        return error / whole
+    return 0.0 if error == 0 else np.inf

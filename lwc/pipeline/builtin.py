@@ -258,7 +258,7 @@ BUILTIN: tuple[PassInfo, ...] = (
             OptionInfo(
                 name="samples",
                 type="int",
-                default="4",
+                default="2",
                 help="Feeds of the calibration data to measure on.",
             ),
             OptionInfo(

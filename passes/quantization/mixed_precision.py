@@ -64,7 +64,7 @@ class MixedPrecision(Pass):
     exclude: tuple[str, ...] = ()
     format: Literal["matmulnbits", "qdq", "lwc"] = "matmulnbits"
     accuracy_level: Literal[0, 1, 2, 3, 4] = 4
-    samples: int = 4
+    samples: int = 2
     window: int = 128
 
     def __post_init__(self) -> None:

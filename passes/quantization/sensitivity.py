@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 import onnx_ir as ir
 
-from lwc.calibration.collect import check_any
+from lwc.calibration.collect import check_any, check_finite
 from lwc.calibration.divergence import Reference
 from lwc.calibration.inputs import input_role
 from lwc.calibration.replay import Replay
@@ -119,8 +119,9 @@ def measure(
         window: Tokens of a feed to use, where feeds are plain token ids.
 
     Raises:
-        PassError: There is no calibration data, no backend, or no float output.
-        InputError: The data has no feeds.
+        PassError: There is no calibration data, no backend, or no float output, or a weight is
+            not finite.
+        InputError: The data has no feeds, or an output is not finite.
         LwcError: The backend cannot run the model, or an output is no number.
     """
     feeds = _sample(module, ctx, samples, window)
@@ -128,12 +129,18 @@ def measure(
     if not outputs:
         raise PassError("no output holds floats, so nothing tells how good the model is")
     inside = [each for each in candidates if _in_main_graph(each.weight, module)]
+    for each in inside:
+        _check_weight(each.weight)
     weights = {each.weight.value: each for each in inside}
     classes = _vocabulary(module)
     logits = [v for v in outputs if classes is not None and _last_extent(v) == classes]
     chosen = [value.name or "" for value in logits or outputs]
     replay = Replay(module, list(weights), chosen, feeds, ctx)
-    reference = Reference(replay.outputs(), frozenset(chosen if logits else ()))
+    before = list(replay.outputs())
+    for count, given in enumerate(before, 1):
+        for name, array in given.items():
+            check_finite(array, name, count, module)
+    reference = Reference(before, frozenset(chosen if logits else ()))
     costs: dict[ir.Value, dict[Bits, float]] = {
         value: dict.fromkeys(each.forms, 0.0) for value, each in weights.items()
     }
@@ -146,10 +153,10 @@ def measure(
     total = sum(len(each.forms) for each in inside)
     for part, value, bits in ctx.progress.track(steps, "measuring sensitivity", total):
         candidate = weights[value]
-        rounded, error = _rounded(value, candidate.forms[bits].spec)
+        rounded, error = _rounded(candidate, bits)
         cheaper = [below for below in _MEASURED if below < bits and below in candidate.forms]
         if bits not in _MEASURED and cheaper:
-            _, coarse = _rounded(value, candidate.forms[max(cheaper)].spec)
+            _, coarse = _rounded(candidate, max(cheaper))
             cost = costs[value][max(cheaper)] * (error / coarse if coarse else 0.0)
         else:
             cost = reference.distance(part.run(value, rounded))
@@ -164,13 +171,23 @@ def measure(
     return Sensitivity(costs, name, len(feeds))
 
 
-def _rounded(value: ir.Value, spec: WeightSpec) -> tuple[Array, float]:
+def _check_weight(weight: WeightUses) -> None:
+    with reading(weight.tensor) as array:
+        if not np.isfinite(array).all():
+            raise PassError(
+                f"'{weight.value.name}' holds infinities or NaN",
+                node=describe(weight.uses[0].node),
+                remedy="exclude it",
+            )
+
+
+def _rounded(candidate: Candidate, bits: Bits) -> tuple[Array, float]:
     """Return the weight as its codes will stand for it, and the squared error of that.
 
     It has the weight's own shape and type.
     """
-    assert value.const_value is not None
-    with reading(value.const_value) as array:
+    weight, spec = candidate.weight, candidate.forms[bits].spec
+    with reading(weight.tensor) as array:
         matrix = array.T if spec.transposed else array
         size = spec.block_size or len(matrix)
         values = round_to_nearest(np.ascontiguousarray(matrix), spec.grid, size).values(size)

@@ -18,7 +18,7 @@ from lwc.analysis.manager import AnalysisManager
 from lwc.backends.onnxruntime.session import make_runner
 from lwc.calibration.divergence import kl_divergence, probabilities
 from lwc.cli.opt import main
-from lwc.core.errors import PassError, UsageError
+from lwc.core.errors import InputError, PassError, UsageError
 from lwc.core.module import Module
 from lwc.frontend.onnx_writer import save
 from lwc.passes.quantization.bit_budget import Option, choose
@@ -291,6 +291,16 @@ def test_budgets_that_cannot_be_met(options: dict[str, Any], message: str) -> No
 def test_impossible_options(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         MixedPrecision(**options)
+
+
+def test_a_weight_that_is_not_finite_is_an_error() -> None:
+    module = language_model()
+    weight = np.full((WIDTH, WIDTH), np.nan, np.float32)
+    module.replace_initializer(module.graph.initializers["w1"], ir.Tensor(weight))
+    with pytest.raises(PassError, match="'w1' holds infinities or NaN"):
+        mixed(module, budget=9.0)
+    with pytest.raises(InputError, match="'y' is not finite on feed 1"):
+        mixed(module, budget=9.0, exclude=("w1",))
 
 
 def test_it_needs_data() -> None:
