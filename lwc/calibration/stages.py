@@ -17,7 +17,7 @@ from lwc.core.walk import values_read
 if TYPE_CHECKING:
     from lwc.pipeline.passes import Feed, PassContext
 
-__all__ = ["Stages"]
+__all__ = ["Stages", "between", "filed", "varying"]
 
 Array = np.ndarray[Any, Any]
 
@@ -44,10 +44,10 @@ class Stages:
         self._module = module
         self._ctx = ctx
         self._pending = set(stops)
-        self._put = _filed if ctx.max_memory is not None else lambda array: array
+        self._put = filed if ctx.max_memory is not None else lambda array: array
         self._kept = [self._given(feed) for feed in ctx.calibration_feeds(module)]
         check_any(len(self._kept), module)
-        self._varying = _varying(module, self._kept[0])
+        self._varying = varying(module, self._kept[0])
         self._waiting = self._behind(stops)
 
     def _given(self, feed: Feed) -> dict[ir.Value, Array]:
@@ -99,7 +99,7 @@ class Stages:
             {value for node in ahead for value in values_read(node)} & set(self._kept[0]),
             key=lambda value: value.name or "",
         )
-        stage = _between(self._module, {v: self._kept[0][v] for v in given}, made)
+        stage = between(self._module, {v: self._kept[0][v] for v in given}, made)
         names = [value.name or "" for value in made]
         with self._ctx.runner(stage) as runner:
             for count, kept in enumerate(self._kept, 1):
@@ -133,7 +133,7 @@ class Stages:
         return [node for node in self._module.graph if node in found]
 
 
-def _varying(module: Module, fed: Container[ir.Value]) -> set[ir.Value]:
+def varying(module: Module, fed: Container[ir.Value]) -> set[ir.Value]:
     """Return the values of the main graph that depend on what is fed."""
     found = {value for value in module.graph.inputs if value in fed}
     for node in module.graph:
@@ -142,7 +142,7 @@ def _varying(module: Module, fed: Container[ir.Value]) -> set[ir.Value]:
     return found
 
 
-def _between(module: Module, given: dict[ir.Value, Array], made: Sequence[ir.Value]) -> Module:
+def between(module: Module, given: dict[ir.Value, Array], made: Sequence[ir.Value]) -> Module:
     """Return a module of the nodes between some values and others."""
     graph = ir.convenience.extract(module.graph, list(given), list(made))
     for value, array in zip(graph.inputs, given.values(), strict=True):
@@ -165,7 +165,7 @@ _SPILLED = 1 << 16
 """Bytes from which an array is kept in a file, where memory is bounded."""
 
 
-def _filed(array: Array) -> Array:
+def filed(array: Array) -> Array:
     """Return the array mapped from a file without a name, which goes when nothing maps it."""
     if array.nbytes < _SPILLED:
         return array

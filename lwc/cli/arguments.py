@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Mapping, Sequence
 
 from lwc.cli.guard import EXIT_CODES
 from lwc.cli.parser import Parser, Version
 from lwc.core.errors import UsageError
+from lwc.core.text import parse_size
 from lwc.pipeline.options import did_you_mean
 
 __all__ = [
@@ -26,11 +26,8 @@ PROGRAM = "lwc-opt"
 MODEL_SUFFIXES = (".onnx", ".onnxtxt")
 REPORT_SUFFIXES = (".json", ".md", ".html")
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 _MAX_DIGITS = 18
 """Digits that always fit into 64 bits."""
-
-_SIZE = re.compile(r"([0-9.]+)\s*([KMG]I?|)B?", re.IGNORECASE)
 
 _EPILOG = f"""\
 A pipeline is text: 'canonicalize,quantize-weights{{bits=4 exclude=lm_head}}'. Options are
@@ -117,20 +114,6 @@ def parse_shapes(texts: Sequence[str]) -> list[dict[str, int]]:
             if extent < 1:
                 raise UsageError(f"--measure: dimension '{name}' cannot be {extent}")
     return shapes
-
-
-def parse_size(text: str) -> int:
-    """Read a number of bytes: `2000000`, `2GB`, `1.5GiB`.
-
-    Raises:
-        UsageError: It is no size.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    try:
-        assert match is not None
-        return int(float(match[1]) * _UNITS[match[2].upper()])
-    except (AssertionError, ValueError, OverflowError):
-        raise UsageError(f"'{text}' is no size in bytes", remedy="such as 2GB or 512MiB") from None
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -254,6 +237,15 @@ def _add_action_options(group: argparse._ArgumentGroup) -> None:
         "--feeds",
         metavar="FILE.json",
         help="for --check-contract, what the inputs may be, as beside a counterexample",
+    )
+    group.add_argument(
+        "--sensitivity",
+        nargs="?",
+        const="",
+        metavar="OPTIONS",
+        help="print what rounding each layer alone to 3, 4 and 8 bits costs on the data of "
+        "--calibrate, most sensitive first; with options of mixed-precision other bits, formats "
+        "and samples: --sensitivity='bits=2,4 samples=8'",
     )
     group.add_argument(
         "--report",

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from lwc.calibration.data import CalibrationFile
     from lwc.core.module import Module
     from lwc.optimizer import OptimizeResult, RunSettings
-    from lwc.report.data import ModelEntry
+    from lwc.report.data import LayerSensitivity, ModelEntry
 
 __all__ = ["Session", "settings_of"]
 
@@ -162,6 +162,11 @@ class Session:
         options = self.options
         required = required_rewrites(self.require, self.config.passes)
         instruments = self._instruments()
+        ranked = None
+        if options.sensitivity is not None:
+            from lwc.cli.sensitivity import settings_for
+
+            ranked = settings_for(options.sensitivity, self.config.passes)
         result = self._run_passes(self.config, instruments)
         self._say(summary_lines(options.input, result.record))
         try:
@@ -172,6 +177,14 @@ class Session:
             raise
         before = result.history.modules[0]
         shapes = self._settled_shapes(before, result.module)
+        entries: list[LayerSensitivity] = []
+        if ranked is not None:
+            from lwc.cli.sensitivity import print_ranking, rank
+
+            with self.progress.phase("measuring the sensitivity of layers"):
+                settings = self._run_settings(self.config, [])
+                entries, unknown = rank(result.history.modules, ranked, settings)
+            print_ranking(entries, unknown, options.color)
         # The output may be written onto the input.
         source = self._model_entry(before, before.source.path) if options.report else None
         output = options.output
@@ -180,8 +193,8 @@ class Session:
                 saved = save_module(result.module, output)
             self._say([written_line(saved, result.record.output)])
         if source is not None:
-            self._report(result, source, None if output == "-" else output, shapes)
-        printed = any(isinstance(each, IrPrinter) for each in instruments)
+            self._report(result, source, None if output == "-" else output, shapes, entries)
+        printed = ranked is not None or any(isinstance(each, IrPrinter) for each in instruments)
         if output == "-" or (output is None and not options.report and not printed):
             sys.stdout.write(f"{str(result.module).rstrip()}\n")
         return 0
@@ -205,6 +218,7 @@ class Session:
         source: ModelEntry,
         output: str | None,
         shapes: list[dict[str, int]],
+        sensitivity: list[LayerSensitivity],
     ) -> None:
         """Build the report, measure what was asked for, and write it in every format."""
         from lwc.report import build_report, write_report
@@ -245,6 +259,7 @@ class Session:
                     backend=OnnxRuntimeBackend(),
                     predict=predict,
                 )
+        report = replace(report, sensitivity=sensitivity)
         for path in options.report:
             write_report(report, path)
 
@@ -422,6 +437,10 @@ def _check_outputs(options: argparse.Namespace) -> None:
         raise UsageError(
             "--tokenizer needs a text to read", remedy="add --text FILE or --calibrate FILE"
         )
+    if options.sensitivity is not None and actions:
+        raise UsageError(f"--{actions[0]} and --sensitivity do not go together")
+    if options.sensitivity is not None and not options.calibrate:
+        raise UsageError("--sensitivity needs calibration data", remedy="add --calibrate PATH")
     for name in ("calibrate_samples", "calibrate_window", "resume"):
         if getattr(options, name) is not None and not options.calibrate:
             option = name.replace("_", "-")

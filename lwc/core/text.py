@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["count", "factor", "kebab_case", "printable", "size", "time"]
+from lwc.core.errors import UsageError
+
+__all__ = ["count", "factor", "kebab_case", "parse_size", "printable", "size", "time"]
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+_SIZE = re.compile(r"([0-9.]+)\s*([KMG]I?|)B?", re.IGNORECASE)
 
 
 def count(value: float | None) -> str:
@@ -25,6 +32,20 @@ def printable(text: str) -> str:
 def size(value: float | None) -> str:
     """Write bytes with a decimal prefix: `98.4 MB`."""
     return "–" if value is None else _scaled(value, (" B", " kB", " MB", " GB", " TB"))
+
+
+def parse_size(text: str) -> int:
+    """Read a number of bytes: `2000000`, `2GB`, `1.5GiB`.
+
+    Raises:
+        UsageError: It is no size.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    try:
+        assert match is not None
+        return int(float(match[1]) * _UNITS[match[2].upper()])
+    except (AssertionError, ValueError, OverflowError):
+        raise UsageError(f"'{text}' is no size in bytes", remedy="such as 2GB or 512MiB") from None
 
 
 def kebab_case(name: str) -> str:

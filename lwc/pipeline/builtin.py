@@ -201,6 +201,75 @@ BUILTIN: tuple[PassInfo, ...] = (
         ),
     ),
     PassInfo(
+        name="mixed-precision",
+        target="lwc.passes.quantization.mixed_precision:MixedPrecision",
+        summary="Round each linear layer to bits of its own, so that a budget buys the most quality.",
+        contract="lossy",
+        options=(
+            OptionInfo(
+                name="budget",
+                type="float or str",
+                default=None,
+                help="Bits per weight of the layers that are rounded, scales and zero points included (`4.5`); or bytes of all weights of the model, embeddings included (`80MB`).",
+                positional=True,
+            ),
+            OptionInfo(
+                name="bits", type="list of 2|3|4|8", default="4,8", help="What a layer may have."
+            ),
+            OptionInfo(
+                name="method",
+                type="rtn|gptq|awq",
+                default="rtn",
+                help="See `quantize-weights`; costs are measured by rounding to nearest all the same.",
+            ),
+            OptionInfo(
+                name="embeddings",
+                type="4|8 or none",
+                default="8",
+                help="Bits of tables read by Gather, and of what is tied to them.",
+            ),
+            OptionInfo(
+                name="block-size",
+                type="int or none",
+                default="none",
+                help="See `quantize-weights`.",
+            ),
+            OptionInfo(
+                name="symmetric", type="bool", default="false", help="See `quantize-weights`."
+            ),
+            OptionInfo(
+                name="search", type="none|mse", default="mse", help="See `quantize-weights`."
+            ),
+            OptionInfo(
+                name="exclude",
+                type="list of str",
+                default="",
+                help="Patterns of names of nodes or weights to leave alone.",
+            ),
+            OptionInfo(
+                name="format",
+                type="matmulnbits|qdq|lwc",
+                default="matmulnbits",
+                help="See `quantize-weights`; 3 bits need `lwc`.",
+            ),
+            OptionInfo(
+                name="accuracy-level", type="0|1|2|3|4", default="4", help="See `quantize-weights`."
+            ),
+            OptionInfo(
+                name="samples",
+                type="int",
+                default="2",
+                help="Feeds of the calibration data to measure on.",
+            ),
+            OptionInfo(
+                name="window",
+                type="int",
+                default="128",
+                help="Tokens of each, where feeds are plain token ids.",
+            ),
+        ),
+    ),
+    PassInfo(
         name="pack-projections",
         target="lwc.passes.attention.pack_projections:PackProjections",
         summary="Compute linear operators that read one activation as one, with joined weights.",

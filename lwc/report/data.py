@@ -16,6 +16,7 @@ from lwc.evaluate.latency import Spread
 __all__ = [
     "Figures",
     "LatencyComparison",
+    "LayerSensitivity",
     "Machine",
     "MissedRewrite",
     "ModelEntry",
@@ -188,6 +189,27 @@ class Quality:
 
 
 @dataclass(frozen=True)
+class LayerSensitivity:
+    """What rounding one layer alone costs.
+
+    Attributes:
+        weight: The layer's weight.
+        node: The first node that reads it.
+        bits: Bits of a weight.
+        cost: How far the outputs then are from those of the model with all weights as they were.
+        measure: What the cost is.
+        bytes_saved: Bytes by which the weight shrinks.
+    """
+
+    weight: str
+    node: str
+    bits: int
+    cost: float
+    measure: str
+    bytes_saved: int
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything one run did and what it measured."""
 
@@ -203,6 +225,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     latency: list[LatencyComparison] = field(default_factory=list)
     quality: list[Quality] = field(default_factory=list)
+    sensitivity: list[LayerSensitivity] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
     def to_dict(self) -> dict[str, Any]:

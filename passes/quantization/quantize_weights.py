@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lwc.core.diagnostics import describe
 from lwc.core.errors import PassError, UsageError
@@ -92,6 +93,10 @@ class QuantizeWeights(Pass):
     format: Literal["matmulnbits", "qdq", "lwc", "auto"] = "matmulnbits"
     accuracy_level: Literal[0, 1, 2, 3, 4] = 4
 
+    _assigned: Mapping[Any, Literal[2, 3, 4, 8]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
     def __post_init__(self) -> None:
         size = self.block_size
         whole = size == 0 and self.format in ("qdq", "lwc")
@@ -105,9 +110,9 @@ class QuantizeWeights(Pass):
             raise UsageError(
                 f"format={self.format} has no 3 bits", remedy="use format=lwc, or 2 or 4 bits"
             )
-        if self.format == "lwc" and self.accuracy_level != 4:
+        if self.format in ("lwc", "auto") and self.accuracy_level != 4:
             raise UsageError(
-                f"format=lwc does not compute at accuracy-level={self.accuracy_level}",
+                f"format={self.format} does not compute at accuracy-level={self.accuracy_level}",
                 remedy="leave it at 4, or use another format",
             )
         if self.codebook == "nf4":
@@ -130,6 +135,31 @@ class QuantizeWeights(Pass):
                 f"block-size={self.block_size} is more than the 256 of MatMulBnb4",
                 remedy="use 64, or format=qdq",
             )
+
+    def with_bits(self, assigned: Mapping[ir.Value, Literal[2, 3, 4, 8]]) -> QuantizeWeights:
+        """Return the same pass, which rounds some weights of linear layers to bits of their own."""
+        return self._changed(dict(assigned))
+
+    def _changed(
+        self, assigned: Mapping[Any, Literal[2, 3, 4, 8]], **options: Any
+    ) -> QuantizeWeights:
+        twin = replace(self, **options)
+        object.__setattr__(twin, "_assigned", assigned)
+        return twin
+
+    def form(
+        self, weight: WeightUses, module: Module, editor: Editor
+    ) -> tuple[WeightSpec, int] | str:
+        """Say what a weight would become and the bytes that takes, or why it would stay.
+
+        Raises:
+            PassError: The module's opset cannot express it.
+        """
+        reason = self._obstacle(weight, editor)
+        if reason is not None:
+            return reason
+        size = self._packed_bytes(weight, self._block(weight, editor))
+        return self._spec(weight, module, editor), size
 
     def run(self, module: Module, ctx: PassContext) -> PassResult:
         """See the class."""
@@ -254,16 +284,16 @@ class QuantizeWeights(Pass):
 
         if self.format != "auto":
             return self
-        if weight.obstacle is not None or any(use.role == "Gather" for use in weight.uses):
-            return replace(self, format="matmulnbits", bits=self.bits if self.bits != 3 else 4)
+        if weight.obstacle is not None or all(use.role == "Gather" for use in weight.uses):
+            return self._changed(self._assigned, format="lwc")
         target = ctx.find_target()
         if target is None:
             raise PassError(
                 "format=auto chooses by measured times, and this machine was not measured",
                 remedy="a report with --measure measures it, or name a format",
             )
-        operator, objection = choose_operator(target, self.bits, *_matrix(weight))
-        return objection if operator is None else replace(self, format=operator)
+        operator, objection = choose_operator(target, self._bits(weight), *_matrix(weight))
+        return objection if operator is None else self._changed(self._assigned, format=operator)
 
     def _obstacle(self, weight: WeightUses, editor: Editor) -> str | None:
         """Say why a weight stays as it is, or return None."""
@@ -316,7 +346,9 @@ class QuantizeWeights(Pass):
 
     def _bits(self, weight: WeightUses) -> Literal[2, 3, 4, 8]:
         table = any(use.role == "Gather" for use in weight.uses)
-        return self.embeddings if table and self.embeddings else self.bits
+        if table and self.embeddings:
+            return self.embeddings
+        return self._assigned.get(weight.value, self.bits)
 
     def _block(self, weight: WeightUses, editor: Editor) -> int:
         """Return the block size of a weight; 0 is one block for all inputs."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import pytest
-from hypothesis import assume, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from support import Idle
 
@@ -26,8 +26,9 @@ NAMES = WORDS.filter(bool)
 SCALARS: dict[Any, st.SearchStrategy[Any]] = {
     bool: st.booleans(),
     int: st.integers() | st.sampled_from([16, 32, 64, 128]),
-    float: st.floats(allow_nan=False),
-    str: WORDS | st.sampled_from(["none", "true", "null", "1", "-1", "1e5", "a,b", "=", "~"]),
+    float: st.floats(allow_nan=False) | st.sampled_from([4.0, 4.5]),
+    str: WORDS
+    | st.sampled_from(["none", "true", "null", "1", "-1", "1e5", "a,b", "=", "~", "80MB"]),
 }
 
 
@@ -139,7 +140,8 @@ def test_synthetic_passes(passes: list[Pass]) -> None:
 
 
 @pytest.mark.parametrize("name", [info.name for info in default_registry().infos()])
-@settings(max_examples=50, deadline=None)
+# Options that go together are rare where a pass has many.
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(data=st.data())
 def test_every_registered_pass(name: str, data: st.DataObject) -> None:
     registry = default_registry()
