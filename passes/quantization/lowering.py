@@ -1,10 +1,12 @@
 """Putting quantized weights into the graph.
 
-As MatMulNBits and GatherBlockQuantized, DequantizeLinear, or `lwc::DynamicQuantMatMul`.
+As MatMulNBits and GatherBlockQuantized, DequantizeLinear, DynamicQuantizeMatMul, or
+`lwc::DynamicQuantMatMul`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +20,13 @@ from lwc.passes.quantization.streaming import QuantizedWeight
 from lwc.passes.quantization.weight_uses import WeightUse, WeightUses
 from lwc.rewrite.editor import Editor, attribute
 
-__all__ = ["PackedWeight", "lower_to_contrib", "lower_to_dialect", "lower_to_standard"]
+__all__ = [
+    "PackedWeight",
+    "lower_per_tensor",
+    "lower_to_contrib",
+    "lower_to_dialect",
+    "lower_to_standard",
+]
 
 _CONTRIB = "com.microsoft"
 
@@ -100,8 +108,16 @@ def _linear(editor: Editor, use: WeightUse, packed: PackedWeight, accuracy_level
     return result if bias is not None else _with_terms(editor, node, result, packed)
 
 
-def lower_to_dialect(editor: Editor, weight: WeightUses, packed: PackedWeight) -> None:
-    """Replace every use of `weight`, none of them a Gather, by `lwc::DynamicQuantMatMul`."""
+def lower_to_dialect(
+    editor: Editor,
+    weight: WeightUses,
+    packed: PackedWeight,
+    beside: Callable[[WeightUse], ir.Value] | None = None,
+) -> None:
+    """Replace every use of `weight`, none of them a Gather, by `lwc::DynamicQuantMatMul`.
+
+    What `beside` makes for a use, before its node, is added to the result.
+    """
     for use in weight.uses:
         editor.root = use.node
         bias = _own_bias(use.node, packed) if use.role == "Gemm" else None
@@ -116,6 +132,29 @@ def lower_to_dialect(editor: Editor, weight: WeightUses, packed: PackedWeight) -
         )
         inputs = [use.node.inputs[0], packed.codes, packed.scales, packed.zero_points, bias]
         result = dynamic_quant_matmul(editor, variant, inputs)
+        if use.role == "Gemm" and bias is None:
+            result = _with_terms(editor, use.node, result, packed)
+        if beside is not None:
+            result = editor.op("Add", [result, beside(use)])
+        _replace(editor, use.node, result)
+
+
+def lower_per_tensor(editor: Editor, weight: WeightUses, packed: PackedWeight) -> None:
+    """Replace every use of `weight` by com.microsoft::DynamicQuantizeMatMul.
+
+    Codes are int8 in the shape of the weight, `[inputs, outputs]` or transposed, scales
+    `[outputs]`.
+    """
+    if weight.uses[0].transposed:
+        tensor = packed.codes.const_value
+        assert tensor is not None
+        turned = ir.Tensor(np.ascontiguousarray(tensor.numpy().T))
+        editor.module.replace_initializer(packed.codes, editor.module.spilled(turned))
+    for use in weight.uses:
+        editor.root = use.node
+        bias = _own_bias(use.node, packed) if use.role == "Gemm" else None
+        inputs = [use.node.inputs[0], packed.codes, packed.scales, None, bias]
+        result = editor.op("DynamicQuantizeMatMul", _trim(_trim(inputs)), domain=_CONTRIB)
         if use.role == "Gemm" and bias is None:
             result = _with_terms(editor, use.node, result, packed)
         _replace(editor, use.node, result)

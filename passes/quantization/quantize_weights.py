@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from lwc.core.module import Module
+    from lwc.passes.quantization.activations import Activations
     from lwc.passes.quantization.layerwise import Layer, LayerwiseQuantizer
     from lwc.passes.quantization.streaming import Layout, QuantizedWeight, WeightSpec
     from lwc.passes.quantization.weight_uses import WeightUse, WeightUses
@@ -108,6 +109,15 @@ class QuantizeWeights(Pass):
 
     def run(self, module: Module, ctx: PassContext) -> PassResult:
         """See the class."""
+        layers, skipped = self.choose(module, ctx)
+        return self.quantize(module, ctx, layers, skipped=skipped)
+
+    def choose(self, module: Module, ctx: PassContext) -> tuple[list[Layer], int]:
+        """Return the layers to quantize, and how many stay, for which remarks say why.
+
+        Raises:
+            PassError: The module's opset or a weight's type cannot express what is asked for.
+        """
         from lwc.passes.quantization.layerwise import Layer
         from lwc.passes.quantization.weight_uses import find_weights
 
@@ -126,14 +136,40 @@ class QuantizeWeights(Pass):
                 skipped += 1
                 place = weight.uses[0].node if weight.uses else None
                 ctx.missed(f"'{weight.value.name}' stays: {reason}", place)
+        return chosen, skipped
+
+    def quantize(
+        self,
+        module: Module,
+        ctx: PassContext,
+        chosen: list[Layer],
+        *,
+        skipped: int = 0,
+        activations: Activations | None = None,
+    ) -> PassResult:
+        """Quantize layers; `choose` finds them.
+
+        Args:
+            module: The model.
+            ctx: What the pass may use.
+            chosen: The layers, of which a tensor may differ from the one in the graph.
+            skipped: Weights that stay, for the statistics.
+            activations: What becomes of activations; None leaves them to the lowered operators.
+        """
+        from lwc.passes.quantization.layerwise import Layer
+        from lwc.passes.quantization.tally import Tally
+
+        editor = ctx.editor()
         done: list[tuple[Layer, QuantizedWeight]] = []
-        tally = _Tally(requested=self.bits, skipped=skipped)
+        tally = Tally(requested=self.bits, skipped=skipped)
         quantizer = self._quantizer(module, chosen, ctx)
         results = self._results(chosen, quantizer, ctx)
         # Asked for one by one: a calibrated weight is rounded in the module when its turn comes.
         while not ctx.limit.exhausted and (found := next(results, None)) is not None:
             layer, result, output_error = found
             weight, spec = layer
+            if result is not None and activations is not None:
+                output_error = activations.output_error(layer, result)
             node = weight.uses[0].node
             if result is None:
                 tally.skipped += 1
@@ -151,10 +187,12 @@ class QuantizeWeights(Pass):
                 weight.uses[0].role,
             )
         results.close()
+        if activations is not None:
+            activations.prepare(editor, [layer for layer, _ in done])
         for (weight, spec), result in done:
             factors = None if quantizer is None else quantizer.factors.get(weight.value)
             final = result if factors is None else result.scaled(factors, spec)
-            self._lower(editor, weight, spec, final)
+            self._lower(editor, Layer(weight, spec), final, activations)
         if not chosen:
             ctx.note("no weight to quantize")
         statistics = tally.statistics()
@@ -235,7 +273,7 @@ class QuantizeWeights(Pass):
             return "it belongs to a function body, which holds no initializers"
         layout = self._layout(weight)
         if layout == "tiles" and weight.tensor.dtype != ir.DataType.FLOAT:
-            return f"its type is {weight.tensor.dtype}, and lwc::DynamicQuantMatMul takes float32"
+            return f"its type is {weight.tensor.dtype}, and products in int8 take float32"
         if weight.tensor.dtype == ir.DataType.BFLOAT16 and layout != "qdq":
             raise PassError(
                 f"'{weight.value.name}' is bfloat16, for which MatMulNBits has no CPU kernel",
@@ -246,7 +284,7 @@ class QuantizeWeights(Pass):
             ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
         ):  # fmt: skip
             return f"its type is {weight.tensor.dtype}"
-        inputs, _ = _matrix(weight)
+        inputs, _ = weight.matrix
         size = self._block(weight, editor)
         if "Gather" in roles and size and inputs % size:
             return f"rows of {inputs} do not divide into blocks of {size}"
@@ -294,7 +332,7 @@ class QuantizeWeights(Pass):
         from lwc.core.quant_layout import TILE, packed_bytes
 
         bits = self._bits(weight)
-        inputs, outputs = _matrix(weight)
+        inputs, outputs = weight.matrix
         size = size or inputs
         blocks = -(-inputs // size)
         if self._layout(weight) == "tiles":
@@ -343,7 +381,11 @@ class QuantizeWeights(Pass):
             )
 
     def _lower(
-        self, editor: Editor, weight: WeightUses, spec: WeightSpec, result: QuantizedWeight
+        self,
+        editor: Editor,
+        layer: Layer,
+        result: QuantizedWeight,
+        activations: Activations | None,
     ) -> None:
         from lwc.passes.quantization.lowering import (
             PackedWeight,
@@ -352,24 +394,26 @@ class QuantizeWeights(Pass):
             lower_to_standard,
         )
 
+        weight, spec = layer
         packed = PackedWeight.register(
             editor,
             weight.value.name or "weight",
             result,
-            _matrix(weight),
+            weight.matrix,
             bits=spec.grid.bits,
             block_size=spec.block_size,
         )
         transposes = [user for user, _ in weight.value.uses() if user.op_type == "Transpose"]
-        if spec.layout == "qdq":
+        if activations is not None and activations.lower(editor, layer, packed):
+            pass
+        elif spec.layout == "qdq":
             lower_to_standard(editor, weight, packed)
+        elif spec.layout == "tiles":
+            lower_to_dialect(editor, weight, packed)
         else:
-            if spec.layout == "tiles":
-                lower_to_dialect(editor, weight, packed)
-            else:
-                lower_to_contrib(editor, weight, packed, self.accuracy_level)
-            for node in transposes:
-                _erase_dead(editor, node)
+            lower_to_contrib(editor, weight, packed, self.accuracy_level)
+        for node in transposes:
+            _erase_dead(editor, node)
         _remove_constant(editor, weight.value)
 
 
@@ -395,70 +439,6 @@ def _in_main_graph(weight: WeightUses, module: Module) -> bool:
 def _matches(weight: WeightUses, pattern: str) -> bool:
     names = [weight.value.name, *(use.node.name for use in weight.uses)]
     return any(name is not None and fnmatchcase(name, pattern) for name in names)
-
-
-@dataclass
-class _Tally:
-    """Counts for the report."""
-
-    requested: int
-    skipped: int
-    layers: int = 0
-    nodes: int = 0
-    weights: int = 0
-    before: int = 0
-    after: int = 0
-    error: float = 0.0
-    output_error: float = 0.0
-    measured: int = 0
-    worst: float = 0.0
-    worst_name: str = ""
-
-    def add(
-        self,
-        weight: WeightUses,
-        spec: WeightSpec,
-        result: QuantizedWeight,
-        output_error: float | None,
-    ) -> None:
-        inputs, outputs = _matrix(weight)
-        self.layers += 1
-        self.nodes += len(weight.uses)
-        self.weights += inputs * outputs
-        self.before += weight.tensor.nbytes
-        self.after += result.nbytes
-        self.error += result.relative_error * inputs * outputs
-        if output_error is not None:
-            self.output_error += output_error
-            self.measured += 1
-        if result.relative_error >= self.worst:
-            self.worst, self.worst_name = result.relative_error, weight.value.name or ""
-
-    def statistics(self) -> dict[str, int | float | str]:
-        if not self.layers:
-            return {"weights quantized": 0, "weights skipped": self.skipped}
-        measured: dict[str, int | float | str] = {}
-        if self.measured:
-            measured["mean relative error of outputs"] = self.output_error / self.measured
-        return {
-            "weights quantized": self.layers,
-            "weights skipped": self.skipped,
-            "nodes lowered": self.nodes,
-            "bits requested": self.requested,
-            "bits per weight": 8 * self.after / self.weights,
-            "bytes before": self.before,
-            "bytes after": self.after,
-            "mean relative error": self.error / self.weights,
-            "worst relative error": self.worst,
-            "worst weight": self.worst_name,
-            **measured,
-        }
-
-
-def _matrix(weight: WeightUses) -> tuple[int, int]:
-    """Return (inputs, outputs) of the layer."""
-    rows, columns = weight.tensor.shape.numpy()
-    return (columns, rows) if weight.uses[0].transposed else (rows, columns)
 
 
 def _erase_dead(editor: Editor, node: ir.Node) -> None:

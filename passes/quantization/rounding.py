@@ -41,13 +41,14 @@ class Grid:
     Attributes:
         bits: Bits of a code.
         symmetric: Whether the zero point is fixed at `2**(bits - 1)`. Then 8-bit codes span
-            `±max|w| / 127`, and shorter ones use their extra negative step: of 4 bits, the weight
-            of the largest magnitude becomes -8 exactly, with a negative scale where it is positive.
+            `±max|w| / 127`, 7-bit ones `±max|w| / 63`, and shorter ones use their extra negative
+            step: of 4 bits, the weight of the largest magnitude becomes -8 exactly, with a negative
+            scale where it is positive.
         search: `none` takes the scale from the range of the block, zero included; `mse` tries a
             few (scale, zero point) pairs and keeps the one of least squared error.
     """
 
-    bits: Literal[2, 3, 4, 8]
+    bits: Literal[2, 3, 4, 7, 8]
     symmetric: bool
     search: Literal["none", "mse"]
 
@@ -126,7 +127,7 @@ class TileRounder:
         self._whole = np.empty_like(self._weights)
         self._codes = np.empty(block_size * blocks, np.uint8)
         # Only there may the nearest integer lie outside the grid; see `Grid.symmetric`.
-        self._clips = grid.symmetric and grid.bits < 8
+        self._clips = grid.symmetric and grid.bits < 7
 
     def weights(self, blocks: int) -> Array:
         """Return the buffer `[block_size, blocks]` to put the next tile into."""
@@ -193,7 +194,7 @@ class TileRounder:
         zeros = np.full(low.shape, grid.middle, np.float32)
         largest = np.maximum(-low, high)
         evenly = self._choice(largest / np.float32(grid.middle - 1), zeros)
-        if grid.bits == 8:
+        if grid.bits >= 7:
             yield evenly
             return
         signs = np.where(high > -low, np.float32(-1), np.float32(1))
