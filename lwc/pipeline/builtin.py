@@ -201,6 +201,39 @@ BUILTIN: tuple[PassInfo, ...] = (
         ),
     ),
     PassInfo(
+        name="llm-int8",
+        target="lwc.passes.quantization.llm_int8:LlmInt8",
+        summary="Compute linear layers in int8, but for the channels of large activations.",
+        contract="lossy",
+        options=(
+            OptionInfo(
+                name="threshold",
+                type="float",
+                default="6.0",
+                help="Magnitude from which on a channel stays in floating point; at 0 all do, and layers stay as they are.",
+                positional=True,
+            ),
+            OptionInfo(
+                name="embeddings",
+                type="4|8 or none",
+                default="none",
+                help="Bits of tables read by Gather, and of what is tied to them, as in `quantize-weights`.",
+            ),
+            OptionInfo(
+                name="ops",
+                type="list of str",
+                default="MatMul,Gemm",
+                help="Operators whose weights are quantized.",
+            ),
+            OptionInfo(
+                name="exclude",
+                type="list of str",
+                default="",
+                help="Patterns (`*`, `?`, `[...]`) of names of nodes or weights to leave alone.",
+            ),
+        ),
+    ),
+    PassInfo(
         name="pack-projections",
         target="lwc.passes.attention.pack_projections:PackProjections",
         summary="Compute linear operators that read one activation as one, with joined weights.",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -26,6 +28,9 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 
 _ROWS = 256
 """Rows of each activation on which errors of outputs are measured."""
+
+_FEEDS = 8
+"""Feeds they are taken from, where nothing else is asked about all of the data."""
 
 
 def measured(module: Module, layers: Iterable[Layer]) -> list[ir.Value]:
@@ -62,6 +67,9 @@ def observe(
         value: (sample, statistics[value]) if value in statistics else (sample,)
         for value, sample in samples.items()
     }
+    given = ctx.calibration
+    if given is not None and not statistics:
+        ctx = replace(ctx, calibration=lambda module: itertools.islice(given(module), _FEEDS))
     collect(module, wanted, ctx)
     return {value: sample.value for value, sample in samples.items()}
 
