@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["AbsMax", "Gram", "Histogram", "MeanAbs", "Statistic"]
+__all__ = ["AbsMax", "Gram", "Histogram", "MeanAbs", "Sample", "Statistic"]
 
 Array = np.ndarray[Any, Any]
 
@@ -114,6 +114,36 @@ class Gram(Statistic):
         back = np.array(self._means).T @ np.array(self._sums)
         whole: Array = self._centred + (back + back.T)
         return whole
+
+
+class Sample(Statistic):
+    """Some of the rows, each as likely as any other, and the same ones for the same data.
+
+    Every row draws a number; those of the smallest are kept. What is drawn depends on the number of
+    rows before and not on what is in them.
+
+    Args:
+        rows: How many are kept at most.
+        seed: Of the draw.
+    """
+
+    def __init__(self, rows: int, seed: int) -> None:
+        self._limit = rows
+        self._random = np.random.default_rng(seed)
+        self._drawn: Array = np.zeros(0)
+        self.value: Array = np.zeros((0, 0), np.float32)
+        """Float32 `[rows, channels]`."""
+
+    def update(self, batch: Array) -> None:
+        """See `Statistic`."""
+        rows = _rows(batch)
+        drawn = np.concatenate([self._drawn, self._random.random(len(rows))])
+        kept = np.sort(np.argsort(drawn, kind="stable")[: self._limit])
+        old = kept[kept < len(self._drawn)]
+        new = kept[len(old) :] - len(self._drawn)
+        parts = [self.value[old], rows[new].astype(np.float32)]
+        self.value = np.concatenate(parts) if self.value.size else parts[1]
+        self._drawn = drawn[kept]
 
 
 _BINS = 2048

@@ -61,8 +61,8 @@ def pack_codes(codes: Array, bits: int) -> Array:
 
 
 def unpack_codes(packed: Array, bits: int, inputs: int, columns: int) -> Array:
-    """Undo `pack_codes`: uint8 `[inputs, columns]`."""
-    tiles = len(packed)
+    """Undo `pack_codes`, also of a flat array: uint8 `[inputs, columns]`."""
+    tiles = -(-columns // TILE)
     if bits == 8:
         lines = packed.reshape(tiles, -1, TILE, 4)
     elif bits == 3:

@@ -201,6 +201,39 @@ BUILTIN: tuple[PassInfo, ...] = (
         ),
     ),
     PassInfo(
+        name="llm-int8",
+        target="lwc.passes.quantization.llm_int8:LlmInt8",
+        summary="Compute linear layers in int8, but for the channels of large activations.",
+        contract="lossy",
+        options=(
+            OptionInfo(
+                name="threshold",
+                type="float",
+                default="6.0",
+                help="Magnitude from which on a channel stays in floating point; at 0 all do, and layers stay as they are.",
+                positional=True,
+            ),
+            OptionInfo(
+                name="embeddings",
+                type="4|8 or none",
+                default="none",
+                help="Bits of tables read by Gather, and of what is tied to them, as in `quantize-weights`.",
+            ),
+            OptionInfo(
+                name="ops",
+                type="list of str",
+                default="MatMul,Gemm",
+                help="Operators whose weights are quantized.",
+            ),
+            OptionInfo(
+                name="exclude",
+                type="list of str",
+                default="",
+                help="Patterns (`*`, `?`, `[...]`) of names of nodes or weights to leave alone.",
+            ),
+        ),
+    ),
+    PassInfo(
         name="mixed-precision",
         target="lwc.passes.quantization.mixed_precision:MixedPrecision",
         summary="Round each linear layer to bits of its own, so that a budget buys the most quality.",
@@ -414,10 +447,61 @@ BUILTIN: tuple[PassInfo, ...] = (
         options=(
             OptionInfo(
                 name="alpha",
-                type="float",
+                type="float or auto",
                 default="0.5",
-                help="0 evens out the weights, 1 the activations.",
+                help="0 evens out the weights, 1 the activations. `auto` takes for each activation the one of 0, 0.05, ... 1 with which the outputs of the layers behind it change least, in the sum of squares, when activations are rounded to int8 per token and weights per output; it looks at 512 rows of the calibration data. Where none gains, the activation stays.",
                 positional=True,
+            ),
+        ),
+    ),
+    PassInfo(
+        name="smooth-quantize",
+        target="lwc.passes.quantization.smooth_quantize:SmoothQuantize",
+        summary="Compute linear layers in int8: smooth activations, then round them and the weights.",
+        contract="lossy",
+        options=(
+            OptionInfo(
+                name="alpha",
+                type="float or auto or none",
+                default="0.5",
+                help="See `smooth`; `none` leaves activations as they are.",
+                positional=True,
+            ),
+            OptionInfo(
+                name="activations",
+                type="per-token|per-tensor|static",
+                default="per-token",
+                help="`per-token` gives each token a scale when the model runs, by lwc::DynamicQuantMatMul; `per-tensor` each tensor, by ONNX Runtime's DynamicQuantizeMatMul; `static` takes scales from calibration data and writes standard QuantizeLinear and DequantizeLinear, which any runtime loads.",
+            ),
+            OptionInfo(
+                name="clip",
+                type="mse|percentile|max",
+                default="mse",
+                help="Of `static`: where activations are cut off; `mse` at the least squared error, `percentile` so that 99.99 % of them lie within, `max` nowhere.",
+            ),
+            OptionInfo(
+                name="weight-bits",
+                type="7|8 or none",
+                default="none",
+                help="By default 8 per token, and 7 otherwise: without VNNI, ONNX Runtime adds products of uint8 and int8 in pairs in 16 bits, which overflow where weights exceed ±64.",
+            ),
+            OptionInfo(
+                name="embeddings",
+                type="4|8 or none",
+                default="8",
+                help="Bits of tables read by Gather, and of what is tied to them, as in `quantize-weights`; `static` leaves them.",
+            ),
+            OptionInfo(
+                name="ops",
+                type="list of str",
+                default="MatMul,Gemm",
+                help="Operators whose weights are quantized.",
+            ),
+            OptionInfo(
+                name="exclude",
+                type="list of str",
+                default="",
+                help="Patterns (`*`, `?`, `[...]`) of names of nodes or weights to leave alone.",
             ),
         ),
     ),

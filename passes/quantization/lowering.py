@@ -1,11 +1,13 @@
 """Putting quantized weights into the graph.
 
-ONNX Runtime's operators are MatMulNBits, MatMulBnb4 and GatherBlockQuantized, the standard ones
-DequantizeLinear, or a Gather of levels; lwc's own is `lwc::DynamicQuantMatMul`.
+ONNX Runtime's operators are MatMulNBits, MatMulBnb4, GatherBlockQuantized and
+DynamicQuantizeMatMul, the standard ones DequantizeLinear, or a Gather of levels; lwc's own is
+`lwc::DynamicQuantMatMul`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +23,13 @@ from lwc.passes.quantization.tile_lookup import lookup_in_tiles
 from lwc.passes.quantization.weight_uses import WeightUse, WeightUses
 from lwc.rewrite.editor import Editor, attribute
 
-__all__ = ["PackedWeight", "lower_to_contrib", "lower_to_dialect", "lower_to_standard"]
+__all__ = [
+    "PackedWeight",
+    "lower_per_tensor",
+    "lower_to_contrib",
+    "lower_to_dialect",
+    "lower_to_standard",
+]
 
 _CONTRIB = "com.microsoft"
 _NF4 = 1
@@ -115,8 +123,16 @@ def _linear(editor: Editor, use: WeightUse, packed: PackedWeight, accuracy_level
     return result if bias is not None else _with_terms(editor, node, result)
 
 
-def lower_to_dialect(editor: Editor, weight: WeightUses, packed: PackedWeight) -> None:
-    """Replace products by `lwc::DynamicQuantMatMul`; an embedding looks up its tiles."""
+def lower_to_dialect(
+    editor: Editor,
+    weight: WeightUses,
+    packed: PackedWeight,
+    beside: Callable[[WeightUse], ir.Value] | None = None,
+) -> None:
+    """Replace products by `lwc::DynamicQuantMatMul`; an embedding looks up its tiles.
+
+    What `beside` makes for a product, before its node, is added to the result.
+    """
     for use in weight.uses:
         editor.root = use.node
         if use.role == "Gather":
@@ -130,6 +146,7 @@ def lower_to_dialect(editor: Editor, weight: WeightUses, packed: PackedWeight) -
             _replace(editor, use.node, rows)
             continue
         bias = _own_bias(use.node, packed) if use.role == "Gemm" else None
+        assert packed.grid.bits != 7  # codes of int8, in which other operators have room to add
         variant = DynamicQuantMatMul(
             K=packed.inputs,
             N=packed.outputs,
@@ -141,6 +158,29 @@ def lower_to_dialect(editor: Editor, weight: WeightUses, packed: PackedWeight) -
         )
         inputs = [use.node.inputs[0], packed.codes, packed.scales, packed.zero_points, bias]
         result = dynamic_quant_matmul(editor, variant, inputs)
+        if use.role == "Gemm" and bias is None:
+            result = _with_terms(editor, use.node, result)
+        if beside is not None:
+            result = editor.op("Add", [result, beside(use)])
+        _replace(editor, use.node, result)
+
+
+def lower_per_tensor(editor: Editor, weight: WeightUses, packed: PackedWeight) -> None:
+    """Replace every use of `weight` by com.microsoft::DynamicQuantizeMatMul.
+
+    Codes are int8 in the shape of the weight, `[inputs, outputs]` or transposed, scales
+    `[outputs]`.
+    """
+    if weight.uses[0].transposed:
+        tensor = packed.codes.const_value
+        assert tensor is not None
+        turned = ir.Tensor(np.ascontiguousarray(tensor.numpy().T))
+        editor.module.replace_initializer(packed.codes, editor.module.spilled(turned))
+    for use in weight.uses:
+        editor.root = use.node
+        bias = _own_bias(use.node, packed) if use.role == "Gemm" else None
+        inputs = [use.node.inputs[0], packed.codes, packed.scales, None, bias]
+        result = editor.op("DynamicQuantizeMatMul", _trim(_trim(inputs)), domain=_CONTRIB)
         if use.role == "Gemm" and bias is None:
             result = _with_terms(editor, use.node, result)
         _replace(editor, use.node, result)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from lwc.core.module import Module
+    from lwc.passes.quantization.activations import Activations
     from lwc.passes.quantization.layerwise import Layer, LayerwiseQuantizer
     from lwc.passes.quantization.streaming import Layout, QuantizedWeight, WeightSpec
     from lwc.passes.quantization.weight_uses import WeightUse, WeightUses
@@ -163,6 +164,15 @@ class QuantizeWeights(Pass):
 
     def run(self, module: Module, ctx: PassContext) -> PassResult:
         """See the class."""
+        layers, skipped = self.choose(module, ctx)
+        return self.quantize(module, ctx, layers, skipped=skipped)
+
+    def choose(self, module: Module, ctx: PassContext) -> tuple[list[Layer], int]:
+        """Return the layers to quantize, and how many stay, for which remarks say why.
+
+        Raises:
+            PassError: The module's opset or a weight's type cannot express what is asked for.
+        """
         from lwc.passes.quantization.layerwise import Layer
         from lwc.passes.quantization.weight_uses import find_weights
 
@@ -182,14 +192,40 @@ class QuantizeWeights(Pass):
                 skipped += 1
                 place = weight.uses[0].node if weight.uses else None
                 ctx.missed(f"'{weight.value.name}' stays: {reason}", place)
+        return chosen, skipped
+
+    def quantize(
+        self,
+        module: Module,
+        ctx: PassContext,
+        chosen: list[Layer],
+        *,
+        skipped: int = 0,
+        activations: Activations | None = None,
+    ) -> PassResult:
+        """Quantize layers; `choose` finds them.
+
+        Args:
+            module: The model.
+            ctx: What the pass may use.
+            chosen: The layers, of which a tensor may differ from the one in the graph.
+            skipped: Weights that stay, for the statistics.
+            activations: What becomes of activations; None leaves them to the lowered operators.
+        """
+        from lwc.passes.quantization.layerwise import Layer
+        from lwc.passes.quantization.tally import Tally
+
+        editor = ctx.editor()
         done: list[tuple[Layer, QuantizedWeight]] = []
-        tally = _Tally(requested=self.bits, skipped=skipped)
+        tally = Tally(requested=self.bits, skipped=skipped)
         quantizer = self._quantizer(module, chosen, ctx)
         results = self._results(chosen, quantizer, ctx)
         # Asked for one by one: a calibrated weight is rounded in the module when its turn comes.
         while not ctx.limit.exhausted and (found := next(results, None)) is not None:
             layer, result, output_error = found
             weight, spec = layer
+            if result is not None and activations is not None:
+                output_error = activations.output_error(layer, result)
             node = weight.uses[0].node
             if result is None:
                 tally.skipped += 1
@@ -209,10 +245,12 @@ class QuantizeWeights(Pass):
                 weight.uses[0].role,
             )
         results.close()
+        if activations is not None:
+            activations.prepare(editor, [layer for layer, _ in done])
         for (weight, spec), result in done:
             factors = None if quantizer is None else quantizer.factors.get(weight.value)
             final = result if factors is None else result.scaled(factors, spec)
-            self._lower(editor, weight, spec, final)
+            self._lower(editor, Layer(weight, spec), final, activations)
         if not chosen:
             ctx.note("no weight to quantize")
         statistics = tally.statistics()
@@ -292,7 +330,7 @@ class QuantizeWeights(Pass):
                 "format=auto chooses by measured times, and this machine was not measured",
                 remedy="a report with --measure measures it, or name a format",
             )
-        operator, objection = choose_operator(target, self._bits(weight), *_matrix(weight))
+        operator, objection = choose_operator(target, self._bits(weight), *weight.matrix)
         return objection if operator is None else self._changed(self._assigned, format=operator)
 
     def _obstacle(self, weight: WeightUses, editor: Editor) -> str | None:
@@ -314,7 +352,7 @@ class QuantizeWeights(Pass):
             return "it belongs to a function body, which holds no initializers"
         layout = self._layout(weight)
         if layout == "tiles" and weight.tensor.dtype != ir.DataType.FLOAT:
-            return f"its type is {weight.tensor.dtype}, and lwc::DynamicQuantMatMul takes float32"
+            return f"its type is {weight.tensor.dtype}, and products in int8 take float32"
         if weight.tensor.dtype == ir.DataType.BFLOAT16 and layout != "qdq":
             raise PassError(
                 f"'{weight.value.name}' is bfloat16, for which ONNX Runtime has no CPU kernel",
@@ -325,7 +363,7 @@ class QuantizeWeights(Pass):
             ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
         ):  # fmt: skip
             return f"its type is {weight.tensor.dtype}"
-        inputs, _ = _matrix(weight)
+        inputs, _ = weight.matrix
         size = self._block(weight, editor)
         whole = self._is_nf4(weight) or ("Gather" in roles and layout != "tiles")
         if whole and size and inputs % size:
@@ -353,8 +391,10 @@ class QuantizeWeights(Pass):
     def _block(self, weight: WeightUses, editor: Editor) -> int:
         """Return the block size of a weight; 0 is one block for all inputs."""
         layout = self._layout(weight)
-        if self.block_size or (self.block_size == 0 and layout in ("qdq", "tiles")):
+        if self.block_size or (self.block_size == 0 and layout == "qdq"):
             return self.block_size
+        if self.block_size == 0 and layout == "tiles" and not weight.tied:
+            return 0
         if layout == "tiles":
             return 32
         if self._is_nf4(weight):
@@ -384,7 +424,7 @@ class QuantizeWeights(Pass):
         from lwc.core.quant_layout import TILE, packed_bytes
 
         bits = self._bits(weight)
-        inputs, outputs = _matrix(weight)
+        inputs, outputs = weight.matrix
         size = size or inputs
         blocks = -(-inputs // size)
         if self._layout(weight) == "tiles":
@@ -434,7 +474,11 @@ class QuantizeWeights(Pass):
             )
 
     def _lower(
-        self, editor: Editor, weight: WeightUses, spec: WeightSpec, result: QuantizedWeight
+        self,
+        editor: Editor,
+        layer: Layer,
+        result: QuantizedWeight,
+        activations: Activations | None,
     ) -> None:
         from lwc.passes.quantization.lowering import (
             PackedWeight,
@@ -443,24 +487,26 @@ class QuantizeWeights(Pass):
             lower_to_standard,
         )
 
+        weight, spec = layer
         packed = PackedWeight.register(
             editor,
             weight.value.name or "weight",
             result,
-            _matrix(weight),
+            weight.matrix,
             grid=spec.grid,
             block_size=spec.block_size,
         )
         transposes = [user for user, _ in weight.value.uses() if user.op_type == "Transpose"]
-        if spec.layout == "qdq":
+        if activations is not None and activations.lower(editor, layer, packed):
+            pass
+        elif spec.layout == "qdq":
             lower_to_standard(editor, weight, packed)
+        elif spec.layout == "tiles":
+            lower_to_dialect(editor, weight, packed)
         else:
-            if spec.layout == "tiles":
-                lower_to_dialect(editor, weight, packed)
-            else:
-                lower_to_contrib(editor, weight, packed, self.accuracy_level)
-            for node in transposes:
-                _erase_dead(editor, node)
+            lower_to_contrib(editor, weight, packed, self.accuracy_level)
+        for node in transposes:
+            _erase_dead(editor, node)
         _remove_constant(editor, weight.value)
 
 
@@ -486,70 +532,6 @@ def _in_main_graph(weight: WeightUses, module: Module) -> bool:
 def _matches(weight: WeightUses, pattern: str) -> bool:
     names = [weight.value.name, *(use.node.name for use in weight.uses)]
     return any(name is not None and fnmatchcase(name, pattern) for name in names)
-
-
-@dataclass
-class _Tally:
-    """Counts for the report."""
-
-    requested: int
-    skipped: int
-    layers: int = 0
-    nodes: int = 0
-    weights: int = 0
-    before: int = 0
-    after: int = 0
-    error: float = 0.0
-    output_error: float = 0.0
-    measured: int = 0
-    worst: float = 0.0
-    worst_name: str = ""
-
-    def add(
-        self,
-        weight: WeightUses,
-        spec: WeightSpec,
-        result: QuantizedWeight,
-        output_error: float | None,
-    ) -> None:
-        inputs, outputs = _matrix(weight)
-        self.layers += 1
-        self.nodes += len(weight.uses)
-        self.weights += inputs * outputs
-        self.before += weight.tensor.nbytes
-        self.after += result.nbytes
-        self.error += result.relative_error * inputs * outputs
-        if output_error is not None:
-            self.output_error += output_error
-            self.measured += 1
-        if result.relative_error >= self.worst:
-            self.worst, self.worst_name = result.relative_error, weight.value.name or ""
-
-    def statistics(self) -> dict[str, int | float | str]:
-        if not self.layers:
-            return {"weights quantized": 0, "weights skipped": self.skipped}
-        measured: dict[str, int | float | str] = {}
-        if self.measured:
-            measured["mean relative error of outputs"] = self.output_error / self.measured
-        return {
-            "weights quantized": self.layers,
-            "weights skipped": self.skipped,
-            "nodes lowered": self.nodes,
-            "bits requested": self.requested,
-            "bits per weight": 8 * self.after / self.weights,
-            "bytes before": self.before,
-            "bytes after": self.after,
-            "mean relative error": self.error / self.weights,
-            "worst relative error": self.worst,
-            "worst weight": self.worst_name,
-            **measured,
-        }
-
-
-def _matrix(weight: WeightUses) -> tuple[int, int]:
-    """Return (inputs, outputs) of the layer."""
-    rows, columns = weight.tensor.shape.numpy()
-    return (columns, rows) if weight.uses[0].transposed else (rows, columns)
 
 
 def _erase_dead(editor: Editor, node: ir.Node) -> None:

@@ -45,8 +45,9 @@ class Grid:
     Attributes:
         bits: Bits of a code.
         symmetric: Whether the zero point is fixed at `2**(bits - 1)`. Then 8-bit codes span
-            `±max|w| / 127`, and shorter ones use their extra negative step: of 4 bits, the weight
-            of the largest magnitude becomes -8 exactly, with a negative scale where it is positive.
+            `±max|w| / 127`, 7-bit ones `±max|w| / 63`, and shorter ones use their extra negative
+            step: of 4 bits, the weight of the largest magnitude becomes -8 exactly, with a negative
+            scale where it is positive.
         search: `none` takes the scale from the range of the block, zero included; `mse` tries a
             few (scale, zero point) pairs and keeps the one of least squared error.
         codebook: `uniform` has the integers; `nf4` the 16 levels of NormalFloat, which span
@@ -54,7 +55,7 @@ class Grid:
             them mirrored, by a negative scale.
     """
 
-    bits: Literal[2, 3, 4, 8]
+    bits: Literal[2, 3, 4, 7, 8]
     symmetric: bool
     search: Literal["none", "mse"]
     codebook: Literal["uniform", "nf4"] = "uniform"
@@ -152,7 +153,7 @@ class TileRounder:
         self._whole = np.empty_like(self._weights)
         self._codes = np.empty(block_size * blocks, np.uint8)
         # Only there may the nearest integer lie outside the grid; see `Grid.symmetric`.
-        self._clips = grid.symmetric and grid.bits < 8 and grid.codebook == "uniform"
+        self._clips = grid.symmetric and grid.bits < 7 and grid.codebook == "uniform"
 
     def weights(self, blocks: int) -> Array:
         """Return the buffer `[block_size, blocks]` to put the next tile into."""
@@ -225,7 +226,7 @@ class TileRounder:
         zeros = np.full(low.shape, grid.middle, np.float32)
         largest = np.maximum(-low, high)
         evenly = self._choice(largest / np.float32(grid.middle - 1), zeros)
-        if grid.bits == 8:
+        if grid.bits >= 7:
             yield evenly
             return
         signs = np.where(high > -low, np.float32(-1), np.float32(1))

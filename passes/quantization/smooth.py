@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lwc.core.errors import UsageError
 from lwc.pipeline.passes import Contract, Exact, Pass, PassContext, PassResult
@@ -38,24 +38,28 @@ class Smooth(Pass):
     pack-projections and add-kv-cache.
 
     Attributes:
-        alpha: 0 evens out the weights, 1 the activations.
+        alpha: 0 evens out the weights, 1 the activations. `auto` takes for each activation the one
+            of 0, 0.05, ... 1 with which the outputs of the layers behind it change least, in the
+            sum of squares, when activations are rounded to int8 per token and weights per output;
+            it looks at 512 rows of the calibration data. Where none gains, the activation stays.
     """
 
     name: ClassVar[str] = "smooth"
     contract: ClassVar[Contract] = Exact()
     positional: ClassVar[str | None] = "alpha"
 
-    alpha: float = 0.5
+    alpha: float | Literal["auto"] = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
+        if self.alpha != "auto" and not 0 <= self.alpha <= 1:
             raise UsageError(f"alpha={self.alpha} does not lie between 0 and 1")
 
     def run(self, module: Module, ctx: PassContext) -> PassResult:
         """See the class."""
         from lwc.calibration.collect import collect
-        from lwc.calibration.statistics import AbsMax
+        from lwc.calibration.statistics import AbsMax, Sample
         from lwc.passes.quantization.migration import edits, find_pairs, put
+        from lwc.passes.quantization.smooth_search import ROWS
 
         edit = ctx.editor()
         pairs = list(find_pairs(module, edit, ctx))
@@ -63,14 +67,21 @@ class Smooth(Pass):
             ctx.note("no activation whose channels could be divided")
             return PassResult(changed=False)
         magnitudes = {pair.value: AbsMax() for pair in pairs}
-        collect(module, {value: (each,) for value, each in magnitudes.items()}, ctx)
+        samples = {pair.value: Sample(ROWS, ctx.seed) for pair in pairs if self.alpha == "auto"}
+        collect(
+            module,
+            {value: (each, samples[value]) if samples else (each,)
+             for value, each in magnitudes.items()},
+            ctx,
+        )  # fmt: skip
         done, strongest = 0, 1.0
         # From the back: a factor on the values or the up projection changes weights of the pair
         # before, and must be in when that one is looked at.
         for pair in reversed(pairs):
             if ctx.limit.exhausted:
                 break
-            factors = self._factors(pair, magnitudes[pair.value].value)
+            sample = samples[pair.value].value if samples else None
+            factors, gain = self._chosen(pair, magnitudes[pair.value].value, sample)
             place = pair.value.producer()
             if abs(factors - 1).max() <= _SETTLED:
                 continue
@@ -85,7 +96,7 @@ class Smooth(Pass):
             strongest = max(strongest, float(factors.max()))
             ctx.applied(
                 f"'{pair.value.name}' divided by {factors.min():.3g} to {factors.max():.3g}, "
-                f"in the {pair.source.kind} before it",
+                f"in the {pair.source.kind} before it{gain}",
                 place,
                 "smooth",
             )
@@ -98,26 +109,51 @@ class Smooth(Pass):
             },
         )  # fmt: skip
 
-    def _factors(self, pair: Pair, activations: Array) -> Array:
-        """Return what each channel of the activation is divided by, float64 `[channels]`."""
-        import numpy as np
+    def _chosen(self, pair: Pair, tops: Array, sample: Array | None) -> tuple[Array, str]:
+        """Return what each channel is divided by, float64 `[channels]`, and what is said of it."""
+        from lwc.passes.quantization.smooth_search import search
 
-        from lwc.passes.quantization.migration import shared, spread
+        weights = _largest_rows(pair)
+        if sample is None or self.alpha != "auto":
+            assert self.alpha != "auto"
+            return _factors(pair, tops, weights, self.alpha), ""
+        found = search(sample, pair.weights, lambda alpha: _factors(pair, tops, weights, alpha))
+        return (
+            found.factors,
+            f"; alpha={found.alpha}, int8 error {found.error**0.5:.2f} of what it was",
+        )
 
-        weights: Array = np.zeros(len(activations))
-        for place in pair.weights:
-            weights = np.maximum(weights, _row_magnitudes(place))
-        tops = [
-            shared(each.astype(np.float64), pair.source.sharing) for each in (activations, weights)
-        ]
-        x, w = (np.maximum(each, _LEAST) for each in tops)
-        factors: Array = np.maximum(x**self.alpha / w ** (1 - self.alpha), _LEAST)
-        # A dead channel has no spread to move.
-        factors[(tops[0] < _LEAST) | (tops[1] < _LEAST)] = 1.0
-        if pair.source.kind == "linear" and _is_half(pair):
-            # What lies between the constants and the activation must not grow beyond its type.
-            factors = np.maximum(factors, 1.0)
-        return spread(factors, pair.source.sharing)
+
+def _largest_rows(pair: Pair) -> Array:
+    """Return the largest magnitude of each input over all weights of a pair, `[channels]`."""
+    import numpy as np
+
+    found: Array = np.max([_row_magnitudes(place) for place in pair.weights], axis=0)
+    return found
+
+
+def _factors(pair: Pair, activations: Array, weights: Array, alpha: float) -> Array:
+    """Return what each channel of the activation is divided by, float64 `[channels]`.
+
+    Args:
+        pair: The activation and its weights.
+        activations: Largest magnitude of each channel.
+        weights: The same of the weights' rows.
+        alpha: The power.
+    """
+    import numpy as np
+
+    from lwc.passes.quantization.migration import shared, spread
+
+    tops = [shared(each.astype(np.float64), pair.source.sharing) for each in (activations, weights)]
+    x, w = (np.maximum(each, _LEAST) for each in tops)
+    factors: Array = np.maximum(x**alpha / w ** (1 - alpha), _LEAST)
+    # A dead channel has no spread to move.
+    factors[(tops[0] < _LEAST) | (tops[1] < _LEAST)] = 1.0
+    if pair.source.kind == "linear" and _is_half(pair):
+        # What lies between the constants and the activation must not grow beyond its type.
+        factors = np.maximum(factors, 1.0)
+    return spread(factors, pair.source.sharing)
 
 
 def _is_half(pair: Pair) -> bool:

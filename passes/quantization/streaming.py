@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 import numpy as np
 import onnx_ir as ir
 
-from lwc.core.quant_layout import TILE, pack_codes, pack_columns
+from lwc.core.quant_layout import TILE, pack_codes, pack_columns, unpack_codes
 from lwc.core.weights import WeightStore, reading_once
 from lwc.passes.quantization.gptq import Rounded
 from lwc.passes.quantization.packing import pack_rows, pack_tile
@@ -91,6 +91,22 @@ class QuantizedWeight:
         else:
             scales = array * factors
         return replace(self, scales=ir.Tensor(scales.reshape(array.shape).astype(array.dtype)))
+
+    def values(self, spec: WeightSpec, shape: tuple[int, int]) -> Array:
+        """Return what the codes stand for, float32 `[inputs, outputs]`.
+
+        Args:
+            spec: Of the layouts `qdq` and `tiles`, symmetric, with one scale for each output.
+            shape: Inputs and outputs.
+        """
+        assert spec.block_size == 0
+        assert spec.grid.symmetric
+        scales = self.scales.numpy().astype(np.float32)
+        if spec.layout == "tiles":
+            codes = unpack_codes(self.codes.numpy(), spec.grid.bits, *shape).astype(np.float32)
+            return (codes - spec.grid.middle) * scales.ravel()[: shape[1]]
+        codes = self.codes.numpy().astype(np.float32)
+        return (codes.T if spec.transposed else codes) * scales
 
     def spill(self, store: WeightStore) -> QuantizedWeight:
         """Return the same with its tensors in `store`."""
@@ -375,6 +391,7 @@ def _small(scales: Array) -> Array:
 _QDQ_TYPES = {
     (4, False): ir.DataType.UINT4,
     (4, True): ir.DataType.INT4,
+    (7, True): ir.DataType.INT8,
     (8, False): ir.DataType.UINT8,
     (8, True): ir.DataType.INT8,
 }

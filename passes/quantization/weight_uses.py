@@ -55,6 +55,12 @@ class WeightUses:
         """Whether an embedding and a linear layer share it."""
         return len({use.role == "Gather" for use in self.uses}) == 2
 
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Inputs and outputs of the layer."""
+        rows, columns = self.tensor.shape.numpy()
+        return (columns, rows) if self.uses[0].transposed else (rows, columns)
+
 
 def find_weights(module: Module) -> Iterator[WeightUses]:
     """Yield every floating-point constant that MatMul, Gemm or Gather use as a weight, once.

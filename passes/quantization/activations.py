@@ -1,0 +1,184 @@
+"""What becomes of the activations that quantized weights are multiplied with."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import onnx_ir as ir
+
+from lwc.calibration.statistics import Sample, Statistic
+from lwc.core.weights import reading
+from lwc.passes.quantization.int8_rounding import per_tensor, per_token, relative_error, static
+from lwc.passes.quantization.layerwise import Layer, activation_of
+from lwc.passes.quantization.lowering import PackedWeight, lower_per_tensor
+from lwc.passes.quantization.streaming import QuantizedWeight
+from lwc.rewrite.editor import Editor
+
+if TYPE_CHECKING:
+    from lwc.core.module import Module
+    from lwc.pipeline.passes import PassContext
+
+__all__ = ["Activations", "PerTensor", "Static", "first_readers", "measured", "observe"]
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+
+_ROWS = 256
+"""Rows of each activation on which errors of outputs are measured."""
+
+_FEEDS = 8
+"""Feeds they are taken from, where nothing else is asked about all of the data."""
+
+
+def measured(module: Module, layers: Iterable[Layer]) -> list[ir.Value]:
+    """Return the activations of layers that calibration can see: those of the main graph."""
+    uses = [use for layer in layers for use in layer.weight.uses if use.role != "Gather"]
+    inputs = {use.node.inputs[0] for use in uses}
+    return [value for value in _main_values(module) if value in inputs]
+
+
+def _main_values(module: Module) -> Iterable[ir.Value]:
+    yield from module.graph.inputs
+    for node in module.graph:
+        yield from node.outputs
+
+
+def observe(
+    module: Module,
+    values: Sequence[ir.Value],
+    ctx: PassContext,
+    statistics: Mapping[ir.Value, Statistic],
+) -> dict[ir.Value, Array]:
+    """Run the calibration data; return some rows of activations, float32 `[rows, channels]`.
+
+    Args:
+        module: The model.
+        values: The activations.
+        ctx: Gives the data and the runner.
+        statistics: What else is to be known of activations.
+    """
+    from lwc.calibration.collect import collect
+
+    samples = {value: Sample(_ROWS, ctx.seed) for value in values}
+    wanted = {
+        value: (sample, statistics[value]) if value in statistics else (sample,)
+        for value, sample in samples.items()
+    }
+    given = ctx.calibration
+    if given is not None and not statistics:
+        ctx = replace(ctx, calibration=lambda module: itertools.islice(given(module), _FEEDS))
+    collect(module, wanted, ctx)
+    return {value: sample.value for value, sample in samples.items()}
+
+
+class Activations:
+    """Activations that the operator of the product rounds itself, each token with its own scale.
+
+    Args:
+        samples: Rows of activations, float32 `[rows, channels]`, on which errors are measured;
+            none where there is no calibration data.
+    """
+
+    def __init__(self, samples: Mapping[ir.Value, Array]) -> None:
+        self._samples = samples
+
+    def rounded(self, value: ir.Value, x: Array) -> Array:
+        """Return rows of an activation as the product sees them."""
+        return per_token(x)
+
+    def output_error(self, layer: Layer, result: QuantizedWeight) -> float | None:
+        """Return the relative error of a layer's outputs; None where its activation is not known.
+
+        It has the rounding of both, and is the Frobenius norm of the change over that of the
+        outputs, without what is added to them.
+        """
+        value = activation_of(layer.weight)
+        x = None if value is None else self._samples.get(value)
+        if value is None or x is None or layer.spec.layout not in ("qdq", "tiles"):
+            return None
+        wanted = x @ matrix(layer.weight.tensor, layer.spec.transposed)
+        found = self.rounded(value, x) @ result.values(layer.spec, layer.weight.matrix)
+        return relative_error(found, wanted)
+
+    def prepare(self, editor: Editor, layers: Sequence[Layer]) -> None:
+        """Add what all layers need, before the first of them is lowered."""
+
+    def lower(self, editor: Editor, layer: Layer, packed: PackedWeight) -> bool:
+        """Lower a layer, if this needs another form than that of its weight; tell whether it did.
+
+        It may also change what the layer reads.
+        """
+        return False
+
+
+class PerTensor(Activations):
+    """Activations that DynamicQuantizeMatMul rounds, the whole tensor with one scale."""
+
+    def rounded(self, value: ir.Value, x: Array) -> Array:
+        """See `Activations`; the scale is that of the sample."""
+        return per_tensor(x)
+
+    def lower(self, editor: Editor, layer: Layer, packed: PackedWeight) -> bool:
+        """See `Activations`."""
+        if layer.spec.layout != "qdq":
+            return False
+        lower_per_tensor(editor, layer.weight, packed)
+        return True
+
+
+class Static(Activations):
+    """Activations that QuantizeLinear rounds to int8, with a scale known beforehand.
+
+    The zero point is 0, which every runtime takes.
+
+    Args:
+        samples: See `Activations`.
+        steps: The scale of each activation.
+    """
+
+    def __init__(self, samples: Mapping[ir.Value, Array], steps: Mapping[ir.Value, float]) -> None:
+        super().__init__(samples)
+        self._steps = steps
+        self._made: dict[ir.Value, ir.Value] = {}
+
+    def rounded(self, value: ir.Value, x: Array) -> Array:
+        """See `Activations`."""
+        return static(x, self._steps[value])
+
+    def prepare(self, editor: Editor, layers: Sequence[Layer]) -> None:
+        """Put QuantizeLinear and DequantizeLinear behind every activation that is read."""
+        for value, node in first_readers(editor.module, layers).items():
+            dtype = value.dtype
+            assert dtype is not None
+            editor.at(node)
+            scale = editor.constant(np.array(self._steps[value], dtype.numpy()), "activation_scale")
+            zero = editor.constant(np.array(0, np.int8), "activation_zero_point")
+            codes = editor.op("QuantizeLinear", [value, scale, zero])
+            self._made[value] = editor.op("DequantizeLinear", [codes, scale, zero])
+
+    def lower(self, editor: Editor, layer: Layer, packed: PackedWeight) -> bool:
+        """See `Activations`."""
+        for use in layer.weight.uses:
+            value = use.node.inputs[0]
+            assert value is not None
+            editor.set_input(use.node, 0, self._made[value])
+        return False
+
+
+def first_readers(module: Module, layers: Iterable[Layer]) -> dict[ir.Value, ir.Node]:
+    """Return the activations of layers, each with the first of them that reads it."""
+    nodes = {use.node for layer in layers for use in layer.weight.uses}
+    found: dict[ir.Value, ir.Node] = {}
+    for node in module.graph:
+        if node in nodes and node.inputs[0] is not None:
+            found.setdefault(node.inputs[0], node)
+    return found
+
+
+def matrix(tensor: ir.TensorProtocol, transposed: bool) -> Array:
+    """Return a weight, float32 `[inputs, outputs]`."""
+    with reading(tensor) as array:
+        return np.array(array.T if transposed else array, np.float32)
