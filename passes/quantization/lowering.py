@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -105,7 +104,7 @@ def _linear(editor: Editor, use: WeightUse, packed: PackedWeight, accuracy_level
     if bias is not None:
         inputs += [None, bias]
     result = editor.op("MatMulNBits", inputs, attributes, domain=_CONTRIB)
-    return result if bias is not None else _with_terms(editor, node, result, packed)
+    return result if bias is not None else _with_terms(editor, node, result)
 
 
 def lower_to_dialect(
@@ -133,7 +132,7 @@ def lower_to_dialect(
         inputs = [use.node.inputs[0], packed.codes, packed.scales, packed.zero_points, bias]
         result = dynamic_quant_matmul(editor, variant, inputs)
         if use.role == "Gemm" and bias is None:
-            result = _with_terms(editor, use.node, result, packed)
+            result = _with_terms(editor, use.node, result)
         if beside is not None:
             result = editor.op("Add", [result, beside(use)])
         _replace(editor, use.node, result)
@@ -156,7 +155,7 @@ def lower_per_tensor(editor: Editor, weight: WeightUses, packed: PackedWeight) -
         inputs = [use.node.inputs[0], packed.codes, packed.scales, None, bias]
         result = editor.op("DynamicQuantizeMatMul", _trim(_trim(inputs)), domain=_CONTRIB)
         if use.role == "Gemm" and bias is None:
-            result = _with_terms(editor, use.node, result, packed)
+            result = _with_terms(editor, use.node, result)
         _replace(editor, use.node, result)
 
 
@@ -169,15 +168,15 @@ def _own_bias(node: ir.Node, packed: PackedWeight) -> ir.Value | None:
     return addend if plain else None
 
 
-def _with_terms(editor: Editor, node: ir.Node, result: ir.Value, packed: PackedWeight) -> ir.Value:
+def _with_terms(editor: Editor, node: ir.Node, result: ir.Value) -> ir.Value:
     """Write out alpha * (x @ W) + beta * C of a Gemm, given x @ W."""
     alpha, beta = attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0)
     addend = node.inputs[2] if len(node.inputs) > 2 and beta != 0 else None
     if alpha != 1:
-        result = editor.op("Mul", [result, _scalar(editor, alpha, packed)])
+        result = editor.op("Mul", [result, _scalar(editor, alpha, result)])
     if addend is not None:
         if beta != 1:
-            addend = editor.op("Mul", [addend, _scalar(editor, beta, packed)])
+            addend = editor.op("Mul", [addend, _scalar(editor, beta, addend)])
         result = editor.op("Add", [result, addend])
     return result
 
@@ -251,6 +250,8 @@ def _trim(values: list[ir.Value | None]) -> list[ir.Value | None]:
     return values[:-1] if values[-1] is None else values
 
 
-def _scalar(editor: Editor, number: float, packed: PackedWeight) -> ir.Value:
-    dtype: Any = packed.scales.dtype.numpy() if packed.scales.dtype else np.float32
-    return editor.constant(np.array(number, dtype=dtype), "factor")
+def _scalar(editor: Editor, number: float, beside: ir.Value) -> ir.Value:
+    """Return a constant of the type of another value."""
+    dtype = editor.dtype(beside)
+    assert dtype is not None, "what a layer of a known weight computes with has its type"
+    return editor.constant(np.array(number, dtype=dtype.numpy()), "factor")
