@@ -463,7 +463,7 @@ BUILTIN: tuple[PassInfo, ...] = (
             OptionInfo(
                 name="alpha",
                 type="float or auto or none",
-                default="0.5",
+                default="auto",
                 help="See `smooth`; `none` leaves activations as they are.",
                 positional=True,
             ),

@@ -22,7 +22,16 @@ if TYPE_CHECKING:
     from lwc.core.module import Module
     from lwc.pipeline.passes import PassContext
 
-__all__ = ["Activations", "PerTensor", "Static", "first_readers", "measured", "observe"]
+__all__ = [
+    "Activations",
+    "PerTensor",
+    "Static",
+    "first_readers",
+    "matrix",
+    "measured",
+    "observe",
+    "seen",
+]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
@@ -35,7 +44,8 @@ _FEEDS = 8
 
 def measured(module: Module, layers: Iterable[Layer]) -> list[ir.Value]:
     """Return the activations of layers that calibration can see: those of the main graph."""
-    uses = [use for layer in layers for use in layer.weight.uses if use.role != "Gather"]
+    seen = [layer for layer in layers if _is_seen(layer, module)]
+    uses = [use for layer in seen for use in layer.weight.uses if use.role != "Gather"]
     inputs = {use.node.inputs[0] for use in uses}
     return [value for value in _main_values(module) if value in inputs]
 
@@ -150,11 +160,12 @@ class Static(Activations):
 
     def prepare(self, editor: Editor, layers: Sequence[Layer]) -> None:
         """Put QuantizeLinear and DequantizeLinear behind every activation that is read."""
+        # The operands of a product have one type.
+        types = {use.node: layer.weight.tensor.dtype.numpy()
+                 for layer in layers for use in layer.weight.uses}  # fmt: skip
         for value, node in first_readers(editor.module, layers).items():
-            dtype = value.dtype
-            assert dtype is not None
             editor.at(node)
-            scale = editor.constant(np.array(self._steps[value], dtype.numpy()), "activation_scale")
+            scale = editor.constant(np.array(self._steps[value], types[node]), "activation_scale")
             zero = editor.constant(np.array(0, np.int8), "activation_zero_point")
             codes = editor.op("QuantizeLinear", [value, scale, zero])
             self._made[value] = editor.op("DequantizeLinear", [codes, scale, zero])
@@ -176,6 +187,25 @@ def first_readers(module: Module, layers: Iterable[Layer]) -> dict[ir.Value, ir.
         if node in nodes and node.inputs[0] is not None:
             found.setdefault(node.inputs[0], node)
     return found
+
+
+def seen(layers: Iterable[Layer], module: Module, ctx: PassContext) -> list[Layer]:
+    """Return the layers of the main graph; remarks say that others stay."""
+    kept = []
+    for layer in layers:
+        if _is_seen(layer, module):
+            kept.append(layer)
+        else:
+            ctx.missed(
+                f"'{layer.weight.value.name}' stays: it belongs to a subgraph, where calibration "
+                "sees no activations",
+                layer.weight.uses[0].node,
+            )
+    return kept
+
+
+def _is_seen(layer: Layer, module: Module) -> bool:
+    return all(use.node.graph is module.graph for use in layer.weight.uses)
 
 
 def matrix(tensor: ir.TensorProtocol, transposed: bool) -> Array:

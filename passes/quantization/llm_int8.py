@@ -61,11 +61,12 @@ class LlmInt8(Pass):
     def run(self, module: Module, ctx: PassContext) -> PassResult:
         """See the class."""
         from lwc.calibration.statistics import AbsMax
-        from lwc.passes.quantization.activations import measured, observe
+        from lwc.passes.quantization.activations import measured, observe, seen
         from lwc.passes.quantization.outlier_columns import OutlierColumns
 
         quantizer = self._quantizer()
-        layers, skipped = quantizer.choose(module, ctx)
+        found, skipped = quantizer.choose(module, ctx)
+        layers = seen(found, module, ctx)
         values = measured(module, layers)
         largest = {value: AbsMax() for value in values}
         samples = observe(module, values, ctx, largest) if values else {}
@@ -77,7 +78,7 @@ class LlmInt8(Pass):
             module,
             ctx,
             [each._replace(weight=columns[each.weight.value].rest) for each in kept],
-            skipped=skipped + len(layers) - len(kept),
+            skipped=skipped + len(found) - len(kept),
             activations=OutlierColumns(samples, split),
         )
         count = sum(int(each.channels.sum()) for each in columns.values())
@@ -103,17 +104,10 @@ class LlmInt8(Pass):
         found: dict[ir.Value, Columns] = {}
         for layer in layers:
             weight, node = layer.weight, layer.weight.uses[0].node
+            read = [use.node.inputs[0] for use in weight.uses]
             rounds = layer.spec.layout == "tiles" and not weight.tied
-            read = {use.node.inputs[0] for use in weight.uses} if rounds else set()
-            seen = [tops[value] for value in read if value is not None and value in tops]
-            if len(seen) < len(read):
-                ctx.missed(
-                    f"'{weight.value.name}' stays: it belongs to a subgraph, where calibration "
-                    "sees no activations",
-                    node,
-                )
-                continue
-            each = columns_of(layer, seen, self.threshold)
+            known = [tops[value] for value in read if rounds and value is not None]
+            each = columns_of(layer, known, self.threshold)
             if each.channels.all():
                 ctx.missed(
                     f"'{weight.value.name}' stays: every channel it reads reaches threshold="

@@ -299,5 +299,5 @@ def _scalar(editor: Editor, number: float, node: ir.Node) -> ir.Value:
     return editor.constant(np.array(number, dtype=dtype.numpy()), "factor")
 
 
-def _dtype(packed: PackedWeight) -> Any:
+def _dtype(packed: PackedWeight) -> np.dtype[Any]:
     return packed.scales.dtype.numpy() if packed.scales.dtype else np.float32

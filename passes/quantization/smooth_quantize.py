@@ -47,7 +47,7 @@ class SmoothQuantize(Pass):
     contract: ClassVar[Contract] = Lossy(noise=0.1)
     positional: ClassVar[str | None] = "alpha"
 
-    alpha: float | Literal["auto"] | None = 0.5
+    alpha: float | Literal["auto"] | None = "auto"
     activations: Literal["per-token", "per-tensor", "static"] = "per-token"
     clip: Literal["mse", "percentile", "max"] = "mse"
     weight_bits: Literal[7, 8] | None = None
@@ -62,21 +62,16 @@ class SmoothQuantize(Pass):
 
     def run(self, module: Module, ctx: PassContext) -> PassResult:
         """See the class."""
+        from lwc.passes.quantization.activations import seen
+
         smoothed = PassResult(changed=False)
         if self.alpha is not None:
             smoothed = Smooth(self.alpha).run(module, ctx)
             ctx.analyses.invalidate()
         quantizer = self._quantizer()
-        layers, skipped = quantizer.choose(module, ctx)
-        kept = [layer for layer in layers if not self._unseen(layer, module)]
-        for layer in layers:
-            if layer not in kept:
-                ctx.missed(
-                    f"'{layer.weight.value.name}' stays: it belongs to a subgraph, where "
-                    "calibration sees no activations",
-                    layer.weight.uses[0].node,
-                )
-        skipped += len(layers) - len(kept)
+        found, skipped = quantizer.choose(module, ctx)
+        kept = seen(found, module, ctx) if self.activations == "static" else found
+        skipped += len(found) - len(kept)
         layers = [self._in_columns(layer) for layer in kept]
         result = quantizer.quantize(
             module, ctx, layers, skipped=skipped, activations=self._activations(module, layers, ctx)
@@ -96,11 +91,6 @@ class SmoothQuantize(Pass):
             embeddings=None if static else self.embeddings,
             ops=self.ops,
             exclude=self.exclude,
-        )
-
-    def _unseen(self, layer: Layer, module: Module) -> bool:
-        return self.activations == "static" and any(
-            use.node.graph is not module.graph for use in layer.weight.uses
         )
 
     def _in_columns(self, layer: Layer) -> Layer:

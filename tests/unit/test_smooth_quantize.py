@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from support import module_of, ops, run_plain
+from support import module_of, run_plain
 
 from lwc.analysis.manager import AnalysisManager
 from lwc.backends.onnxruntime.session import make_runner
@@ -95,6 +95,10 @@ def change(chosen: Pass, module: Module, *, calibrated: bool = True) -> float:
     run(chosen, module, feeds(module) if calibrated else None)
     found = [np.concatenate([y.ravel() for y in run_plain(module, feed)]) for feed in fresh]
     return relative_error(np.stack(found), np.stack(wanted))
+
+
+def ops(module: Module) -> list[str]:
+    return [node.op_type for node in module.graph]
 
 
 def said(module: Module, kind: str) -> str:
@@ -262,10 +266,12 @@ def test_products_of_pairs_fit_16_bits(bits: Any) -> None:
 
 
 def test_outliers_wreck_int8_and_all_three_recover_it() -> None:
-    """Channels 1000 times as large leave the others of a token about one step."""
+    """Channels 1000 times as large leave the others of a token about one step.
+
+    The weights behind them are as much smaller, so that they give no more of the outputs.
+    """
     plain = change(SmoothQuantize(None), norm(1.0))
 
-    # Measured on the outputs less what the outliers give: weights behind them are 1000 times less.
     def planted() -> Module:
         module = norm(1000.0)
         for name, axis in (("w", 0), ("v", 1)):
@@ -280,11 +286,8 @@ def test_outliers_wreck_int8_and_all_three_recover_it() -> None:
     assert change(SmoothQuantize(0.5), planted()) < 2 * plain
     assert change(SmoothQuantize("auto"), planted()) < 2 * plain
     module = planted()
-    result = None
-    fresh = change(LlmInt8(100.0), module)
-    assert fresh < 2 * plain
-    assert result is None
-    assert ops(module).count("Where") == ops(module).count("Gather") == 1, "q, k and v share them"
+    assert change(LlmInt8(100.0), module) < 2 * plain
+    assert ops(module).count("Where") == ops(module).count("Gather") == 1, "two layers share them"
 
 
 def test_threshold_zero_is_floating_point() -> None:
@@ -323,12 +326,11 @@ def test_infinities_in_an_outlier_channel_do_not_reach_the_rest() -> None:
 def test_one_weight_of_two_activations() -> None:
     text = """g (float[s, 64] x) => (float[s, 96] y) <> { a = Mul (x, big) b = Mul (x, other)
         p = MatMul (a, w) q = MatMul (b, w) y = Add (p, q) }"""
-    for chosen in (LlmInt8(50.0), SmoothQuantize(None, activations="static"), SmoothQuantize()):
+    for chosen in (LlmInt8(5.0), SmoothQuantize(None, activations="static"), SmoothQuantize()):
         big, other = np.ones(64), np.ones(64)
-        big[3], other[7] = 100, 50
+        big[3], other[7] = 4, 3
         module = weighted(text, big=big, other=other, w=(64, 96))
-        # The outliers make up nearly all of the output and set static scales.
-        assert change(chosen, module) < 2 * COARSE
+        assert change(chosen, module) < COARSE
         if isinstance(chosen, LlmInt8):
             assert ops(module).count("Where") == 2
 
@@ -377,22 +379,21 @@ def test_what_stays_is_said() -> None:
                     else_branch = b () => (float[s, 96] q) { q = MatMul (x, v) }> }"""
     for chosen in (SmoothQuantize(None, activations="static"), LlmInt8()):
         module = weighted(text, w=(64, 96), v=(64, 96))
-        data: Feeds = [feeds(module)[0] | {"c": np.array(True)}]
+        data = [feeds(module)[0] | {"c": np.array(True)}]
         assert not run(chosen, module, data).changed
         assert said(module, "missed").count("belongs to a subgraph") == 2
     module = norm()
     run(SmoothQuantize(None, exclude=("w",)), module, None)
     assert "'w' stays: exclude=w matches" in said(module, "missed")
-    assert ops(module).count("MatMul") == 2  # that of w, and the function of the other
+    assert ops(module).count("MatMul") == 1
     module = gemm()
     run(SmoothQuantize(None, ops=("MatMul",)), module, None)
     assert "Gemm is not among ops" in said(module, "missed")
 
 
 def test_embeddings_are_left_by_static_only() -> None:
-    text = (
-        """g (int64[s] ids) => (float[s, 96] y) <> { x = Gather (table, ids) y = MatMul (x, w) }"""
-    )
+    text = """g (int64[s] ids) => (float[s, 96] y) <>
+        { x = Gather (table, ids) y = MatMul (x, w) }"""
     data = [{"ids": np.arange(12)}]
     for activations, gathers in (("per-token", 0), ("per-tensor", 0), ("static", 1)):
         module = weighted(text, opset=21, table=(32, 64), w=(64, 96))
