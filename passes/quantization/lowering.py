@@ -300,4 +300,4 @@ def _scalar(editor: Editor, number: float, node: ir.Node) -> ir.Value:
 
 
 def _dtype(packed: PackedWeight) -> np.dtype[Any]:
-    return packed.scales.dtype.numpy() if packed.scales.dtype else np.float32
+    return packed.scales.dtype.numpy() if packed.scales.dtype else np.dtype(np.float32)
