@@ -48,14 +48,17 @@ def test_links_are_relative(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_wheel_holds_every_module_and_template(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiler", [True, False])
+def test_a_wheel_holds_every_module_and_template(tmp_path: Path, compiler: bool) -> None:
+    """Without a C++ compiler it is built all the same."""
     source = tmp_path / "source"  # setuptools leaves a build folder beside what it builds
     for name in ("lwc", "passes", "backends"):
         shutil.copytree(ROOT / name, source / name, symlinks=True)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path)]
-    subprocess.run([*command, str(source)], check=True, capture_output=True)
+    environment = dict(os.environ) if compiler else {**os.environ, "CC": "false", "CXX": "false"}
+    subprocess.run([*command, str(source)], check=True, capture_output=True, env=environment)
     (wheel,) = tmp_path.glob("*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
     expected = set()
@@ -66,3 +69,7 @@ def test_a_wheel_holds_every_module_and_template(tmp_path: Path) -> None:
                     inner = Path(folder, file).relative_to(ROOT / top)
                     expected.add(f"{name}/{inner}")
     assert expected <= held
+    if compiler and shutil.which("g++") is None:
+        return
+    native = [name for name in held if name.startswith("lwc/backends/onnxruntime/_native.")]
+    assert len(native) == compiler
