@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -23,8 +23,13 @@ from lwc.passes.quantization.tile_lookup import lookup_in_tiles
 from lwc.passes.quantization.weight_uses import WeightUse, WeightUses
 from lwc.rewrite.editor import Editor, attribute
 
+if TYPE_CHECKING:
+    from lwc.passes.quantization.activations import Activations
+    from lwc.passes.quantization.layerwise import Layer
+
 __all__ = [
     "PackedWeight",
+    "lower",
     "lower_per_tensor",
     "lower_to_contrib",
     "lower_to_dialect",
@@ -87,6 +92,45 @@ class PackedWeight:
             grid=grid,
             block_size=block_size,
         )
+
+
+def lower(
+    editor: Editor,
+    layer: Layer,
+    result: QuantizedWeight,
+    accuracy_level: int,
+    activations: Activations | None,
+) -> None:
+    """Put a quantized weight into the graph, by its layout, and take what nothing reads out.
+
+    Args:
+        editor: Edits the module.
+        layer: The weight.
+        result: What became of it.
+        accuracy_level: Of MatMulNBits.
+        activations: What becomes of the activations; None leaves them to the operators.
+    """
+    weight, spec = layer
+    packed = PackedWeight.register(
+        editor,
+        weight.value.name or "weight",
+        result,
+        weight.matrix,
+        grid=spec.grid,
+        block_size=spec.block_size,
+    )
+    transposes = [user for user, _ in weight.value.uses() if user.op_type == "Transpose"]
+    if activations is not None and activations.lower(editor, layer, packed):
+        pass
+    elif spec.layout == "qdq":
+        lower_to_standard(editor, weight, packed)
+    elif spec.layout == "tiles":
+        lower_to_dialect(editor, weight, packed)
+    else:
+        lower_to_contrib(editor, weight, packed, accuracy_level)
+    for node in transposes:
+        _erase_dead(editor, node)
+    _remove_constant(editor, weight.value)
 
 
 def lower_to_contrib(
@@ -301,3 +345,23 @@ def _scalar(editor: Editor, number: float, node: ir.Node) -> ir.Value:
 
 def _dtype(packed: PackedWeight) -> np.dtype[Any]:
     return packed.scales.dtype.numpy() if packed.scales.dtype else np.dtype(np.float32)
+
+
+def _erase_dead(editor: Editor, node: ir.Node) -> None:
+    """Erase a Transpose, and those that read it, if nothing else does."""
+    for user, _ in list(node.outputs[0].uses()):
+        if user.op_type == "Transpose":
+            _erase_dead(editor, user)
+    if editor.is_dead(node):
+        editor.erase(node)
+
+
+def _remove_constant(editor: Editor, value: ir.Value) -> None:
+    """Take a constant that nothing reads any more out of its graph."""
+    if value.uses() or value.is_graph_output():
+        return
+    producer = value.producer()
+    if producer is not None:
+        editor.erase(producer)
+    elif value.graph is not None and value.name is not None:
+        value.graph.initializers.pop(value.name)

@@ -157,7 +157,7 @@ class MixedPrecision(Pass):
             if value not in own and tensor is not None
         )
         for weight in find_weights(module):
-            form = quantizer.form(weight, module, editor)
+            form = quantizer.form(weight, editor)
             if weight.value not in own and not isinstance(form, str):
                 fixed += form[1] - weight.tensor.nbytes
         return parse_size(self.budget) - fixed, fixed

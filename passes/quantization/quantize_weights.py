@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lwc.core.diagnostics import describe
 from lwc.core.errors import PassError, UsageError
 from lwc.pipeline.passes import Contract, Lossy, Pass, PassContext, PassResult
 
@@ -19,14 +17,12 @@ if TYPE_CHECKING:
     from lwc.core.module import Module
     from lwc.passes.quantization.activations import Activations
     from lwc.passes.quantization.layerwise import Layer, LayerwiseQuantizer
-    from lwc.passes.quantization.streaming import Layout, QuantizedWeight, WeightSpec
-    from lwc.passes.quantization.weight_uses import WeightUse, WeightUses
+    from lwc.passes.quantization.streaming import QuantizedWeight, WeightSpec
+    from lwc.passes.quantization.weight_forms import WeightForms
+    from lwc.passes.quantization.weight_uses import WeightUses
     from lwc.rewrite.editor import Editor
 
 __all__ = ["QuantizeWeights"]
-
-_WORTHWHILE = 0.75
-"""A weight stays as it is if its quantized form takes more than this fraction of its bytes."""
 
 
 @dataclass(frozen=True)
@@ -148,19 +144,20 @@ class QuantizeWeights(Pass):
         object.__setattr__(twin, "_assigned", assigned)
         return twin
 
-    def form(
-        self, weight: WeightUses, module: Module, editor: Editor
-    ) -> tuple[WeightSpec, int] | str:
+    def form(self, weight: WeightUses, editor: Editor) -> tuple[WeightSpec, int] | str:
         """Say what a weight would become and the bytes that takes, or why it would stay.
 
         Raises:
             PassError: The module's opset cannot express it.
         """
-        reason = self._obstacle(weight, editor)
-        if reason is not None:
-            return reason
-        size = self._packed_bytes(weight, self._block(weight, editor))
-        return self._spec(weight, module, editor), size
+        forms = self._forms(editor)
+        reason = forms.obstacle(weight)
+        return (forms.spec(weight), forms.packed_bytes(weight)) if reason is None else reason
+
+    def _forms(self, editor: Editor) -> WeightForms:
+        from lwc.passes.quantization.weight_forms import WeightForms
+
+        return WeightForms(self, self._assigned, editor)
 
     def run(self, module: Module, ctx: PassContext) -> PassResult:
         """See the class."""
@@ -174,6 +171,7 @@ class QuantizeWeights(Pass):
             PassError: The module's opset or a weight's type cannot express what is asked for.
         """
         from lwc.passes.quantization.layerwise import Layer
+        from lwc.passes.quantization.weight_forms import matches
         from lwc.passes.quantization.weight_uses import find_weights
 
         editor = ctx.editor()
@@ -181,17 +179,17 @@ class QuantizeWeights(Pass):
         skipped = 0
         weights = list(find_weights(module))
         for pattern in self.exclude:
-            if not any(_matches(weight, pattern) for weight in weights):
+            if not any(matches(weight, pattern) for weight in weights):
                 ctx.warn(f"exclude={pattern} matches no weight and none of their nodes")
         for weight in weights:
             own = self._for(weight, ctx)
-            reason = own if isinstance(own, str) else own._obstacle(weight, editor)
-            if reason is None and not isinstance(own, str):
-                chosen.append(Layer(weight, own._spec(weight, module, editor)))
-            else:
+            form = own if isinstance(own, str) else own.form(weight, editor)
+            if isinstance(form, str):
                 skipped += 1
                 place = weight.uses[0].node if weight.uses else None
-                ctx.missed(f"'{weight.value.name}' stays: {reason}", place)
+                ctx.missed(f"'{weight.value.name}' stays: {form}", place)
+            else:
+                chosen.append(Layer(weight, form[0]))
         return chosen, skipped
 
     def quantize(
@@ -213,6 +211,7 @@ class QuantizeWeights(Pass):
             activations: What becomes of activations; None leaves them to the lowered operators.
         """
         from lwc.passes.quantization.layerwise import Layer
+        from lwc.passes.quantization.lowering import lower
         from lwc.passes.quantization.tally import Tally
 
         editor = ctx.editor()
@@ -250,7 +249,7 @@ class QuantizeWeights(Pass):
         for (weight, spec), result in done:
             factors = None if quantizer is None else quantizer.factors.get(weight.value)
             final = result if factors is None else result.scaled(factors, spec)
-            self._lower(editor, Layer(weight, spec), final, activations)
+            lower(editor, Layer(weight, spec), final, self.accuracy_level, activations)
         if not chosen:
             ctx.note("no weight to quantize")
         statistics = tally.statistics()
@@ -330,225 +329,12 @@ class QuantizeWeights(Pass):
                 "format=auto chooses by measured times, and this machine was not measured",
                 remedy="a report with --measure measures it, or name a format",
             )
-        operator, objection = choose_operator(target, self._bits(weight), *weight.matrix)
+        bits = self._forms(ctx.editor()).bits(weight)
+        operator, objection = choose_operator(target, bits, *weight.matrix)
         return objection if operator is None else self._changed(self._assigned, format=operator)
-
-    def _obstacle(self, weight: WeightUses, editor: Editor) -> str | None:
-        """Say why a weight stays as it is, or return None."""
-        import onnx_ir as ir
-
-        if weight.obstacle is not None:
-            return weight.obstacle
-        roles = {use.role for use in weight.uses}
-        if "Gather" in roles and self.embeddings is None:
-            return "it is an embedding table, and embeddings=none"
-        unwanted = sorted(roles - {"Gather"} - set(self.ops))
-        if unwanted:
-            return f"{unwanted[0]} is not among ops"
-        pattern = self._excluded(weight)
-        if pattern is not None:
-            return f"exclude={pattern} matches"
-        if any(editor.in_function(use.node) for use in weight.uses):
-            return "it belongs to a function body, which holds no initializers"
-        layout = self._layout(weight)
-        if layout == "tiles" and weight.tensor.dtype != ir.DataType.FLOAT:
-            return f"its type is {weight.tensor.dtype}, and products in int8 take float32"
-        if weight.tensor.dtype == ir.DataType.BFLOAT16 and layout != "qdq":
-            raise PassError(
-                f"'{weight.value.name}' is bfloat16, for which ONNX Runtime has no CPU kernel",
-                node=describe(weight.uses[0].node),
-                remedy="run convert-dtype{float16} first, or use format=qdq",
-            )
-        if weight.tensor.dtype not in (
-            ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
-        ):  # fmt: skip
-            return f"its type is {weight.tensor.dtype}"
-        inputs, _ = weight.matrix
-        size = self._block(weight, editor)
-        whole = self._is_nf4(weight) or ("Gather" in roles and layout != "tiles")
-        if whole and size and inputs % size:
-            return f"rows of {inputs} do not divide into blocks of {size}"
-        if "Gather" in roles and layout == "qdq" and (size == 0 or self.embeddings == 4):
-            return "a standard embedding needs 8 bits in blocks"
-        if any(
-            use.role == "MatMul" and editor.rank(use.node.inputs[0]) == 1 for use in weight.uses
-        ):
-            return "the left operand is a vector"
-        small = self._packed_bytes(weight, size)
-        if small > _WORTHWHILE * weight.tensor.nbytes:
-            return f"it is too small: {weight.tensor.nbytes} bytes would become {small}"
-        return None
-
-    def _excluded(self, weight: WeightUses) -> str | None:
-        return next((each for each in self.exclude if _matches(weight, each)), None)
-
-    def _bits(self, weight: WeightUses) -> Literal[2, 3, 4, 8]:
-        table = any(use.role == "Gather" for use in weight.uses)
-        if table and self.embeddings:
-            return self.embeddings
-        return self._assigned.get(weight.value, self.bits)
-
-    def _block(self, weight: WeightUses, editor: Editor) -> int:
-        """Return the block size of a weight; 0 is one block for all inputs."""
-        layout = self._layout(weight)
-        if self.block_size or (self.block_size == 0 and layout == "qdq"):
-            return self.block_size
-        if self.block_size == 0 and layout == "tiles" and not weight.tied:
-            return 0
-        if layout == "tiles":
-            return 32
-        if self._is_nf4(weight):
-            return 64
-        rounds = layout != "qdq" and self.accuracy_level == 4
-        fine = rounds and self._bits(weight) == 8
-        return 16 if fine and all(_reads_product(use, editor) for use in weight.uses) else 32
-
-    def _layout(self, weight: WeightUses) -> Layout:
-        if self.format == "qdq":
-            return "qdq"
-        if all(use.role == "Gather" for use in weight.uses):
-            return "table"
-        if self._is_nf4(weight):
-            return "bnb4"
-        return "matmulnbits" if self.format == "matmulnbits" else "tiles"
-
-    def _is_nf4(self, weight: WeightUses) -> bool:
-        return self.codebook == "nf4" and all(use.role != "Gather" for use in weight.uses)
-
-    def _is_symmetric(self, weight: WeightUses) -> bool:
-        # A shared 4-bit table would need its zero points packed in two ways.
-        shared = weight.tied and self._bits(weight) == 4 and self._layout(weight) != "tiles"
-        return self.symmetric or shared or self._is_nf4(weight)
-
-    def _packed_bytes(self, weight: WeightUses, size: int) -> int:
-        from lwc.core.quant_layout import TILE, packed_bytes
-
-        bits = self._bits(weight)
-        inputs, outputs = weight.matrix
-        size = size or inputs
-        blocks = -(-inputs // size)
-        if self._layout(weight) == "tiles":
-            each = 2 if self._is_symmetric(weight) else 3  # of a scale and a zero point
-            return packed_bytes(inputs, outputs, bits) + -(-outputs // TILE) * TILE * blocks * each
-        zeros = 0 if self._is_symmetric(weight) else -(-blocks * bits // 8)
-        codes = blocks * size * bits // 8
-        return outputs * (codes + zeros + blocks * weight.tensor.dtype.bitwidth // 8)
-
-    def _spec(self, weight: WeightUses, module: Module, editor: Editor) -> WeightSpec:
-        """Say how to quantize a weight.
-
-        Raises:
-            PassError: The module's opset cannot express it.
-        """
-        from lwc.passes.quantization.rounding import Grid
-        from lwc.passes.quantization.streaming import WeightSpec
-
-        bits, size = self._bits(weight), self._block(weight, editor)
-        layout = self._layout(weight)
-        codebook: Literal["uniform", "nf4"] = "nf4" if self._is_nf4(weight) else "uniform"
-        grid = Grid(bits, self._is_symmetric(weight), self.search, codebook)
-        if layout == "qdq":
-            self._check_opset(weight, bits, size, module.opset)
-        return WeightSpec(grid, size, weight.uses[0].transposed, layout)
-
-    def _check_opset(self, weight: WeightUses, bits: int, size: int, opset: int) -> None:
-        import onnx_ir as ir
-
-        if bits == 2:
-            raise PassError(
-                "DequantizeLinear with 2 bits needs opset 25, for which lwc does not write it",
-                node=describe(weight.uses[0].node),
-                remedy="use format=matmulnbits",
-            )
-        if bits == 4 or size:
-            needed, what = 21, "a standard form in blocks or with 4 bits"
-        else:
-            half = weight.tensor.dtype != ir.DataType.FLOAT
-            needed, what = (19, "DequantizeLinear to float16") if half else (13, "")
-        if opset < needed:
-            raise PassError(
-                f"{what} needs opset {needed}, the model has {opset}",
-                node=describe(weight.uses[0].node),
-                remedy="export the model at that opset, use format=matmulnbits, or, for 8-bit "
-                "layers, block-size=0 embeddings=none",
-            )
-
-    def _lower(
-        self,
-        editor: Editor,
-        layer: Layer,
-        result: QuantizedWeight,
-        activations: Activations | None,
-    ) -> None:
-        from lwc.passes.quantization.lowering import (
-            PackedWeight,
-            lower_to_contrib,
-            lower_to_dialect,
-            lower_to_standard,
-        )
-
-        weight, spec = layer
-        packed = PackedWeight.register(
-            editor,
-            weight.value.name or "weight",
-            result,
-            weight.matrix,
-            grid=spec.grid,
-            block_size=spec.block_size,
-        )
-        transposes = [user for user, _ in weight.value.uses() if user.op_type == "Transpose"]
-        if activations is not None and activations.lower(editor, layer, packed):
-            pass
-        elif spec.layout == "qdq":
-            lower_to_standard(editor, weight, packed)
-        elif spec.layout == "tiles":
-            lower_to_dialect(editor, weight, packed)
-        else:
-            lower_to_contrib(editor, weight, packed, self.accuracy_level)
-        for node in transposes:
-            _erase_dead(editor, node)
-        _remove_constant(editor, weight.value)
-
-
-def _reads_product(use: WeightUse, editor: Editor) -> bool:
-    """Tell whether a layer's input is a product of two activations of one shape.
-
-    The gate of a norm has an extent of one, and a weight is no activation: norms are none.
-    """
-    from lwc.rewrite import producer_of
-
-    product = producer_of(use.node.inputs[0], "Mul") if use.role != "Gather" else None
-    if product is None or any(editor.tensor(factor) is not None for factor in product.inputs):
-        return False
-    return editor.same_shape(*product.inputs)
 
 
 def _in_main_graph(weight: WeightUses, module: Module) -> bool:
     return weight.value.is_initializer() and all(
         use.node.graph is module.graph for use in weight.uses
     )
-
-
-def _matches(weight: WeightUses, pattern: str) -> bool:
-    names = [weight.value.name, *(use.node.name for use in weight.uses)]
-    return any(name is not None and fnmatchcase(name, pattern) for name in names)
-
-
-def _erase_dead(editor: Editor, node: ir.Node) -> None:
-    """Erase a Transpose, and those that read it, if nothing else does."""
-    for user, _ in list(node.outputs[0].uses()):
-        if user.op_type == "Transpose":
-            _erase_dead(editor, user)
-    if editor.is_dead(node):
-        editor.erase(node)
-
-
-def _remove_constant(editor: Editor, value: ir.Value) -> None:
-    """Take a constant that nothing reads any more out of its graph."""
-    if value.uses() or value.is_graph_output():
-        return
-    producer = value.producer()
-    if producer is not None:
-        editor.erase(producer)
-    elif value.graph is not None and value.name is not None:
-        value.graph.initializers.pop(value.name)

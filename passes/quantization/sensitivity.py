@@ -89,7 +89,7 @@ def find_candidates(
             continue
         forms: dict[Bits, Form] = {}
         for each in bits:
-            form = replace(quantizer, bits=each).form(weight, module, editor)
+            form = replace(quantizer, bits=each).form(weight, editor)
             if not isinstance(form, str):
                 forms[each] = Form(*form)
         if forms:
