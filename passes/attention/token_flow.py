@@ -323,7 +323,7 @@ def _softmax(walk: _Walk, node: ir.Node) -> Flow:
 
 
 @_flows(
-    f"{_MS}MatMulNBits", f"{_MS}DynamicQuantizeMatMul", f"{_MS}MatMulBnb4", "DynamicQuantizeLinear",
+    f"{_MS}MatMulNBits", "lwc::DynamicQuantMatMul", f"{_MS}DynamicQuantizeMatMul", f"{_MS}MatMulBnb4", "DynamicQuantizeLinear",
     "DequantizeLinear", "QuantizeLinear",
 )  # fmt: skip
 def _quantized(walk: _Walk, node: ir.Node) -> Flow:

@@ -64,6 +64,7 @@ _BASES = [
 _WEIGHTS = [
     _lwc("8", "rtn", "quantize-weights{bits=8}"),
     _lwc("4-g32", "rtn", "quantize-weights"),
+    _lwc("4-g32", "rtn-own", "quantize-weights{format=lwc},fuse-epilogue"),
     _lwc("4-g32", "rtn-range", "quantize-weights{search=none}"),
     _lwc("4-g32", "rtn-symmetric", "quantize-weights{symmetric=true}"),
     *[
