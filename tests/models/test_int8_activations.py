@@ -48,10 +48,12 @@ def test_planted_outliers(model_file: Callable[[str], Path], tmp_path: Path) -> 
     whole = model_file("lee").read_text(encoding="utf-8")
     seen, unseen = whole[len(whole) // 2 :], whole[: len(whole) // 2]
     (tmp_path / "seen.txt").write_text(seen, encoding="utf-8")
-    data = CalibrationFile(tmp_path / "seen.txt", path, samples=4)
+    data = CalibrationFile(tmp_path / "seen.txt", path, samples=2)
 
-    def value(module: lwc.Module, passes: str) -> float:
-        made = lwc.optimize(module, passes, calibration=data, verify="none").module
+    def value(module: lwc.Module, passes: str, *, calibrated: bool = False) -> float:
+        made = lwc.optimize(
+            module, passes, calibration=data if calibrated else None, verify="none"
+        ).module
         return perplexity(made, load_tokenizer(path), unseen, max_tokens=1025).value
 
     plain = "smooth-quantize{none}"
@@ -60,38 +62,56 @@ def test_planted_outliers(model_file: Callable[[str], Path], tmp_path: Path) -> 
     assert plant(planted) == 60
     wanted = value(sound, plain)
     assert value(planted, plain) > 2 * wanted
-    assert value(planted, "smooth-quantize{0.5}") < 1.02 * wanted
+    assert value(planted, "smooth-quantize{0.5}", calibrated=True) < 1.02 * wanted
     assert value(planted, f"rotate,{plain}") < 1.02 * wanted
-    assert value(planted, "llm-int8") < 1.02 * wanted
+    assert value(planted, "llm-int8", calibrated=True) < 1.02 * wanted
+
+
+SENTENCES = [
+    "The capital of France is Paris.",
+    "A quick brown fox jumps over the lazy dog while nobody looks.",
+    "Quantization rounds weights and activations to a few bits.",
+    "Rain is expected in the north tomorrow, with strong winds along the coast.",
+    "The committee will publish its report on the bridge in the spring.",
+    "She bought two tickets for the last train and waited on the platform.",
+    "Prices of copper fell for the third week in a row.",
+    "Which of these paintings did he finish before the war?",
+]
 
 
 def test_embeddings_of_minilm(model_file: Callable[[str], Path]) -> None:
-    """Mean-pooled embeddings of sentences keep their direction to 0.999 of the cosine."""
+    """Mean-pooled embeddings of sentences that were not seen.
+
+    Outputs of its norms have outlier channels and are read by the residual sum too: no constant can
+    take a division. llm-int8 keeps every embedding within 0.999 of the cosine. Plain int8 does not
+    (0.996); products before the layers halve its distance.
+    """
     folder = model_file("minilm")
     tokenize = load_tokenizer(folder)
-    sentences = [
-        "The capital of France is Paris.",
-        "A quick brown fox jumps over the lazy dog while nobody looks.",
-        "Quantization rounds weights and activations to a few bits.",
-        "Rain is expected in the north tomorrow, with strong winds along the coast.",
-    ]
+    first, last = 101, 102
 
     def feed(text: str) -> dict[str, Any]:
-        ids = np.array([tokenize(text)])
+        ids = np.array([[first, *tokenize(text), last]])
         ones = np.ones_like(ids)
         return {"input_ids": ids, "attention_mask": ones, "token_type_ids": 0 * ones}
 
     def embeddings(module: lwc.Module) -> np.ndarray[Any, Any]:
         with OnnxRuntimeBackend().compile(module, threads=1) as session:
-            rows = [session.run(feed(each))["last_hidden_state"][0].mean(0) for each in sentences]
-        stacked = np.stack(rows)
-        normal: np.ndarray[Any, Any] = stacked / np.linalg.norm(stacked, axis=1, keepdims=True)
+            found = [session.run(feed(each))["last_hidden_state"][0] for each in SENTENCES[4:]]
+        means = np.stack([each.mean(axis=0) for each in found])
+        normal: np.ndarray[Any, Any] = means / np.linalg.norm(means, axis=1, keepdims=True)
         return normal
 
     source = lwc.optimize(folder, "canonicalize,fuse-norm,fuse-attention", verify="none").module
-    made = lwc.optimize(
-        source, "smooth-quantize", calibration=[feed(each) for each in sentences[:2]], verify="none"
-    )
-    assert int(made.record.passes[-1].statistics["weights quantized"]) >= 36
-    cosines = (embeddings(source) * embeddings(made.module)).sum(axis=1)
-    assert cosines.min() >= 0.999, cosines
+    wanted = embeddings(source)
+    data = [feed(each) for each in SENTENCES[:4]]
+
+    def distances(passes: str) -> np.ndarray[Any, Any]:
+        made = lwc.optimize(source, passes, calibration=data, verify="none")
+        assert int(made.record.passes[-1].statistics["weights quantized"]) >= 37
+        far: np.ndarray[Any, Any] = 1 - (embeddings(made.module) * wanted).sum(axis=1)
+        return far
+
+    assert distances("llm-int8").max() <= 1e-3
+    plain = distances("smooth-quantize{none}").mean()
+    assert distances("smooth-quantize{products=true}").mean() < plain / 2
