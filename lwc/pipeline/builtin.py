@@ -452,6 +452,12 @@ BUILTIN: tuple[PassInfo, ...] = (
                 help="0 evens out the weights, 1 the activations. `auto` takes for each activation the one of 0, 0.05, ... 1 with which the outputs of the layers behind it change least, in the sum of squares, when activations are rounded to int8 per token and weights per output; it looks at 512 rows of the calibration data. Where none gains, the activation stays.",
                 positional=True,
             ),
+            OptionInfo(
+                name="products",
+                type="bool",
+                default="false",
+                help="Where no constant before an activation can take the division, or something else reads it too, as in post-norm models, let a product with constants divide it before the layers. That is an operator more when the model runs.",
+            ),
         ),
     ),
     PassInfo(
@@ -467,6 +473,7 @@ BUILTIN: tuple[PassInfo, ...] = (
                 help="See `smooth`; `none` leaves activations as they are.",
                 positional=True,
             ),
+            OptionInfo(name="products", type="bool", default="false", help="See `smooth`."),
             OptionInfo(
                 name="activations",
                 type="per-token|per-tensor|static",
@@ -484,6 +491,12 @@ BUILTIN: tuple[PassInfo, ...] = (
                 type="7|8 or none",
                 default="none",
                 help="By default 8 per token, and 7 otherwise: without VNNI, ONNX Runtime adds products of uint8 and int8 in pairs in 16 bits, which overflow where weights exceed ±64.",
+            ),
+            OptionInfo(
+                name="method",
+                type="rtn|gptq",
+                default="rtn",
+                help="How weights are rounded, as in `quantize-weights`.",
             ),
             OptionInfo(
                 name="embeddings",

@@ -323,8 +323,8 @@ def _softmax(walk: _Walk, node: ir.Node) -> Flow:
 
 
 @_flows(
-    f"{_MS}MatMulNBits", "lwc::DynamicQuantMatMul", f"{_MS}DynamicQuantizeMatMul", f"{_MS}MatMulBnb4", "DynamicQuantizeLinear",
-    "DequantizeLinear", "QuantizeLinear",
+    f"{_MS}MatMulNBits", f"{_MS}DynamicQuantizeMatMul", f"{_MS}MatMulBnb4", "DynamicQuantizeLinear",
+    "DequantizeLinear", "QuantizeLinear", "lwc::DynamicQuantMatMul",
 )  # fmt: skip
 def _quantized(walk: _Walk, node: ir.Node) -> Flow:
     if node.op_type == "DynamicQuantizeLinear":

@@ -17,7 +17,7 @@ from lwc.passes.quantization.channel_places import Place, constant_place, given_
 from lwc.passes.quantization.token_operators import NORMS, input_place, output_place
 from lwc.rewrite import Editor, Miss, attribute
 
-__all__ = ["Divisible", "Sharing", "consumers", "divisible"]
+__all__ = ["Divisible", "Sharing", "consumers", "divisible", "linear_consumers"]
 
 _REGROUPS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity")
 
@@ -49,7 +49,8 @@ class Divisible:
 
     Attributes:
         places: Constants to divide.
-        kind: What they belong to: `norm` or `linear`.
+        kind: What they belong to: `norm` or `linear`; `product` where there are none, and a product
+            with constants before the layers divides.
         sharing: Where channels share a factor; None where each has its own.
     """
 
@@ -73,6 +74,18 @@ def consumers(value: ir.Value, edit: Editor) -> tuple[Place, ...] | Miss:
             return found
         places.append(found)
     return tuple(places) or Miss("nothing reads it")
+
+
+def linear_consumers(value: ir.Value, edit: Editor) -> tuple[Place, ...] | Miss:
+    """Return the weights of the linear layers among all that reads an activation."""
+    places = []
+    for node, index in value.uses():
+        found = _own(input_place(node), edit) if index == 0 else None
+        if isinstance(found, Miss):
+            return found
+        if found is not None and not attribute(node, "transA", 0):
+            places.append(found)
+    return tuple(places) or Miss("no linear layer reads it")
 
 
 def divisible(value: ir.Value, edit: Editor) -> Divisible | Miss:

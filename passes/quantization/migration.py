@@ -10,7 +10,13 @@ import onnx_ir as ir
 
 from lwc.core.walk import constant_tensor
 from lwc.core.weights import reading
-from lwc.passes.quantization.channel_factors import Divisible, Sharing, consumers, divisible
+from lwc.passes.quantization.channel_factors import (
+    Divisible,
+    Sharing,
+    consumers,
+    divisible,
+    linear_consumers,
+)
 from lwc.passes.quantization.channel_places import Place
 from lwc.passes.quantization.token_operators import is_linear
 from lwc.rewrite import Miss, use_count
@@ -20,7 +26,7 @@ if TYPE_CHECKING:
     from lwc.core.module import Module
     from lwc.pipeline.passes import PassContext
 
-__all__ = ["Pair", "edits", "find_pairs", "put", "shared", "spread"]
+__all__ = ["Pair", "divide_by_product", "edits", "find_pairs", "put", "shared", "spread"]
 
 Array = np.ndarray[Any, Any]
 
@@ -33,8 +39,17 @@ class Pair(NamedTuple):
     weights: tuple[Place, ...]
 
 
-def find_pairs(module: Module, edit: Editor, ctx: PassContext) -> Iterator[Pair]:
-    """Yield activations of the main graph that linear layers read, where the division is legal."""
+def find_pairs(
+    module: Module, edit: Editor, ctx: PassContext, *, products: bool = False
+) -> Iterator[Pair]:
+    """Yield activations of the main graph that linear layers read, where the division is legal.
+
+    Args:
+        module: The model.
+        edit: Reads facts.
+        ctx: Told of the others.
+        products: Yield activations that no constants can divide too; see `divide_by_product`.
+    """
     seen: set[ir.Value] = set()
     for node in module.graph:
         value = node.inputs[0] if node.inputs else None
@@ -42,14 +57,32 @@ def find_pairs(module: Module, edit: Editor, ctx: PassContext) -> Iterator[Pair]
             continue
         seen.add(value)
         weights = consumers(value, edit)
-        source = weights if isinstance(weights, Miss) else divisible(value, edit)
-        if isinstance(source, Miss):
+        source = divisible(value, edit) if not isinstance(weights, Miss) else weights
+        if products and isinstance(source, Miss):
+            weights, source = linear_consumers(value, edit), Divisible((), "product")
+        if isinstance(weights, Miss) or isinstance(source, Miss):
+            miss = weights if isinstance(weights, Miss) else source
+            assert isinstance(miss, Miss)
             if edit.is_constant(node.inputs[1]) or is_linear(node):
-                reason = f"channels of '{value.name}' stay: {source.reason}"
-                ctx.missed(reason, source.node or node)
+                ctx.missed(f"channels of '{value.name}' stay: {miss.reason}", miss.node or node)
             continue
         assert not isinstance(weights, Miss)
         yield Pair(value, source, weights)
+
+
+def divide_by_product(edit: Editor, pair: Pair, factors: Array) -> None:
+    """Let the layers of a pair read the activation times the reciprocals of factors.
+
+    All else that reads the activation goes on as before.
+    """
+    nodes = {place.node for place in pair.weights}
+    tensor = pair.weights[0].source.const_value
+    assert tensor is not None
+    edit.at(next(node for node in edit.module.graph if node in nodes))
+    reciprocals = edit.constant((1 / factors).astype(tensor.dtype.numpy()), "divisors")
+    divided = edit.op("Mul", [pair.value, reciprocals])
+    for node in nodes:
+        edit.set_input(node, 0, divided)
 
 
 def shared(magnitudes: Array, sharing: Sharing | None) -> Array:

@@ -22,6 +22,12 @@ __all__ = ["Smooth"]
 _LEAST = 1e-5
 """Scales and magnitudes count as at least this; as in SmoothQuant's own code."""
 
+_WHERE = {
+    "norm": "in the norm before it",
+    "linear": "in the linear before it",
+    "product": "by a product of its own",
+}
+
 _SETTLED = 1e-3
 """Factors within this of 1 are left out: a second run on the same data finds nothing to do."""
 
@@ -42,6 +48,9 @@ class Smooth(Pass):
             of 0, 0.05, ... 1 with which the outputs of the layers behind it change least, in the
             sum of squares, when activations are rounded to int8 per token and weights per output;
             it looks at 512 rows of the calibration data. Where none gains, the activation stays.
+        products: Where no constant before an activation can take the division, or something else
+            reads it too, as in post-norm models, let a product with constants divide it before the
+            layers. That is an operator more when the model runs.
     """
 
     name: ClassVar[str] = "smooth"
@@ -49,6 +58,7 @@ class Smooth(Pass):
     positional: ClassVar[str | None] = "alpha"
 
     alpha: float | Literal["auto"] = 0.5
+    products: bool = False
 
     def __post_init__(self) -> None:
         if self.alpha != "auto" and not 0 <= self.alpha <= 1:
@@ -58,11 +68,11 @@ class Smooth(Pass):
         """See the class."""
         from lwc.calibration.collect import collect
         from lwc.calibration.statistics import AbsMax, Sample
-        from lwc.passes.quantization.migration import edits, find_pairs, put
+        from lwc.passes.quantization.migration import divide_by_product, edits, find_pairs, put
         from lwc.passes.quantization.smooth_search import ROWS
 
         edit = ctx.editor()
-        pairs = list(find_pairs(module, edit, ctx))
+        pairs = list(find_pairs(module, edit, ctx, products=self.products))
         if not pairs:
             ctx.note("no activation whose channels could be divided")
             return PassResult(changed=False)
@@ -92,11 +102,13 @@ class Smooth(Pass):
             ctx.limit.spend("smooth", place)
             for at, array in made:
                 put(module, at, array)
+            if pair.source.kind == "product":
+                divide_by_product(edit, pair, factors)
             done += 1
             strongest = max(strongest, float(factors.max()))
             ctx.applied(
                 f"'{pair.value.name}' divided by {factors.min():.3g} to {factors.max():.3g}, "
-                f"in the {pair.source.kind} before it{gain}",
+                f"{_WHERE[pair.source.kind]}{gain}",
                 place,
                 "smooth",
             )

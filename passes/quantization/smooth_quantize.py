@@ -28,6 +28,7 @@ class SmoothQuantize(Pass):
 
     Attributes:
         alpha: See `smooth`; `none` leaves activations as they are.
+        products: See `smooth`.
         activations: `per-token` gives each token a scale when the model runs, by
             lwc::DynamicQuantMatMul; `per-tensor` each tensor, by ONNX Runtime's
             DynamicQuantizeMatMul; `static` takes scales from calibration data and writes standard
@@ -37,6 +38,7 @@ class SmoothQuantize(Pass):
         weight_bits: By default 8 per token, and 7 otherwise: without VNNI, ONNX Runtime adds
             products of uint8 and int8 in pairs in 16 bits, which overflow where weights
             exceed ±64.
+        method: How weights are rounded, as in `quantize-weights`.
         embeddings: Bits of tables read by Gather, and of what is tied to them, as in
             `quantize-weights`; `static` leaves them.
         ops: Operators whose weights are quantized.
@@ -48,9 +50,11 @@ class SmoothQuantize(Pass):
     positional: ClassVar[str | None] = "alpha"
 
     alpha: float | Literal["auto"] | None = "auto"
+    products: bool = False
     activations: Literal["per-token", "per-tensor", "static"] = "per-token"
     clip: Literal["mse", "percentile", "max"] = "mse"
     weight_bits: Literal[7, 8] | None = None
+    method: Literal["rtn", "gptq"] = "rtn"
     embeddings: Literal[4, 8] | None = 8
     ops: tuple[str, ...] = ("MatMul", "Gemm")
     exclude: tuple[str, ...] = ()
@@ -66,7 +70,7 @@ class SmoothQuantize(Pass):
 
         smoothed = PassResult(changed=False)
         if self.alpha is not None:
-            smoothed = Smooth(self.alpha).run(module, ctx)
+            smoothed = Smooth(self.alpha, self.products).run(module, ctx)
             ctx.analyses.invalidate()
         quantizer = self._quantizer()
         found, skipped = quantizer.choose(module, ctx)
@@ -85,6 +89,7 @@ class SmoothQuantize(Pass):
         static = self.activations == "static"
         return QuantizeWeights(
             bits=8,
+            method=self.method,
             block_size=0,
             symmetric=True,
             format="qdq" if static else "lwc",
