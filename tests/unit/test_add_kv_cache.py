@@ -166,6 +166,17 @@ def test_step_by_step_is_the_whole_sequence(positions: str) -> None:
     close(step_by_step(made, ids, (4, 1, 1, 3, 2)), expected)
 
 
+def test_quantized_products_relate_no_tokens() -> None:
+    """Rounding activations may fall to the other side: a step of 1/127 of a row's largest."""
+    passes = "quantize-weights{format=lwc embeddings=none}"
+    module = lwc.optimize(decoder(), passes=passes).module
+    assert "lwc::DynamicQuantMatMul" in map(op_name, module.graph)
+    ids = np.array([[3, 7, 1, 9, 4]])
+    wanted = whole(module, ids)
+    found = step_by_step(cached(module), ids, (3, 1, 1))
+    np.testing.assert_allclose(found, wanted, atol=0.02 * np.abs(wanted).max())
+
+
 def test_several_sequences_at_once() -> None:
     module = decoder()
     ids = some_ids(3, 7)
