@@ -109,8 +109,8 @@ def print_ranking(entries: Sequence[LayerSensitivity], unknown: Sequence[str], c
         markup=False,
     )
     table = Table(caption=f"cost: {entries[0].measure}" if entries else None)
-    table.add_column("layer")
-    table.add_column("node")
+    table.add_column("layer", overflow="fold")
+    table.add_column("node", overflow="fold")
     every = sorted({entry.bits for entry in entries})
     for bits in every:
         for heading in (f"cost of {bits} bits", "saves"):
