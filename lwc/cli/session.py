@@ -177,6 +177,13 @@ class Session:
             raise
         before = result.history.modules[0]
         shapes = self._settled_shapes(before, result.module)
+        # The output may be written onto the input.
+        source = self._model_entry(before, before.source.path) if options.report else None
+        output = options.output
+        if output not in (None, "-"):
+            with self.progress.phase(f"writing {output}"):
+                saved = save_module(result.module, output)
+            self._say([written_line(saved, result.record.output)])
         entries: list[LayerSensitivity] = []
         if ranked is not None:
             from lwc.cli.sensitivity import print_ranking, rank
@@ -185,13 +192,6 @@ class Session:
                 settings = self._run_settings(self.config, [])
                 entries, unknown = rank(result.history.modules, ranked, settings)
             print_ranking(entries, unknown, options.color)
-        # The output may be written onto the input.
-        source = self._model_entry(before, before.source.path) if options.report else None
-        output = options.output
-        if output not in (None, "-"):
-            with self.progress.phase(f"writing {output}"):
-                saved = save_module(result.module, output)
-            self._say([written_line(saved, result.record.output)])
         if source is not None:
             self._report(result, source, None if output == "-" else output, shapes, entries)
         printed = ranked is not None or any(isinstance(each, IrPrinter) for each in instruments)

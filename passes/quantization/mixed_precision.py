@@ -122,16 +122,20 @@ class MixedPrecision(Pass):
                     "it is no weight of the main graph",
                     node,
                 )
+        used = sum(each.forms[assigned[each.weight.value]].nbytes for each in candidates)
+        achieved = self._achieved(candidates, used, fixed)
+        if all(assigned[each.weight.value] == max(each.forms) for each in candidates):
+            shown = size(achieved) if isinstance(self.budget, str) else f"{achieved:.4g}"
+            ctx.note(f"every layer has its most bits: {shown} of budget={self.budget} is used")
         result = quantizer.with_bits(assigned).run(module, ctx)
         statistics = dict(result.statistics)
         statistics.pop("bits requested", None)
         chosen = Counter(assigned.values())
-        used = sum(each.forms[assigned[each.weight.value]].nbytes for each in candidates)
         return PassResult(
             changed=result.changed,
             statistics={
                 "budget": self.budget,
-                "achieved": self._achieved(candidates, used, fixed),
+                "achieved": achieved,
                 **{f"layers of {bits} bits": chosen[bits] for bits in sorted(self.bits)},
                 "expected cost": cost,
                 "measure": found.measure,
@@ -189,7 +193,7 @@ def _solve(
 ) -> tuple[Mapping[ir.Value, Bits], float]:
     """Return the bits of each weight, and the sum of their costs.
 
-    What could not be measured gets the most bits that it can have within the limit.
+    What could not be measured counts as dearer than all that was, and less so with more bits.
     """
     from lwc.passes.quantization.bit_budget import Option, choose
 

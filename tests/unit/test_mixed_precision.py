@@ -254,6 +254,16 @@ def test_the_fragile_layer_gets_most_bits() -> None:
     assert max(bits, key=lambda name: (bits[name], name.startswith(FRAGILE))).startswith(FRAGILE)
 
 
+def test_a_budget_that_is_too_large_is_said() -> None:
+    for budget, said in ((20.0, True), (5.0, False)):
+        module = language_model()
+        achieved = mixed(module, budget=budget, bits=(4, 8)).statistics["achieved"]
+        assert isinstance(achieved, float)
+        assert achieved <= budget
+        found = any("has its most bits" in remark.message for remark in module.remarks)
+        assert found == said
+
+
 @pytest.mark.parametrize("embeddings", [None, 8])
 @pytest.mark.parametrize("budget", ["23kB", "0.03MB"])
 def test_a_size_is_that_of_all_weights(budget: str, embeddings: Any) -> None:
