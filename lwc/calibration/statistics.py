@@ -129,7 +129,8 @@ class Sample(Statistic):
 
     def __init__(self, rows: int, seed: int) -> None:
         self._limit = rows
-        self._random = np.random.default_rng(seed)
+        self._seed = seed
+        self._seen = 0
         self._drawn: Array = np.zeros(0)
         self.value: Array = np.zeros((0, 0), np.float32)
         """Float32 `[rows, channels]`."""
@@ -137,7 +138,11 @@ class Sample(Statistic):
     def update(self, batch: Array) -> None:
         """See `Statistic`."""
         rows = _rows(batch)
-        drawn = np.concatenate([self._drawn, self._random.random(len(rows))])
+        # Made anew, so that all state is numbers: each row is one draw further.
+        source = np.random.PCG64(self._seed)
+        source.advance(self._seen)
+        self._seen += len(rows)
+        drawn = np.concatenate([self._drawn, np.random.Generator(source).random(len(rows))])
         kept = np.sort(np.argsort(drawn, kind="stable")[: self._limit])
         old = kept[kept < len(self._drawn)]
         new = kept[len(old) :] - len(self._drawn)

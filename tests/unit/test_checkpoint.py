@@ -28,7 +28,7 @@ from lwc.calibration.checkpoint import (
     surroundings,
 )
 from lwc.calibration.collect import collect
-from lwc.calibration.statistics import AbsMax, Gram, Histogram, MeanAbs, Statistic
+from lwc.calibration.statistics import AbsMax, Gram, Histogram, MeanAbs, Sample, Statistic
 from lwc.core.errors import InputError, LwcError
 from lwc.core.module import Module
 from lwc.pipeline.passes import PassContext
@@ -157,7 +157,14 @@ class Largest(Statistic):
         self.found.append(batch.max(axis=0))
 
 
-@pytest.mark.parametrize("kind", [AbsMax, MeanAbs, Gram, Histogram, Largest])
+class Few(Sample):
+    """Fewer rows than two batches have."""
+
+    def __init__(self) -> None:
+        super().__init__(7, seed=3)
+
+
+@pytest.mark.parametrize("kind", [AbsMax, MeanAbs, Gram, Histogram, Largest, Few])
 @settings(deadline=None, derandomize=True, max_examples=20)
 @given(st.integers(0, 99), st.integers(0, 3))
 def test_a_statistic_goes_on_from_its_state(kind: type[Statistic], seed: int, seen: int) -> None:

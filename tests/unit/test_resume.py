@@ -112,6 +112,27 @@ def results(method: str) -> int:
     return 1 + LAYERS + (2 * BLOCKS if method == "awq" else 0)
 
 
+@pytest.mark.parametrize(
+    "pipeline",
+    [
+        "smooth{auto}",
+        "smooth-quantize",
+        "smooth-quantize{0.5 method=gptq}",
+        "smooth-quantize{activations=static}",
+        "llm-int8{3.0}",
+    ],
+)
+def test_int8_activations_go_on_from_statistics(pipeline: str, tmp_path: Path) -> None:
+    plain, _ = run(tmp_path, None, pipeline)
+    kept = tmp_path / "kept"
+    assert run(tmp_path, kept, pipeline)[0] == plain
+    written = sorted(path.name for path in kept.iterdir())
+    again, result = run(tmp_path, kept, pipeline)
+    assert again == plain
+    assert sorted(path.name for path in kept.iterdir()) == written
+    assert result.record.passes[-1].statistics["statistics resumed"] > 0
+
+
 @pytest.mark.parametrize("max_memory", [None, 1 << 20])
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_killed_after_any_result(
