@@ -106,6 +106,7 @@ class RunSettings:
         calibration: Calibration data, for passes that must see activations.
         resume: A folder that keeps what calibrated passes compute, and gives a run that follows
             a killed one what it holds. The result is the same to the last bit.
+        needs_calibration: Whether it is worth a warning where no pass uses the data.
 
     Raises:
         UsageError: A setting has a value that it cannot have.
@@ -122,6 +123,7 @@ class RunSettings:
     explain: str | None = None
     calibration: Calibration | None = None
     resume: str | os.PathLike[str] | None = None
+    needs_calibration: bool = True
 
     def __post_init__(self) -> None:
         check_settings(self.verify, self.seed, self.threads, self.max_memory)
@@ -222,7 +224,7 @@ def run_passes(
     ctx = make_context(module, settings)
     asked = _watch_calibration(ctx)
     record = manager.run(module, ctx)
-    if settings.calibration is not None and not asked:
+    if settings.calibration is not None and settings.needs_calibration and not asked:
         kept = (
             ""
             if settings.resume is None
@@ -274,9 +276,9 @@ def _checkpoint(settings: RunSettings) -> Checkpoint | None:
 
     backend = settings.backend
     if backend == "onnxruntime":
-        import onnxruntime
+        from lwc.backends.onnxruntime.measure import runtime_name
 
-        name = f"onnxruntime {onnxruntime.__version__}"
+        name = runtime_name()
     else:
         name = f"{type(backend).__module__}.{type(backend).__qualname__}"
     return CheckpointFolder(settings.resume, surroundings(name, settings.threads))

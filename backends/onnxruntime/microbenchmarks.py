@@ -26,7 +26,7 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 _MICROSOFT = "com.microsoft"
 _COLD_BYTES = 64 << 20
 """Weights of a graph together: more than the last-level cache of common processors."""
-_MOST_WEIGHTS = 256
+_MOST_WEIGHTS = 2048
 _MANY = 64
 _LARGE_WORK = 1 << 24
 _LARGE_PRODUCT = 1 << 29

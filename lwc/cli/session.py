@@ -320,6 +320,7 @@ class Session:
             explain=explain,
             calibration=self._calibration(),
             resume=self.options.resume,
+            needs_calibration=self.options.sensitivity is None,
         )
 
     def _calibration(self) -> CalibrationFile | None:

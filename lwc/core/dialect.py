@@ -121,7 +121,6 @@ class DynamicQuantMatMul:
             lines += [
                 f"""width = Constant <value = int64[1] {{{padded - self.K}}}> ()
                 zero1 = Constant <value = int64[1] {{0}}> ()
-                one1 = Constant <value = int64[1] {{1}}> ()
                 last = Constant <value = int64[1] {{-1}}> ()
                 shape = Shape (x)
                 leading = Slice (shape, zero1, last, zero1)

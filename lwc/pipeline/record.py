@@ -22,7 +22,8 @@ class Snapshot:
     """The size of a module at one point.
 
     Attributes:
-        nodes: Number of nodes, subgraphs and functions counted, Constant nodes not.
+        nodes: Number of nodes, subgraphs and functions counted; Constant nodes and what operators
+            of the lwc dialect mean are not.
         ops: The same by operator, the most frequent first.
         parameters: Number of weight elements, in initializers and Constant nodes.
         parameter_bytes: Their bytes. A tensor that two names share counts once.
@@ -120,11 +121,15 @@ def describe_contract(contract: Contract) -> str:
 
 def take_snapshot(module: Module) -> Snapshot:
     """Measure a module; no weight is read."""
+    from lwc.core.dialect import DOMAIN
     from lwc.core.walk import constant_tensor, op_name
 
+    meanings = {each.graph for key, each in module.model.functions.items() if key[0] == DOMAIN}
     ops: Counter[str] = Counter()
     tensors = {}
     for node in module.nodes():
+        if node.graph in meanings:
+            continue
         name = op_name(node)
         if name != "Constant":
             ops[name] += 1

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
 
+from lwc.core.quant_layout import TILE
 from lwc.core.walk import constant_tensor, op_name
 from lwc.core.weights import reading
+from lwc.passes.quantization.dialect_ops import MATMUL, dynamic_quant_matmul, variant_of
 from lwc.rewrite import Editor, Miss, attribute, use_count
 
 __all__ = ["LINEAR_OPS", "Linear", "difference", "join", "linear_of"]
@@ -153,6 +155,29 @@ def _dynamic(node: ir.Node, weight: ir.TensorProtocol, edit: Editor) -> Linear |
     return Linear(node, _source(node), columns, {1: weight, **tensors}, 1, bias, end, kind)
 
 
+def _tiled(node: ir.Node, weight: ir.TensorProtocol, edit: Editor) -> Linear | Miss | None:
+    variant = variant_of(node)
+    if variant is None:
+        return None
+    if variant.gated or variant.activation != "none":
+        return Miss("it holds an activation", node)
+    if variant.N % TILE:
+        return Miss(f"its {variant.N} columns are no whole tiles of {TILE}", node)
+    bias_place = 3 + variant.zero_points
+    tensors = _constants(node, range(2, bias_place))
+    if tensors is None:
+        return Miss("its scales or zero points are no constants", node)
+    kind = (
+        ("operators", node.op_type), ("bits", variant.bits), ("block_size", variant.block_size),
+        ("x_block", variant.x_block), ("zero points", bool(variant.zero_points)),
+        ("scales of", tensors[2].dtype),
+    )  # fmt: skip
+    bias, end = _own_bias(node, bias_place, variant.N, edit)
+    if isinstance(bias, Miss):
+        return bias
+    return Linear(node, _source(node), variant.N, {1: weight, **tensors}, 0, bias, end, kind)
+
+
 Reader: TypeAlias = Callable[[ir.Node, ir.TensorProtocol, Editor], "Linear | Miss | None"]
 
 _READERS: dict[str, Reader] = {
@@ -160,6 +185,7 @@ _READERS: dict[str, Reader] = {
     "Gemm": _gemm,
     f"{_MS}::MatMulNBits": _nbits,
     f"{_MS}::DynamicQuantizeMatMul": _dynamic,
+    MATMUL: _tiled,
 }
 
 LINEAR_OPS = tuple(_READERS)
@@ -242,10 +268,16 @@ def join(linears: Sequence[Linear], edit: Editor) -> ir.Value:
             tensor = edit.module.store.put(joined)
             inputs[place] = edit.module.add_initializer(f"{name}_packed", tensor)
             del joined
+    bias = _joined_bias(linears, columns)
+    variant = variant_of(first.node)
+    if variant is not None:
+        if bias is not None:
+            inputs.append(edit.module.add_initializer(f"{name}_packed_bias", bias))
+        whole = replace(variant, N=columns, bias=int(bias is not None))
+        return dynamic_quant_matmul(edit, whole, inputs)
     attributes = {key: each.value for key, each in first.node.attributes.items()}
     if first.node.op_type == "MatMulNBits":
         attributes["N"] = columns
-    bias = _joined_bias(linears, columns)
     own = _BIAS_INPUT.get(first.node.op_type)
     if bias is not None and own is not None:
         inputs += [None] * (own - len(inputs))
@@ -281,6 +313,9 @@ def _joined(linears: Sequence[Linear], place: int) -> Array:
 def _shape(linear: Linear, place: int) -> tuple[int, ...]:
     """Return the shape in which a constant is joined: its columns first, but for weights."""
     tensor = linear.weights[place]
+    if op_name(linear.node) == MATMUL:
+        tiles = linear.columns // TILE
+        return (tiles, tensor.size // tiles)
     if place == 1:
         return tuple(tensor.shape.numpy())
     if linear.node.op_type == "MatMulNBits":

@@ -11,6 +11,7 @@ from lwc.analysis.cost import Cost
 from lwc.analysis.manager import AnalysisManager
 from lwc.analysis.predict import predict
 from lwc.analysis.target import Target
+from lwc.core.dialect import DOMAIN
 from lwc.core.module import Module
 from lwc.passes.attention.linears import Linear
 
@@ -96,14 +97,14 @@ class Gain:
             ends = list(node.outputs)
         graph = ir.Graph(
             [source], ends, nodes=nodes, initializers=weights, name="gain",
-            opset_imports={"": self._opset, "com.microsoft": 1},
+            opset_imports={"": self._opset, "com.microsoft": 1, DOMAIN: 1},
         )  # fmt: skip
         return Module(ir.Model(graph, ir_version=10))
 
 
 def _depth(linear: Linear) -> int:
     """Return the inputs of a linear operator."""
-    if linear.node.op_type == "MatMulNBits":
+    if "K" in linear.node.attributes:
         return linear.node.attributes["K"].as_int()
     return linear.weights[1].shape.numpy()[1 - linear.axis]
 

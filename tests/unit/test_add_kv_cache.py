@@ -264,6 +264,9 @@ def test_other_relations_between_tokens_are_refused_by_name(tail: str, reason: s
         "a, b = Split <axis = 2, num_outputs = 2> (added)\n swapped = Concat <axis = -1> (b, a)\n"
         "result = Softmax (swapped)",
         "mean = ReduceMean (added, last_axis)\n result = Sub (added, mean)",
+        "size_of_it = Abs (added)\n code = Cast <to = 2> (size_of_it)\n"
+        'up = BitShift <direction = "LEFT"> (code, code)\n low = BitwiseXor (up, code)\n'
+        "back = Cast <to = 1> (low)\n result = Add (added, back)",
     ],
 )
 def test_what_treats_tokens_one_by_one_may_have_any_layout(tail: str) -> None:

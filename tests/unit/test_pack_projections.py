@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,10 @@ from lwc.analysis.target import Table, Target
 from lwc.core.module import Module
 from lwc.core.weights import SpilledTensor
 from lwc.passes.attention.pack_projections import PackProjections, When
+from lwc.passes.cleanup.canonicalize import Canonicalize
+from lwc.passes.fusion.fuse_epilogue import FuseEpilogue
+from lwc.passes.quantization.dialect_ops import variant_of
+from lwc.passes.quantization.quantize_weights import QuantizeWeights
 from lwc.pipeline.passes import PassContext
 from lwc.verify import GRAMMAR, Motif, Sketch, check_pass, sketches
 
@@ -343,6 +348,74 @@ def test_projections_with_biases_and_quantized_ones_go_into_attention() -> None:
             f"uint8[{columns}, 2, 16] w{name}, float[{columns}, 2] s{name}",
         )
     assert packed(module_of(text), "auto") == ["MatMulNBits", "GroupQueryAttention"]
+
+
+def quantize(module: Module, *options: Mapping[str, Any]) -> Module:
+    """Write products as lwc::DynamicQuantMatMul, one pass after the other."""
+    for each in options:
+        ctx = PassContext(AnalysisManager(module))
+        QuantizeWeights(format="lwc", **each).run(module, ctx)
+    return module
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("bits", "block"), [(3, 32), (4, 0), (8, 32)])
+@pytest.mark.parametrize("biased", ["", "p", "pr"])
+def test_products_of_the_dialect(symmetric: bool, bits: int, block: int, biased: str) -> None:
+    """Of the two, one has three tiles, and both have rows of three blocks."""
+    lines, weights = [], ["float[96, 48] wp", "float[96, 64] wr"]
+    for name, columns in (("p", 48), ("r", 64)):
+        lines.append(f"m{name} = MatMul (x, w{name})")
+        lines.append(
+            f"{name} = " + (f"Add (m{name}, b{name})" if name in biased else f"Identity (m{name})")
+        )
+        weights += [f"float[{columns}] b{name}"] * (name in biased)
+    text = linears(*("".join(lines[i : i + 2]) for i in (0, 2)), ", ".join(weights))
+    module = module_of(text.replace(f"[rows, {WIDTH}]", "[rows, 96]"))
+    quantize(module, {"bits": bits, "block_size": block, "symmetric": symmetric})
+    run_pass(Canonicalize(), module)
+    packed(module)
+    assert [node.op_type for node in module.graph] == [
+        "DynamicQuantMatMul",
+        "Split",
+        "Relu",
+        "Tanh",
+    ]
+    variant = variant_of(module.graph[0])
+    assert variant is not None
+    assert (variant.N, variant.bits, variant.block_size) == (112, bits, block)
+    assert (variant.bias, variant.zero_points) == (bool(biased), not symmetric)
+
+
+def test_products_of_the_dialect_go_into_attention() -> None:
+    module = quantize(module_of(ATTENTION), {"bits": 4})
+    packed(module, "auto")
+    assert [node.op_type for node in module.graph] == ["DynamicQuantMatMul", "GroupQueryAttention"]
+
+
+TILED = linears("p = MatMul (x, wp)", "r = MatMul (x, wr)", "float[64, 64] wp, float[64, 64] wr")
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "reason"),
+    [
+        (TILED, [{"bits": 4, "exclude": ("wp",)}, {"bits": 8}], "bits 4 against 8"),
+        (TILED, [{"block_size": 64, "exclude": ("wp",)}, {}], "block_size 32 against 64"),
+        (TILED, [{"symmetric": True, "exclude": ("wp",)}, {}], "zero points"),
+        (TILED.replace("[64, 64]", "[64, 20]"), [{}], "its 20 columns are no whole tiles of 16"),
+    ],
+)  # fmt: skip
+def test_near_misses_of_the_dialect(text: str, options: list[dict[str, Any]], reason: str) -> None:
+    module = quantize(module_of(text), *options)
+    assert not run_pass(PackProjections("always"), module).changed
+    assert reason in missed(module)
+
+
+def test_a_product_with_its_activation_stays_apart() -> None:
+    module = quantize(module_of(TILED), {})
+    run_pass(FuseEpilogue(), module)
+    assert not run_pass(PackProjections("always"), module).changed
+    assert "it holds an activation" in missed(module)
 
 
 def target(matmul: float, copy: float) -> Target:

@@ -39,6 +39,20 @@ from lwc.passes.quantization.quantize_weights import QuantizeWeights
 from lwc.passes.quantization.rounding import Grid
 from lwc.passes.quantization.streaming import WeightSpec, quantize
 from lwc.pipeline.passes import PassContext
+from lwc.pipeline.record import take_snapshot
+
+
+def test_what_an_operator_means_is_not_counted_as_nodes() -> None:
+    module = module_of(LINEAR)
+    before = take_snapshot(module)
+    quantized(module, bits=4, format="lwc")
+    after = take_snapshot(module)
+    assert after.ops == {
+        "lwc::DynamicQuantMatMul" if k == "MatMul" else k: v for k, v in before.ops.items()
+    }
+    assert after.parameter_bytes == sum(
+        each.const_value.nbytes for each in module.graph.initializers.values() if each.const_value
+    )
 
 
 def kinds(module: Module) -> list[str]:

@@ -65,6 +65,16 @@ _WEIGHTS = [
     _lwc("8", "rtn", "quantize-weights{bits=8}"),
     _lwc("4-g32", "rtn", "quantize-weights"),
     _lwc("4-g32", "rtn-own", "quantize-weights{format=lwc},fuse-epilogue"),
+    *[
+        _lwc(
+            "4-g32",
+            f"{method}-all",
+            f"quantize-weights{{format=lwc embeddings=4 method={method}}},fuse-epilogue",
+            "float32",
+            method == "gptq",
+        )
+        for method in ("rtn", "gptq")
+    ],
     _lwc("4-g32", "rtn-range", "quantize-weights{search=none}"),
     _lwc("4-g32", "rtn-symmetric", "quantize-weights{symmetric=true}"),
     *[
