@@ -126,6 +126,30 @@ class Lwc:
             yield ids[0]
 
 
+class Forward:
+    """A model without a cache, run over the prompt alone: logits of every token, then the best."""
+
+    def __init__(self, model: Path, threads: int, context: int) -> None:
+        import onnxruntime as ort
+
+        import lwc
+        from lwc.backends.onnxruntime.session import OnnxRuntimeBackend
+
+        self.version = f"onnxruntime {ort.__version__}"
+        module = lwc.load(model)
+        self._names = [value.name for value in module.graph.inputs]
+        self._run = OnnxRuntimeBackend().compile(module, threads=threads).run
+
+    def start(self, prompt: Sequence[int], count: int) -> Iterator[int]:
+        ids = np.array([prompt], np.int64)
+        places = np.arange(len(prompt))[None]
+        known = {"attention_mask": np.ones_like(ids), "position_ids": places}
+        return self._steps({name: known.get(name, ids) for name in self._names})
+
+    def _steps(self, feed: dict[str, Any]) -> Iterator[int]:
+        yield int(self._run(feed, ["logits"])["logits"][0, -1].argmax())
+
+
 class GenAI:
     """A folder of ONNX Runtime GenAI's model builder."""
 
@@ -231,6 +255,7 @@ class PyTorch:
 RUNNERS: dict[str, type[Runner]] = {
     "onnxruntime": OnnxRuntime,
     "lwc": Lwc,
+    "forward": Forward,
     "genai": GenAI,
     "llama.cpp": LlamaCpp,
     "pytorch": PyTorch,

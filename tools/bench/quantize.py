@@ -10,8 +10,10 @@ windows of 512 tokens) and is judged on the other lines. Each works in a process
   which all have in the same 8 bits (llama.cpp and GenAI have their own);
 - seconds and peak memory of quantizing.
 
-`--only speed` lets what they made generate, in turns (see `decode.py`); `--only embeddings`
-compares 8-bit forms of MiniLM by what happens to its embeddings. Models and losses are kept in the
+`--only speed` lets what they made generate, in turns (see `decode.py`); `--only prompt` has models
+without a cache compute all logits of a prompt, also those whose activations have one scale for all
+tokens, so that they can have no cache; `--only embeddings` compares 8-bit forms of MiniLM by what
+happens to its embeddings. Models and losses are kept in the
 cache folder: a run that was stopped goes on where it was.
 
     python tools/bench/quantize.py [--only quality ...] [--settings 4-g128 w8a8 ...]
@@ -45,7 +47,7 @@ from bench.quantize_subjects import open_subject
 
 from lwc.evaluate.perplexity import Perplexity
 
-SECTIONS = ("quality", "speed", "embeddings")
+SECTIONS = ("quality", "speed", "prompt", "embeddings")
 
 
 def quality_row(results: Results, setting: Setting, reference: Perplexity | None) -> dict[str, Any]:
@@ -136,15 +138,16 @@ def compare(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         rows += quality_rows(results, settings)
         title = f"{subject.source.gguf.stem}, {arguments.tokens} tokens, logarithms in nats"
         show_quality(rows, title, console)
-    if "speed" in arguments.only:
-        rows += speed_rows(
-            results,
-            settings,
-            prompt=arguments.prompt,
-            tokens=arguments.generate,
-            rounds=arguments.rounds,
-            console=console,
-        )
+    for section, tokens in (("speed", arguments.generate), ("prompt", 1)):
+        if section in arguments.only:
+            rows += speed_rows(
+                results,
+                settings,
+                prompt=arguments.prompt,
+                tokens=tokens,
+                rounds=arguments.rounds,
+                console=console,
+            )
     if "embeddings" in arguments.only:
         found = embedding_rows(arguments.sentences, arguments.threads)
         show_embeddings(found, console)

@@ -55,6 +55,12 @@ def _block(bits: int, size: int, method: str) -> str:
     return f"quantize-weights{{bits={bits} block-size={size} method={method}}}"
 
 
+def _own(size: int, method: str, table: int) -> str:
+    """Everything in lwc's operator, embedding and head too."""
+    options = f"format=lwc block-size={size} method={method} embeddings={table}"
+    return f"quantize-weights{{{options}}},fuse-epilogue"
+
+
 _BASES = [
     Setting("float32", "", "", "float32"),
     Setting("tables-8bit", "", "", "plain"),
@@ -64,16 +70,16 @@ _BASES = [
 _WEIGHTS = [
     _lwc("8", "rtn", "quantize-weights{bits=8}"),
     _lwc("4-g32", "rtn", "quantize-weights"),
-    _lwc("4-g32", "rtn-own", "quantize-weights{format=lwc},fuse-epilogue"),
     *[
         _lwc(
-            "4-g32",
-            f"{method}-all",
-            f"quantize-weights{{format=lwc embeddings=4 method={method}}},fuse-epilogue",
-            "float32",
-            method == "gptq",
+            f"4-g{size}", f"{method}-{name}", _own(size, method, table), "float32", method != "rtn"
         )
-        for method in ("rtn", "gptq")
+        for size, method, name, table in (
+            (32, "rtn", "own", 8),
+            (32, "rtn", "own-head-4", 4),
+            (64, "gptq", "own", 8),
+            (128, "gptq", "own", 8),
+        )
     ],
     _lwc("4-g32", "rtn-range", "quantize-weights{search=none}"),
     _lwc("4-g32", "rtn-symmetric", "quantize-weights{symmetric=true}"),
@@ -108,7 +114,7 @@ _W8A8 = [
         ("smooth-auto", "alpha=auto", True),
         ("static", "alpha=0.75 activations=static", True),
     )
-]
+] + [_lwc("w8a8", "own", "smooth-quantize{alpha=none},fuse-epilogue", "float32")]
 """Weights and activations of 8 bits."""
 
 _ORT = [

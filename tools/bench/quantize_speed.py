@@ -23,14 +23,18 @@ DECODE = "add-kv-cache,last-logits,canonicalize,pack-projections{when=decode}"
 """What makes a decoder of a model without a cache, whoever quantized it."""
 
 
-def contender(results: Results, setting: Setting) -> Contender:
-    """Return how a row's model generates.
+def contender(results: Results, setting: Setting, *, whole: bool = False) -> Contender:
+    """Return how a row's model generates, or runs over a `whole` prompt for all of its logits.
 
     Raises:
-        Unmade: There is no model.
+        Unmade: There is no such model.
     """
     model = results.make(setting)["model"]
     exact = setting.name == REFERENCE
+    if whole:
+        if setting.quantizer in ("gguf", "genai"):
+            raise Unmade("has no form without a cache")
+        return Contender("onnxruntime", "forward", lambda source: model, exact)
     if setting.quantizer == "gguf":
         cache = {"cache": "f32"} if setting.options["kind"] == "f32" else {}
         return Contender("llama_cpp", "llama.cpp", lambda source: model, bool(cache), cache)
@@ -59,14 +63,17 @@ def speed_rows(
 ) -> list[dict[str, Any]]:
     """Let all models continue the same prompt, print the table and return a row for each.
 
-    Ratios are to float32 within each round, with their smallest and largest.
+    Ratios are to float32 within each round, with their smallest and largest. With one token, models
+    without a cache compute the logits of the whole prompt.
     """
+    whole = tokens == 1
+    section = "prompt" if whole else "speed"
     contenders, rows = {}, []
     for setting in settings:
         try:
-            contenders[setting.name] = contender(results, setting)
+            contenders[setting.name] = contender(results, setting, whole=whole)
         except (Unmade, Absent) as error:
-            rows.append({"section": "speed", "setting": setting.name, "error": str(error)})
+            rows.append({"section": section, "setting": setting.name, "error": str(error)})
     entered = Field(contenders=contenders)
     try:
         for name in contenders:
@@ -78,10 +85,11 @@ def speed_rows(
         found = summarize(prompt, timed, warm, base, wanted, contenders=contenders)
     finally:
         entered.close()
-    title = f"{prompt} tokens of prompt, {tokens} more, {results.threads} threads"
+    after = "all logits" if whole else f"{tokens} more"
+    title = f"{prompt} tokens of prompt, {after}, {results.threads} threads"
     show(found, f"{title} (median, ratio to {base}; equal to {reference}'s)", console)
     for name, reason in entered.skipped.items():
-        rows.append({"section": "speed", "setting": name, "error": reason})
+        rows.append({"section": section, "setting": name, "error": reason})
     for row in rows:
         console.print(f"{row['setting']}: {row['error']}", markup=False)
-    return [{"section": "speed", "setting": row.pop("contender"), **row} for row in found] + rows
+    return [{"section": section, "setting": row.pop("contender"), **row} for row in found] + rows
