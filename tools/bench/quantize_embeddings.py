@@ -36,10 +36,15 @@ FORMS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "lwc/8/rtn": ("lwc", {"passes": "quantize-weights{bits=8}"}, False),
     "lwc/w8a8/plain": ("lwc", {"passes": "smooth-quantize{alpha=none}"}, False),
     "lwc/w8a8/smooth-0.75": ("lwc", {"passes": "smooth-quantize{alpha=0.75}"}, True),
+    "lwc/w8a8/products": ("lwc", {"passes": "smooth-quantize{products=true}"}, True),
+    "lwc/w8a8/products-gptq": (
+        "lwc", {"passes": "smooth-quantize{products=true method=gptq}"}, True,
+    ),
+    "lwc/w8a8/llm-int8": ("lwc", {"passes": "llm-int8"}, True),
     "ort/w8a8/dynamic": ("ort-dynamic", {"per_channel": True}, False),
     "ort/w8a8/dynamic-tensor": ("ort-dynamic", {"per_channel": False}, False),
     "onnxsim/w8a8/dynamic": ("onnxsim", {"method": "dynamic"}, False),
-}
+}  # fmt: skip
 """Quantizer, its options, and whether it looks at the data."""
 
 Array = np.ndarray[Any, Any]
