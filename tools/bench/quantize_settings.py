@@ -110,7 +110,7 @@ _W8A8 = [
     for base, prefix in _PLACES
     for name, options, data in (
         ("plain", "alpha=none", False),
-        ("smooth-0.75", "alpha=0.75", True),
+        *((f"smooth-{alpha}", f"alpha={alpha}", True) for alpha in ("0.5", "0.65", "0.75", "0.85")),
         ("smooth-auto", "alpha=auto", True),
         ("static", "alpha=0.75 activations=static", True),
     )
