@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -23,15 +23,13 @@ from lwc.passes.quantization.weight_uses import WeightUses, find_weights
 
 if TYPE_CHECKING:
     from lwc.core.module import Module
-    from lwc.passes.quantization.quantize_weights import QuantizeWeights
+    from lwc.passes.quantization.quantize_weights import Bits, QuantizeWeights
     from lwc.passes.quantization.streaming import WeightSpec
     from lwc.pipeline.passes import Feed, PassContext
 
 __all__ = ["Candidate", "Form", "Sensitivity", "find_candidates", "measure"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
-Bits: TypeAlias = Literal[2, 3, 4, 8]
-
 
 _MEASURED: tuple[Bits, ...] = (2, 3, 4)
 """Bits that are run. The cost of small errors grows with their square, so that of 8 bits is the

@@ -18,7 +18,7 @@ from lwc.rewrite import producer_of
 from lwc.rewrite.editor import Editor
 
 if TYPE_CHECKING:
-    from lwc.passes.quantization.quantize_weights import QuantizeWeights
+    from lwc.passes.quantization.quantize_weights import Bits, QuantizeWeights
 
 __all__ = ["WeightForms", "matches"]
 
@@ -38,7 +38,7 @@ class WeightForms:
     def __init__(
         self,
         options: QuantizeWeights,
-        assigned: Mapping[ir.Value, Literal[2, 3, 4, 8]],
+        assigned: Mapping[ir.Value, Bits],
         editor: Editor,
     ) -> None:
         self._options = options
@@ -93,7 +93,7 @@ class WeightForms:
     def _excluded(self, weight: WeightUses) -> str | None:
         return next((each for each in self._options.exclude if matches(weight, each)), None)
 
-    def bits(self, weight: WeightUses) -> Literal[2, 3, 4, 8]:
+    def bits(self, weight: WeightUses) -> Bits:
         """Return the bits of a weight."""
         table = any(use.role == "Gather" for use in weight.uses)
         if table and self._options.embeddings:
