@@ -265,7 +265,7 @@ class QuantizeWeights(Pass):
             return None
         layers = []
         for layer in chosen:
-            if activation_of(layer.weight) is not None and _in_main_graph(layer.weight, module):
+            if activation_of(layer.weight) is not None and layer.weight.belongs_to(module.graph):
                 layers.append(layer)
             else:
                 ctx.note(
@@ -335,11 +335,5 @@ class QuantizeWeights(Pass):
                 remedy="a report with --measure measures it, or name a format",
             )
         bits = self._forms(editor, assigned).bits(weight)
-        operator, objection = choose_operator(target, bits, *weight.matrix)
+        operator, objection = choose_operator(target, bits, *weight.extents)
         return objection if operator is None else replace(self, format=operator)
-
-
-def _in_main_graph(weight: WeightUses, module: Module) -> bool:
-    return weight.value.is_initializer() and all(
-        use.node.graph is module.graph for use in weight.uses
-    )

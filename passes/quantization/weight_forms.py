@@ -73,7 +73,7 @@ class WeightForms:
             ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
         ):  # fmt: skip
             return f"its type is {weight.tensor.dtype}"
-        inputs, _ = weight.matrix
+        inputs, _ = weight.extents
         size = self._block(weight)
         whole = self._is_nf4(weight) or ("Gather" in roles and layout != "tiles")
         if whole and size and inputs % size:
@@ -135,7 +135,7 @@ class WeightForms:
     def packed_bytes(self, weight: WeightUses) -> int:
         """Return the bytes that a weight's codes, scales and zero points take."""
         bits = self.bits(weight)
-        inputs, outputs = weight.matrix
+        inputs, outputs = weight.extents
         size = self._block(weight) or inputs
         blocks = -(-inputs // size)
         if self._layout(weight) == "tiles":
