@@ -111,7 +111,8 @@ def measure(
 
     Args:
         module: The model; it is not changed.
-        candidates: What to measure; a weight that nodes of subgraphs read is left out.
+        candidates: What to measure; a weight that is no initializer, or that nodes of subgraphs
+            read, is left out.
         ctx: Gives calibration data and the runner.
         samples: Feeds of the data to use.
         window: Tokens of a feed to use, where feeds are plain token ids.
