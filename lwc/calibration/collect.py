@@ -14,6 +14,7 @@ from lwc.calibration.checkpoint import Trail, feeds_digest
 from lwc.calibration.statistics import Statistic
 from lwc.core.dims import evaluate
 from lwc.core.errors import InputError, LwcError
+from lwc.core.walk import runtime_values
 
 if TYPE_CHECKING:
     from lwc.core.module import Module
@@ -130,7 +131,8 @@ def _groups(module: Module, names: list[str], ctx: PassContext) -> list[list[str
     shapes = ctx.analyses.get(Shapes)
     feeds = ctx.calibration_feeds(module)
     extents = {frozenset(_extents(module, feed, shapes).items()) for feed in feeds}
-    sizes = {value.name: shapes.nbytes(value) for value in _values(module) if value.name in names}
+    made = runtime_values(module.graph)
+    sizes = {value.name: shapes.nbytes(value) for value in made if value.name in names}
     groups: list[list[str]] = []
     held = 0
     for name in names:
@@ -157,9 +159,3 @@ def _extents(module: Module, feed: Feed, shapes: Shapes) -> dict[str, int]:
             pairs = zip(shape, array.shape, strict=False)
             found |= {str(dim): extent for dim, extent in pairs if not isinstance(dim, int)}
     return found
-
-
-def _values(module: Module) -> Iterator[ir.Value]:
-    yield from module.graph.inputs
-    for node in module.graph:
-        yield from node.outputs

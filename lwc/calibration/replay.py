@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from lwc.calibration.stages import between, filed, varying
+from lwc.calibration.stages import between, filed, leading_to, varying
 from lwc.core.walk import values_read
 from lwc.core.weights import reading
 
@@ -88,7 +88,7 @@ class Replay:
         inputs = {value.name: value for value in module.graph.inputs}
         self._kept = [{inputs[name]: array for name, array in feed.items()} for feed in feeds]
         self._varying = varying(module, self._kept[0])
-        self._nodes = self._needed()
+        self._nodes = leading_to(module, self._outputs, self._varying)
         places = {node: index for index, node in enumerate(self._nodes)}
         self._first = {
             weight: min((places[n] for n in _readers(weight) if n in places), default=-1)
@@ -167,18 +167,6 @@ class Replay:
         for kept in self._kept:
             for value in [value for value in kept if value not in wanted]:
                 del kept[value]
-
-    def _needed(self) -> list[ir.Node]:
-        """Return the nodes between the data and the outputs, in the order of the graph."""
-        found: set[ir.Node] = set()
-        unknown = list(self._outputs)
-        while unknown:
-            value = unknown.pop()
-            node = value.producer()
-            if node is not None and node not in found and value in self._varying:
-                found.add(node)
-                unknown.extend(values_read(node))
-        return [node for node in self._module.graph if node in found]
 
 
 def _readers(value: ir.Value) -> Iterator[ir.Node]:

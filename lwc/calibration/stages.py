@@ -17,7 +17,7 @@ from lwc.core.walk import values_read
 if TYPE_CHECKING:
     from lwc.pipeline.passes import Feed, PassContext
 
-__all__ = ["Stages", "between", "filed", "varying"]
+__all__ = ["Stages", "between", "filed", "leading_to", "varying"]
 
 Array = np.ndarray[Any, Any]
 
@@ -48,7 +48,7 @@ class Stages:
         self._kept = [self._given(feed) for feed in ctx.calibration_feeds(module)]
         check_any(len(self._kept), module)
         self._varying = varying(module, self._kept[0])
-        self._waiting = self._behind(stops)
+        self._waiting = leading_to(module, stops, self._varying, self._kept[0])
 
     def _given(self, feed: Feed) -> dict[ir.Value, Array]:
         inputs = {value.name: value for value in self._module.graph.inputs}
@@ -84,7 +84,7 @@ class Stages:
             LwcError: The backend cannot run the nodes before it.
         """
         name = stop.name or ""
-        ahead = self._behind([stop])
+        ahead = leading_to(self._module, [stop], self._varying, self._kept[0])
         running = set(ahead)
         self._waiting = [node for node in self._waiting if node not in running]
         self._pending.discard(stop)
@@ -118,20 +118,6 @@ class Stages:
             if value in kept:
                 kept[value] = self._put((kept[value] / factors).astype(kept[value].dtype))
 
-    def _behind(self, values: Iterable[ir.Value]) -> list[ir.Node]:
-        """Return the nodes that still have to run for some values, in the order of the graph."""
-        found: set[ir.Node] = set()
-        unknown = list(values)
-        kept = self._kept[0]
-        while unknown:
-            value = unknown.pop()
-            node = value.producer()
-            if node is None or node in found or value in kept or value not in self._varying:
-                continue
-            found.add(node)
-            unknown.extend(values_read(node))
-        return [node for node in self._module.graph if node in found]
-
 
 def varying(module: Module, fed: Container[ir.Value]) -> set[ir.Value]:
     """Return the values of the main graph that depend on what is fed."""
@@ -140,6 +126,32 @@ def varying(module: Module, fed: Container[ir.Value]) -> set[ir.Value]:
         if any(value in found for value in values_read(node)):
             found.update(node.outputs)
     return found
+
+
+def leading_to(
+    module: Module,
+    values: Iterable[ir.Value],
+    reached: Container[ir.Value],
+    known: Container[ir.Value] = (),
+) -> list[ir.Node]:
+    """Return the nodes that have to run for some values, in the order of the graph.
+
+    Args:
+        module: The model.
+        values: Values of the main graph.
+        reached: Values that depend on what is fed; what makes others is left out.
+        known: Values that are there already.
+    """
+    found: set[ir.Node] = set()
+    unknown = list(values)
+    while unknown:
+        value = unknown.pop()
+        node = value.producer()
+        if node is None or node in found or value in known or value not in reached:
+            continue
+        found.add(node)
+        unknown.extend(values_read(node))
+    return [node for node in module.graph if node in found]
 
 
 def between(module: Module, given: dict[ir.Value, Array], made: Sequence[ir.Value]) -> Module:

@@ -50,7 +50,8 @@ def rank(
 ) -> tuple[list[LayerSensitivity], list[str]]:
     """Measure the layers, the one that loses most at the fewest bits first.
 
-    Returns them, and the names of weights that cannot be measured: nodes of subgraphs read them.
+    Returns them, and the names of weights that cannot be measured: nodes of subgraphs read them, or
+    they are no initializers.
 
     Args:
         modules: The module at every point of the pipeline; the last whose layers hold floats is
@@ -125,7 +126,8 @@ def print_ranking(entries: Sequence[LayerSensitivity], unknown: Sequence[str], c
     console.print(table)
     if unknown:
         listed = ", ".join(map(text.printable, unknown))
-        console.print(f"not measured, for nodes of subgraphs read them: {listed}", soft_wrap=True)
+        reason = "they are no initializers that the main graph alone reads"
+        console.print(f"not measured, for {reason}: {listed}", soft_wrap=True)
 
 
 def _cells(entry: LayerSensitivity) -> list[str]:

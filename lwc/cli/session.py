@@ -10,18 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lwc.cli.arguments import (
-    MODEL_SUFFIXES,
-    REPORT_SUFFIXES,
-    parse_counts,
-    parse_matches,
-    parse_shapes,
-    parse_size,
-)
+from lwc.cli.arguments import parse_counts, parse_matches, parse_shapes, parse_size
+from lwc.cli.option_checks import check_options
 from lwc.cli.progress import ProgressDisplay
 from lwc.cli.summary import remark_lines, summary_lines, written_line
 from lwc.core.errors import PassError, RequirementError, UsageError, VerificationError
-from lwc.core.paths import is_folder_target
 from lwc.core.text import printable
 from lwc.pipeline.config import PipelineConfig, read_config
 from lwc.pipeline.instruments import Instrument, IrPrinter, StatisticsPrinter, TimingPrinter
@@ -35,16 +28,6 @@ if TYPE_CHECKING:
     from lwc.report.data import LayerSensitivity, ModelEntry
 
 __all__ = ["Session", "settings_of"]
-
-_ACTIONS = ("plan", "explain", "bisect", "reduce", "check_contract")
-_NEVER_EMPTY = {
-    "explain": "a pass",
-    "reduce": "a file",
-    "feeds": "a file",
-    "calibrate": "a file or folder",
-    "resume": "a folder",
-    "pass_pipeline_crash_reproducer": "a file",
-}
 
 
 class Session:
@@ -62,7 +45,7 @@ class Session:
         self.config = settings_of(options)
         if options.input is None:
             raise UsageError("no input is given", remedy="lwc-opt model.onnx -o smaller.onnx -p …")
-        _check_outputs(options)
+        check_options(options)
         asked = parse_matches(options.require_match)
         self.require = self.config.require_match if asked is None else asked
         self.shapes = [{**self.config.bind, **each} for each in parse_shapes(options.measure)]
@@ -396,106 +379,6 @@ def settings_of(options: argparse.Namespace) -> PipelineConfig:
         if getattr(options, name) is not None
     }
     return replace(config, **given)
-
-
-def _check_outputs(options: argparse.Namespace) -> None:
-    for name, what in _NEVER_EMPTY.items():
-        if getattr(options, name) == "":
-            raise UsageError(f"--{name.replace('_', '-')} needs {what}, not nothing")
-    if options.explain is not None:
-        name, at, node = options.explain.partition("@")
-        if not name or (at and not node):
-            raise UsageError(f"--explain takes PASS or PASS@NODE, not '{options.explain}'")
-    actions = [name for name in _ACTIONS if getattr(options, name)]
-    actions = [name.replace("_", "-") for name in actions]
-    if len(actions) > 1:
-        raise UsageError(f"--{actions[0]} and --{actions[1]} do not go together")
-    for name in ("output", "report", "require_match", "resume", "pass_pipeline_crash_reproducer"):
-        if actions and getattr(options, name):
-            option = name.replace("_", "-")
-            what = "its own file only" if actions[0] == "reduce" else "nothing"
-            raise UsageError(f"--{actions[0]} writes {what} and does not go with --{option}")
-    if options.calibrate and actions and actions[0] in ("plan", "reduce", "check-contract"):
-        raise UsageError(f"--{actions[0]} takes no calibration data", remedy="drop --calibrate")
-    if options.reduce:
-        if not options.reduce.lower().endswith(MODEL_SUFFIXES):
-            raise UsageError(
-                f"cannot write '{options.reduce}': its suffix names no format that lwc writes",
-                remedy=f"end it in {' or '.join(reversed(MODEL_SUFFIXES))}",
-            )
-        if options.verify == "none":
-            raise UsageError("--reduce needs checks", remedy="drop --verify=none")
-        _check_place(options.reduce)
-        _check_other_file(options.reduce, options.input, "the input")
-    if options.pass_pipeline_crash_reproducer:
-        _check_reproducer(options)
-    if options.feeds is not None and not options.check_contract:
-        raise UsageError("--feeds needs a check", remedy="add --check-contract")
-    for name in ("measure", "text"):
-        if getattr(options, name) and not options.report:
-            raise UsageError(f"--{name} needs a report to go into", remedy="add --report FILE.md")
-    if options.tokenizer and not options.text and not options.calibrate:
-        raise UsageError(
-            "--tokenizer needs a text to read", remedy="add --text FILE or --calibrate FILE"
-        )
-    if options.sensitivity is not None and actions:
-        raise UsageError(f"--{actions[0]} and --sensitivity do not go together")
-    if options.sensitivity is not None and not options.calibrate:
-        raise UsageError("--sensitivity needs calibration data", remedy="add --calibrate PATH")
-    for name in ("calibrate_samples", "calibrate_window", "resume"):
-        if getattr(options, name) is not None and not options.calibrate:
-            option = name.replace("_", "-")
-            raise UsageError(f"--{option} needs calibration data", remedy="add --calibrate PATH")
-    if options.resume and os.path.exists(options.resume) and not os.path.isdir(options.resume):
-        raise UsageError(f"--resume '{options.resume}': it is a file", remedy="name a folder")
-    for path in options.report:
-        if Path(path).suffix.lower() not in REPORT_SUFFIXES:
-            raise UsageError(
-                f"no report format for '{path}'", remedy=f"end it in {', '.join(REPORT_SUFFIXES)}"
-            )
-        _check_place(path)
-    output = options.output
-    if output not in (None, "-") and not is_folder_target(output):
-        if not output.lower().endswith(MODEL_SUFFIXES):
-            raise UsageError(
-                f"cannot write '{output}': its suffix names no format that lwc writes",
-                remedy=f"end it in {' or '.join(MODEL_SUFFIXES)}, or in / for a folder",
-            )
-        _check_place(output)
-
-
-def _check_place(path: str) -> None:
-    """Check before any work that a file can be put at `path`."""
-    folder = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(folder):
-        raise UsageError(f"cannot write '{path}': there is no folder '{folder}'")
-    if os.path.isdir(path):
-        raise UsageError(f"cannot write '{path}': it is a folder", remedy="name a file")
-
-
-def _check_other_file(path: str, needed: str, what: str) -> None:
-    """Check that `path` is not, nor lies in, what the user needs still, such as the input."""
-    real, other = os.path.realpath(path), os.path.realpath(needed)
-    exist = os.path.exists(path) and os.path.exists(needed)
-    if real == other or (exist and os.path.samefile(path, needed)):
-        raise UsageError(f"'{path}' is {what} itself", remedy="name another file")
-    if exist and os.path.isdir(needed) and Path(real).is_relative_to(other):
-        raise UsageError(f"'{path}' is a part of {what}", remedy="name another file")
-
-
-def _check_reproducer(options: argparse.Namespace) -> None:
-    """Check before any work where the model of a crash reproducer goes, and the YAML beside it."""
-    from lwc.pipeline.reproducer import script_of
-
-    model = options.pass_pipeline_crash_reproducer
-    _check_place(model)
-    for path in (model, script_of(model)):
-        _check_place(path)
-        _check_other_file(path, options.input, "the input")
-        if options.config:
-            _check_other_file(path, options.config, "the configuration")
-        if options.output not in (None, "-"):
-            _check_other_file(path, options.output, "the output")
 
 
 def _existing_folder(path: str) -> Path:

@@ -15,6 +15,7 @@ __all__ = [
     "is_default_domain",
     "is_random",
     "op_name",
+    "runtime_values",
     "values_read",
 ]
 
@@ -62,6 +63,13 @@ def values_read(node: ir.Node) -> Iterator[ir.Value]:
         for inner in graph:
             yield from values_read(inner)
         yield from graph.outputs
+
+
+def runtime_values(graph: ir.Graph) -> Iterator[ir.Value]:
+    """Yield the inputs of a graph, and what its nodes make, without those of subgraphs."""
+    yield from graph.inputs
+    for node in graph:
+        yield from node.outputs
 
 
 def graph_and_subgraphs(graph: ir.Graph) -> Iterator[ir.Graph]:

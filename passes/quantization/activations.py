@@ -11,11 +11,12 @@ import numpy as np
 import onnx_ir as ir
 
 from lwc.calibration.statistics import Sample, Statistic
-from lwc.core.weights import reading
+from lwc.core.walk import runtime_values
 from lwc.passes.quantization.int8_rounding import per_tensor, per_token, relative_error, static
 from lwc.passes.quantization.layerwise import Layer, activation_of
 from lwc.passes.quantization.lowering import PackedWeight, lower_per_tensor
 from lwc.passes.quantization.streaming import QuantizedWeight
+from lwc.passes.quantization.weight_uses import matrix
 from lwc.rewrite.editor import Editor
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ __all__ = [
     "PerTensor",
     "Static",
     "first_readers",
-    "matrix",
     "measured",
     "observe",
     "seen",
@@ -44,16 +44,10 @@ _FEEDS = 8
 
 def measured(module: Module, layers: Iterable[Layer]) -> list[ir.Value]:
     """Return the activations of layers that calibration can see: those of the main graph."""
-    seen = [layer for layer in layers if _is_seen(layer, module)]
+    seen = [layer for layer in layers if layer.weight.read_in(module.graph)]
     uses = [use for layer in seen for use in layer.weight.uses if use.role != "Gather"]
     inputs = {use.node.inputs[0] for use in uses}
-    return [value for value in _main_values(module) if value in inputs]
-
-
-def _main_values(module: Module) -> Iterable[ir.Value]:
-    yield from module.graph.inputs
-    for node in module.graph:
-        yield from node.outputs
+    return [value for value in runtime_values(module.graph) if value in inputs]
 
 
 def observe(
@@ -109,8 +103,8 @@ class Activations:
         x = None if value is None else self._samples.get(value)
         if value is None or x is None or layer.spec.layout not in ("qdq", "tiles"):
             return None
-        wanted = x @ matrix(layer.weight.tensor, layer.spec.transposed)
-        found = self.rounded(value, x) @ result.values(layer.spec, layer.weight.matrix)
+        wanted = x @ matrix(layer.weight.tensor, layer.spec.transposed, np.float32)
+        found = self.rounded(value, x) @ result.values(layer.spec, layer.weight.extents)
         return relative_error(found, wanted)
 
     def prepare(self, editor: Editor, layers: Sequence[Layer]) -> None:
@@ -193,7 +187,7 @@ def seen(layers: Iterable[Layer], module: Module, ctx: PassContext) -> list[Laye
     """Return the layers of the main graph; remarks say that others stay."""
     kept = []
     for layer in layers:
-        if _is_seen(layer, module):
+        if layer.weight.read_in(module.graph):
             kept.append(layer)
         else:
             ctx.missed(
@@ -202,13 +196,3 @@ def seen(layers: Iterable[Layer], module: Module, ctx: PassContext) -> list[Laye
                 layer.weight.uses[0].node,
             )
     return kept
-
-
-def _is_seen(layer: Layer, module: Module) -> bool:
-    return all(use.node.graph is module.graph for use in layer.weight.uses)
-
-
-def matrix(tensor: ir.TensorProtocol, transposed: bool) -> Array:
-    """Return a weight, float32 `[inputs, outputs]`."""
-    with reading(tensor) as array:
-        return np.array(array.T if transposed else array, np.float32)

@@ -16,12 +16,11 @@ import onnx_ir as ir
 from lwc.calibration.checkpoint import Entry, Trail
 from lwc.calibration.stages import Stages
 from lwc.calibration.statistics import Gram, MeanAbs, Statistic
-from lwc.core.weights import reading
 from lwc.passes.quantization.awq import clipped, input_factors
 from lwc.passes.quantization.gptq import Rounded, gptq, output_error
 from lwc.passes.quantization.migration import Pair, edits, find_pairs, put, shared, spread
 from lwc.passes.quantization.streaming import WeightSpec
-from lwc.passes.quantization.weight_uses import WeightUses
+from lwc.passes.quantization.weight_uses import WeightUses, matrix
 
 if TYPE_CHECKING:
     from lwc.core.module import Module
@@ -189,8 +188,8 @@ class LayerwiseQuantizer:
         if {place.node for place in pair.weights} != read:
             return None  # some layer behind the activation keeps its weights
         sharing = pair.source.sharing
-        matrices = [_matrix(layer) for layer in group]
-        if not all(np.isfinite(matrix).all() for matrix in matrices):
+        matrices = [_present(layer) for layer in group]
+        if not all(np.isfinite(m).all() for m in matrices):
             return None
         sizes = [layer.spec.block_size or len(m) for layer, m in zip(group, matrices, strict=True)]
         alike = spread(shared(means, sharing), sharing)
@@ -218,18 +217,18 @@ class LayerwiseQuantizer:
     def _rounded(self, layer: Layer, gram: Array) -> Entry:
         """Return what makes the layer's result; nothing for infinite weights."""
         spec = layer.spec
-        matrix = _matrix(layer)
-        if not np.isfinite(matrix).all():
+        weights = _present(layer)
+        if not np.isfinite(weights).all():
             return {}
-        size = spec.block_size or len(matrix)
+        size = spec.block_size or len(weights)
         if self._method == "awq":
-            rounded = clipped(matrix, gram, spec.grid, size)
+            rounded = clipped(weights, gram, spec.grid, size)
         else:
             rounded = gptq(
-                matrix, gram, spec.grid, size,
+                weights, gram, spec.grid, size,
                 damping=self._damping, by_activation=self._by_activation,
             )  # fmt: skip
-        plain = matrix.astype(np.float32, copy=False)
+        plain = weights.astype(np.float32, copy=False)
         difference = plain - rounded.values(spec.grid, size)
         errors = (
             _ratio(float(np.vdot(difference, difference)), float(np.vdot(plain, plain))),
@@ -251,12 +250,11 @@ class LayerwiseQuantizer:
         return LayerResult(rounded, weight_error, output_error)
 
 
-def _matrix(layer: Layer) -> Array:
+def _present(layer: Layer) -> Array:
     """Return the weight as it is now, `[inputs, outputs]`."""
     tensor = layer.weight.value.const_value
     assert tensor is not None
-    with reading(tensor) as array:
-        return np.array(array.T if layer.spec.transposed else array)
+    return matrix(tensor, layer.spec.transposed)
 
 
 def _ratio(change: float, whole: float) -> float:

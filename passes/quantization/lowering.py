@@ -115,7 +115,7 @@ def lower(
         editor,
         weight.value.name or "weight",
         result,
-        weight.matrix,
+        weight.extents,
         grid=spec.grid,
         block_size=spec.block_size,
     )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lwc.core.errors import PassError, UsageError
 from lwc.core.text import parse_size, size
-from lwc.passes.quantization.quantize_weights import QuantizeWeights
+from lwc.passes.quantization.quantize_weights import Bits, QuantizeWeights
 from lwc.pipeline.passes import Contract, Lossy, Pass, PassContext, PassResult
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from lwc.passes.quantization.sensitivity import Candidate, Sensitivity
 
 __all__ = ["MixedPrecision"]
-
-Bits: TypeAlias = Literal[2, 3, 4, 8]
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class MixedPrecision(Pass):
     positional: ClassVar[str | None] = "budget"
 
     budget: float | str
-    bits: tuple[Literal[2, 3, 4, 8], ...] = (4, 8)
+    bits: tuple[Bits, ...] = (4, 8)
     method: Literal["rtn", "gptq", "awq"] = "rtn"
     embeddings: Literal[4, 8] | None = 8
     block_size: int | None = None
@@ -119,7 +117,7 @@ class MixedPrecision(Pass):
             if value not in found.costs:
                 ctx.note(
                     f"'{value.name}' gets {assigned[value]} bits without being measured: "
-                    "it is no weight of the main graph",
+                    "it is no initializer that the main graph alone reads",
                     node,
                 )
         used = sum(each.forms[assigned[each.weight.value]].nbytes for each in candidates)
@@ -127,7 +125,8 @@ class MixedPrecision(Pass):
         if all(assigned[each.weight.value] == max(each.forms) for each in candidates):
             shown = size(achieved) if isinstance(self.budget, str) else f"{achieved:.4g}"
             ctx.note(f"every layer has its most bits: {shown} of budget={self.budget} is used")
-        result = quantizer.with_bits(assigned).run(module, ctx)
+        layers, skipped = quantizer.choose(module, ctx, assigned)
+        result = quantizer.quantize(module, ctx, layers, skipped=skipped)
         statistics = dict(result.statistics)
         statistics.pop("bits requested", None)
         chosen = Counter(assigned.values())

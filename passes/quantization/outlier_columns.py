@@ -9,12 +9,12 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx_ir as ir
 
-from lwc.passes.quantization.activations import Activations, first_readers, matrix
+from lwc.passes.quantization.activations import Activations, first_readers
 from lwc.passes.quantization.int8_rounding import relative_error
 from lwc.passes.quantization.layerwise import Layer, activation_of
 from lwc.passes.quantization.lowering import PackedWeight, lower_to_dialect
 from lwc.passes.quantization.streaming import QuantizedWeight
-from lwc.passes.quantization.weight_uses import WeightUse, WeightUses
+from lwc.passes.quantization.weight_uses import WeightUse, WeightUses, matrix
 from lwc.rewrite.editor import Editor, attribute
 
 __all__ = ["Columns", "OutlierColumns", "columns_of"]
@@ -40,7 +40,7 @@ class Columns:
 
     def rows(self) -> Array:
         """Return the weight's rows of these inputs, float32 `[channels, outputs]`."""
-        return matrix(self.whole.tensor, self.transposed)[self.channels]
+        return matrix(self.whole.tensor, self.transposed, np.float32)[self.channels]
 
 
 def columns_of(layer: Layer, tops: Sequence[Array], threshold: float) -> Columns:
@@ -53,14 +53,14 @@ def columns_of(layer: Layer, tops: Sequence[Array], threshold: float) -> Columns
         threshold: The magnitude.
     """
     weight, transposed = layer.weight, layer.spec.transposed
-    channels = np.zeros(weight.matrix[0], bool)
+    channels = np.zeros(weight.extents[0], bool)
     for each in tops:
         channels |= each >= threshold
     rest = weight
     if channels.any() and not channels.all():
 
         def zeroed() -> ir.TensorProtocol:
-            made = matrix(weight.tensor, transposed)
+            made = matrix(weight.tensor, transposed, np.float32)
             made[channels] = 0
             return ir.Tensor(np.ascontiguousarray(made.T if transposed else made))
 
@@ -93,9 +93,10 @@ class OutlierColumns(Activations):
             return super().output_error(layer, result)
         x = self._samples[value]
         rest = np.where(columns.channels, np.float32(0), x)
-        found = self.rounded(value, rest) @ result.values(layer.spec, layer.weight.matrix)
+        found = self.rounded(value, rest) @ result.values(layer.spec, layer.weight.extents)
         found += x[:, columns.channels] @ columns.rows()
-        return relative_error(found, x @ matrix(columns.whole.tensor, columns.transposed))
+        whole = matrix(columns.whole.tensor, columns.transposed, np.float32)
+        return relative_error(found, x @ whole)
 
     def prepare(self, editor: Editor, layers: Sequence[Layer]) -> None:
         """Split every activation whose outlier channels some layer leaves in floating point."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 from lwc.core.errors import PassError, UsageError
 from lwc.pipeline.passes import Contract, Lossy, Pass, PassContext, PassResult
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Mapping
 
     import onnx_ir as ir
 
@@ -22,7 +21,9 @@ if TYPE_CHECKING:
     from lwc.passes.quantization.weight_uses import WeightUses
     from lwc.rewrite.editor import Editor
 
-__all__ = ["QuantizeWeights"]
+__all__ = ["Bits", "QuantizeWeights"]
+
+Bits: TypeAlias = Literal[2, 3, 4, 8]
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,7 @@ class QuantizeWeights(Pass):
         block_size: Weights that share a scale; a power of two from 16. With `format=qdq`, 0
             or `lwc` gives each output channel one scale. By default 32, with `codebook=nf4` 64, but
             16 for 8-bit weights of MatMulNBits whose layer reads a product of activations, as after
-            a gate: its spread
-            within a block decides the error at accuracy level 4.
+            a gate: its spread within a block decides the error at accuracy level 4.
         symmetric: Whether the zero point is fixed in the middle. That saves a byte or half a
             byte per block.
         search: How scales are chosen: `mse` tries a few grids per block (of nf4, the levels and
@@ -76,7 +76,7 @@ class QuantizeWeights(Pass):
     name: ClassVar[str] = "quantize-weights"
     contract: ClassVar[Contract] = Lossy(noise=0.1)
 
-    bits: Literal[2, 3, 4, 8] = 4
+    bits: Bits = 4
     codebook: Literal["uniform", "nf4"] = "uniform"
     method: Literal["rtn", "gptq", "awq"] = "rtn"
     embeddings: Literal[4, 8] | None = 8
@@ -89,10 +89,6 @@ class QuantizeWeights(Pass):
     exclude: tuple[str, ...] = ()
     format: Literal["matmulnbits", "qdq", "lwc", "auto"] = "matmulnbits"
     accuracy_level: Literal[0, 1, 2, 3, 4] = 4
-
-    _assigned: Mapping[Any, Literal[2, 3, 4, 8]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
 
     def __post_init__(self) -> None:
         size = self.block_size
@@ -133,39 +129,42 @@ class QuantizeWeights(Pass):
                 remedy="use 64, or format=qdq",
             )
 
-    def with_bits(self, assigned: Mapping[ir.Value, Literal[2, 3, 4, 8]]) -> QuantizeWeights:
-        """Return the same pass, which rounds some weights of linear layers to bits of their own."""
-        return self._changed(dict(assigned))
-
-    def _changed(
-        self, assigned: Mapping[Any, Literal[2, 3, 4, 8]], **options: Any
-    ) -> QuantizeWeights:
-        twin = replace(self, **options)
-        object.__setattr__(twin, "_assigned", assigned)
-        return twin
-
-    def form(self, weight: WeightUses, editor: Editor) -> tuple[WeightSpec, int] | str:
+    def form(
+        self, weight: WeightUses, editor: Editor, assigned: Mapping[ir.Value, Bits] | None = None
+    ) -> tuple[WeightSpec, int] | str:
         """Say what a weight would become and the bytes that takes, or why it would stay.
+
+        Args:
+            weight: The weight.
+            editor: Knows the module.
+            assigned: See `choose`.
 
         Raises:
             PassError: The module's opset cannot express it.
         """
-        forms = self._forms(editor)
+        forms = self._forms(editor, assigned)
         reason = forms.obstacle(weight)
         return (forms.spec(weight), forms.packed_bytes(weight)) if reason is None else reason
 
-    def _forms(self, editor: Editor) -> WeightForms:
+    def _forms(self, editor: Editor, assigned: Mapping[ir.Value, Bits] | None) -> WeightForms:
         from lwc.passes.quantization.weight_forms import WeightForms
 
-        return WeightForms(self, self._assigned, editor)
+        return WeightForms(self, assigned or {}, editor)
 
     def run(self, module: Module, ctx: PassContext) -> PassResult:
         """See the class."""
         layers, skipped = self.choose(module, ctx)
         return self.quantize(module, ctx, layers, skipped=skipped)
 
-    def choose(self, module: Module, ctx: PassContext) -> tuple[list[Layer], int]:
+    def choose(
+        self, module: Module, ctx: PassContext, assigned: Mapping[ir.Value, Bits] | None = None
+    ) -> tuple[list[Layer], int]:
         """Return the layers to quantize, and how many stay, for which remarks say why.
+
+        Args:
+            module: The model.
+            ctx: What the pass may use.
+            assigned: Bits of some weights of linear layers, in place of those of the pass.
 
         Raises:
             PassError: The module's opset or a weight's type cannot express what is asked for.
@@ -182,8 +181,8 @@ class QuantizeWeights(Pass):
             if not any(matches(weight, pattern) for weight in weights):
                 ctx.warn(f"exclude={pattern} matches no weight and none of their nodes")
         for weight in weights:
-            own = self._for(weight, ctx)
-            form = own if isinstance(own, str) else own.form(weight, editor)
+            own = self._for(weight, ctx, editor, assigned)
+            form = own if isinstance(own, str) else own.form(weight, editor, assigned)
             if isinstance(form, str):
                 skipped += 1
                 place = weight.uses[0].node if weight.uses else None
@@ -266,7 +265,7 @@ class QuantizeWeights(Pass):
             return None
         layers = []
         for layer in chosen:
-            if activation_of(layer.weight) is not None and _in_main_graph(layer.weight, module):
+            if activation_of(layer.weight) is not None and layer.weight.belongs_to(module.graph):
                 layers.append(layer)
             else:
                 ctx.note(
@@ -311,7 +310,13 @@ class QuantizeWeights(Pass):
                 made.output_error,
             )
 
-    def _for(self, weight: WeightUses, ctx: PassContext) -> QuantizeWeights | str:
+    def _for(
+        self,
+        weight: WeightUses,
+        ctx: PassContext,
+        editor: Editor,
+        assigned: Mapping[ir.Value, Bits] | None,
+    ) -> QuantizeWeights | str:
         """Return the pass with the format that suits a weight, or why it should stay as it is.
 
         Raises:
@@ -322,19 +327,13 @@ class QuantizeWeights(Pass):
         if self.format != "auto":
             return self
         if weight.obstacle is not None or all(use.role == "Gather" for use in weight.uses):
-            return self._changed(self._assigned, format="lwc")
+            return replace(self, format="lwc")
         target = ctx.find_target()
         if target is None:
             raise PassError(
                 "format=auto chooses by measured times, and this machine was not measured",
                 remedy="a report with --measure measures it, or name a format",
             )
-        bits = self._forms(ctx.editor()).bits(weight)
-        operator, objection = choose_operator(target, bits, *weight.matrix)
-        return objection if operator is None else self._changed(self._assigned, format=operator)
-
-
-def _in_main_graph(weight: WeightUses, module: Module) -> bool:
-    return weight.value.is_initializer() and all(
-        use.node.graph is module.graph for use in weight.uses
-    )
+        bits = self._forms(editor, assigned).bits(weight)
+        operator, objection = choose_operator(target, bits, *weight.extents)
+        return objection if operator is None else replace(self, format=operator)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -19,19 +19,17 @@ from lwc.core.diagnostics import describe
 from lwc.core.errors import LwcError, PassError
 from lwc.core.weights import reading
 from lwc.passes.quantization.gptq import round_to_nearest
-from lwc.passes.quantization.weight_uses import WeightUses, find_weights
+from lwc.passes.quantization.weight_uses import WeightUses, find_weights, matrix
 
 if TYPE_CHECKING:
     from lwc.core.module import Module
-    from lwc.passes.quantization.quantize_weights import QuantizeWeights
+    from lwc.passes.quantization.quantize_weights import Bits, QuantizeWeights
     from lwc.passes.quantization.streaming import WeightSpec
     from lwc.pipeline.passes import Feed, PassContext
 
 __all__ = ["Candidate", "Form", "Sensitivity", "find_candidates", "measure"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
-Bits: TypeAlias = Literal[2, 3, 4, 8]
-
 
 _MEASURED: tuple[Bits, ...] = (2, 3, 4)
 """Bits that are run. The cost of small errors grows with their square, so that of 8 bits is the
@@ -113,7 +111,8 @@ def measure(
 
     Args:
         module: The model; it is not changed.
-        candidates: What to measure; a weight that nodes of subgraphs read is left out.
+        candidates: What to measure; a weight that is no initializer, or that nodes of subgraphs
+            read, is left out.
         ctx: Gives calibration data and the runner.
         samples: Feeds of the data to use.
         window: Tokens of a feed to use, where feeds are plain token ids.
@@ -128,7 +127,7 @@ def measure(
     outputs = [v for v in module.graph.outputs if v.dtype is not None and _is_float(v.dtype)]
     if not outputs:
         raise PassError("no output holds floats, so nothing tells how good the model is")
-    inside = [each for each in candidates if _in_main_graph(each.weight, module)]
+    inside = [each for each in candidates if each.weight.belongs_to(module.graph)]
     for each in inside:
         _check_weight(each.weight)
     weights = {each.weight.value: each for each in inside}
@@ -187,14 +186,12 @@ def _rounded(candidate: Candidate, bits: Bits) -> tuple[Array, float]:
     It has the weight's own shape and type.
     """
     weight, spec = candidate.weight, candidate.forms[bits].spec
-    with reading(weight.tensor) as array:
-        matrix = array.T if spec.transposed else array
-        size = spec.block_size or len(matrix)
-        rounded = round_to_nearest(np.ascontiguousarray(matrix), spec.grid, size)
-        values = rounded.values(spec.grid, size)
-        off = values - matrix.astype(np.float32, copy=False)
-        made = np.ascontiguousarray((values.T if spec.transposed else values).astype(array.dtype))
-        return made, float(np.vdot(off, off))
+    plain = matrix(weight.tensor, spec.transposed)
+    size = spec.block_size or len(plain)
+    values = round_to_nearest(plain, spec.grid, size).values(spec.grid, size)
+    off = values - plain.astype(np.float32, copy=False)
+    made = np.ascontiguousarray((values.T if spec.transposed else values).astype(plain.dtype))
+    return made, float(np.vdot(off, off))
 
 
 def _sample(module: Module, ctx: PassContext, samples: int, window: int) -> list[Feed]:
@@ -230,9 +227,3 @@ def _last_extent(value: ir.Value) -> int | None:
 
 def _is_float(dtype: ir.DataType) -> bool:
     return dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
-
-
-def _in_main_graph(weight: WeightUses, module: Module) -> bool:
-    return weight.value.graph is module.graph and all(
-        use.node.graph is module.graph for use in weight.uses
-    )

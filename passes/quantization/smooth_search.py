@@ -7,9 +7,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from lwc.core.weights import reading
 from lwc.passes.quantization.channel_places import Place
 from lwc.passes.quantization.int8_rounding import per_channel, per_token
+from lwc.passes.quantization.weight_uses import matrix
 
 __all__ = ["ROWS", "Found", "search"]
 
@@ -49,8 +49,8 @@ def search(x: Array, weights: Sequence[Place], factors_of: Callable[[float], Arr
         weights: Of all layers that read it.
         factors_of: Gives the factors of a power, `[channels]`.
     """
-    matrices = [_matrix(place) for place in weights]
-    outputs = [x @ matrix for matrix in matrices]
+    matrices = [_content(place) for place in weights]
+    outputs = [x @ each for each in matrices]
     plain = _error(x, matrices, outputs, np.ones(x.shape[1], np.float32))
     best = Found(None, np.ones(x.shape[1]), 1.0)
     for power in _POWERS:
@@ -71,9 +71,7 @@ def _error(x: Array, weights: list[Array], outputs: list[Array], factors: Array)
     return total
 
 
-def _matrix(place: Place) -> Array:
-    """Return a weight, float32 `[inputs, outputs]`."""
+def _content(place: Place) -> Array:
     tensor = place.source.const_value
     assert tensor is not None
-    with reading(tensor) as array:
-        return np.array(np.moveaxis(array, place.axis, 0), np.float32)
+    return matrix(tensor, place.axis == 1, np.float32)

@@ -35,7 +35,7 @@ class Tally:
         output_error: float | None,
     ) -> None:
         """Count a weight; `output_error` is None where its outputs were not measured."""
-        inputs, outputs = weight.matrix
+        inputs, outputs = weight.extents
         self.layers += 1
         self.nodes += len(weight.uses)
         self.weights += inputs * outputs

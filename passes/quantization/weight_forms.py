@@ -18,7 +18,7 @@ from lwc.rewrite import producer_of
 from lwc.rewrite.editor import Editor
 
 if TYPE_CHECKING:
-    from lwc.passes.quantization.quantize_weights import QuantizeWeights
+    from lwc.passes.quantization.quantize_weights import Bits, QuantizeWeights
 
 __all__ = ["WeightForms", "matches"]
 
@@ -38,7 +38,7 @@ class WeightForms:
     def __init__(
         self,
         options: QuantizeWeights,
-        assigned: Mapping[ir.Value, Literal[2, 3, 4, 8]],
+        assigned: Mapping[ir.Value, Bits],
         editor: Editor,
     ) -> None:
         self._options = options
@@ -73,7 +73,7 @@ class WeightForms:
             ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
         ):  # fmt: skip
             return f"its type is {weight.tensor.dtype}"
-        inputs, _ = weight.matrix
+        inputs, _ = weight.extents
         size = self._block(weight)
         whole = self._is_nf4(weight) or ("Gather" in roles and layout != "tiles")
         if whole and size and inputs % size:
@@ -93,7 +93,7 @@ class WeightForms:
     def _excluded(self, weight: WeightUses) -> str | None:
         return next((each for each in self._options.exclude if matches(weight, each)), None)
 
-    def bits(self, weight: WeightUses) -> Literal[2, 3, 4, 8]:
+    def bits(self, weight: WeightUses) -> Bits:
         """Return the bits of a weight."""
         table = any(use.role == "Gather" for use in weight.uses)
         if table and self._options.embeddings:
@@ -135,7 +135,7 @@ class WeightForms:
     def packed_bytes(self, weight: WeightUses) -> int:
         """Return the bytes that a weight's codes, scales and zero points take."""
         bits = self.bits(weight)
-        inputs, outputs = weight.matrix
+        inputs, outputs = weight.extents
         size = self._block(weight) or inputs
         blocks = -(-inputs // size)
         if self._layout(weight) == "tiles":

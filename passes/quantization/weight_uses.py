@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import onnx_ir as ir
 
 from lwc.core.module import Module
 from lwc.core.walk import constant_tensor, is_default_domain
+from lwc.core.weights import reading
 
-__all__ = ["Role", "WeightUse", "WeightUses", "find_weights"]
+__all__ = ["Role", "WeightUse", "WeightUses", "find_weights", "matrix"]
 
+Array: TypeAlias = "np.ndarray[Any, Any]"
 Role: TypeAlias = Literal["MatMul", "Gemm", "Gather"]
 
 _OPERAND: dict[str, int] = {"MatMul": 1, "Gemm": 1, "Gather": 0}
@@ -56,10 +59,32 @@ class WeightUses:
         return len({use.role == "Gather" for use in self.uses}) == 2
 
     @property
-    def matrix(self) -> tuple[int, int]:
+    def extents(self) -> tuple[int, int]:
         """Inputs and outputs of the layer."""
         rows, columns = self.tensor.shape.numpy()
         return (columns, rows) if self.uses[0].transposed else (rows, columns)
+
+    def read_in(self, graph: ir.Graph) -> bool:
+        """Tell whether nodes of this graph alone read it, and none of its subgraphs."""
+        return all(use.node.graph is graph for use in self.uses)
+
+    def belongs_to(self, graph: ir.Graph) -> bool:
+        """Tell whether it is an initializer, and nodes of this graph alone read it."""
+        return self.value.is_initializer() and self.read_in(graph)
+
+
+def matrix(
+    tensor: ir.TensorProtocol, transposed: bool, dtype: type[np.floating[Any]] | None = None
+) -> Array:
+    """Return a copy of a weight as `[inputs, outputs]`.
+
+    Args:
+        tensor: The weight.
+        transposed: Whether it lies as `[outputs, inputs]`.
+        dtype: Type of the copy; by default that of the weight.
+    """
+    with reading(tensor) as array:
+        return np.array(array.T if transposed else array, dtype)
 
 
 def find_weights(module: Module) -> Iterator[WeightUses]:

@@ -314,6 +314,19 @@ def test_a_weight_that_is_not_finite_is_an_error() -> None:
         mixed(module, budget=9.0, exclude=("w1",))
 
 
+def test_a_weight_of_a_constant_node_is_not_measured() -> None:
+    module = language_model()
+    value = module.graph.initializers.pop("w1")
+    assert value.const_value is not None
+    node = ir.node("Constant", [], {"value": value.const_value})
+    module.graph.insert_before(module.graph[0], node)
+    node.outputs[0].name = "constant"
+    ir.convenience.replace_all_uses_with(value, node.outputs[0])
+    assert mixed(module, budget=9.0).statistics["weights quantized"] == LAYERS + 1
+    (said,) = [remark.message for remark in module.remarks if "measured" in remark.message]
+    assert said.startswith("'constant' gets 8 bits without being measured")
+
+
 def test_it_needs_data() -> None:
     module = language_model()
     ctx = PassContext(AnalysisManager(module), make_runner=make_runner)

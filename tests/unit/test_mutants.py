@@ -1,4 +1,4 @@
-"""The faults of tools/bench/mutations.py: each fits the code once, and counts only on merit."""
+"""The faults of tools/bench/mutants.py: each fits the code once, and counts only on merit."""
 
 from __future__ import annotations
 

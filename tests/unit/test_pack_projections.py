@@ -370,7 +370,7 @@ def test_products_of_the_dialect(symmetric: bool, bits: int, block: int, biased:
             f"{name} = " + (f"Add (m{name}, b{name})" if name in biased else f"Identity (m{name})")
         )
         weights += [f"float[{columns}] b{name}"] * (name in biased)
-    text = linears(*("".join(lines[i : i + 2]) for i in (0, 2)), ", ".join(weights))
+    text = linears("".join(lines[:2]), "".join(lines[2:]), ", ".join(weights))
     module = module_of(text.replace(f"[rows, {WIDTH}]", "[rows, 96]"))
     quantize(module, {"bits": bits, "block_size": block, "symmetric": symmetric})
     run_pass(Canonicalize(), module)

@@ -32,12 +32,9 @@ from lwc.backends.onnxruntime.session import make_runner
 from lwc.core.errors import PassError, UsageError
 from lwc.core.module import Module
 from lwc.core.quant_layout import TILE, unpack_codes
-from lwc.passes.quantization import streaming
 from lwc.passes.quantization.dialect_ops import variant_of
 from lwc.passes.quantization.kernel_choice import choose_operator
 from lwc.passes.quantization.quantize_weights import QuantizeWeights
-from lwc.passes.quantization.rounding import Grid
-from lwc.passes.quantization.streaming import WeightSpec, quantize
 from lwc.pipeline.passes import PassContext
 from lwc.pipeline.record import take_snapshot
 
@@ -149,24 +146,6 @@ def test_an_embedding_alone_stays_with_onnxruntime() -> None:
     module = module_of(text.replace("float[batch,seq,64] logits", "float[batch,seq,96] logits"))
     quantized(module, format="lwc")
     assert "GatherBlockQuantized" in kinds(module)
-
-
-@pytest.mark.parametrize("transposed", [True, False])
-def test_result_does_not_depend_on_tiles(monkeypatch: pytest.MonkeyPatch, transposed: bool) -> None:
-    matrix = np.random.default_rng(1).standard_normal((200, 144)).astype(np.float32)
-    tensor = ir.Tensor(matrix.T.copy() if transposed else matrix)
-    spec = WeightSpec(Grid(3, False, "mse"), 32, transposed, "tiles")
-    found = []
-    for elements, columns in ((1 << 17, 1024), (4096, 7), (32, 1)):
-        monkeypatch.setattr(streaming, "_TILE_ELEMENTS", elements)
-        monkeypatch.setattr(streaming, "_TILE_COLUMNS", columns)
-        result = quantize(tensor, spec)
-        assert result is not None
-        assert result.zero_points is not None
-        found.append(
-            [t.numpy().tobytes() for t in (result.codes, result.scales, result.zero_points)]
-        )
-    assert found[0] == found[1] == found[2]
 
 
 def test_scales_are_float16_where_they_fit() -> None:

@@ -120,13 +120,16 @@ def test_plain_rounding_is_that_of_onnxruntime() -> None:
 
 
 @pytest.mark.parametrize("transposed", [True, False])
-@pytest.mark.parametrize("layout", ["matmulnbits", "qdq"])
+@pytest.mark.parametrize(
+    ("layout", "bits", "dtype"),
+    [("matmulnbits", 4, np.float16), ("qdq", 4, np.float16), ("tiles", 3, np.float32)],
+)
 def test_result_does_not_depend_on_tiles(
-    monkeypatch: pytest.MonkeyPatch, transposed: bool, layout: Any
+    monkeypatch: pytest.MonkeyPatch, transposed: bool, layout: Any, bits: Any, dtype: Any
 ) -> None:
-    matrix = np.random.default_rng(1).standard_normal((200, 144)).astype(np.float16)
+    matrix = np.random.default_rng(1).standard_normal((200, 144)).astype(dtype)
     tensor = ir.Tensor(matrix.T.copy() if transposed else matrix)
-    spec = WeightSpec(Grid(4, False, "mse"), 32, transposed, layout)
+    spec = WeightSpec(Grid(bits, False, "mse"), 32, transposed, layout)
     found = []
     for elements, columns in ((1 << 17, 1024), (4096, 7), (32, 1)):
         monkeypatch.setattr(streaming, "_TILE_ELEMENTS", elements)

@@ -278,6 +278,35 @@ def show(rows: Sequence[Mapping[str, Any]], title: str, console: Console) -> Non
     console.print(table)
 
 
+def contest(
+    field_: Field,
+    prompt: list[int],
+    tokens: int,
+    rounds: int,
+    *,
+    base: str,
+    title: str,
+    console: Console,
+) -> list[dict[str, Any]]:
+    """Let every contender continue a prompt, print the table and return a row for each.
+
+    Args:
+        field_: The contenders.
+        prompt: Ids of the prompt.
+        tokens: Tokens after it.
+        rounds: Rounds after an untimed one.
+        base: What the others are compared with, if it runs.
+        title: Of the table; what it compares is added.
+        console: Where the table goes.
+    """
+    base, reference = field_.base(base), field_.reference()
+    timed, warm = measure(field_, prompt, tokens, rounds)
+    wanted = next((turn.tokens for turn in warm[reference]), ())
+    rows = summarize(len(prompt), timed, warm, base, wanted, contenders=field_.contenders)
+    show(rows, f"{title} (median, ratio to {base}; equal to {reference}'s)", console)
+    return rows
+
+
 def compete(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Run everything and return the document."""
     lengths, tokens = sorted(set(arguments.lengths)), arguments.tokens
@@ -289,13 +318,11 @@ def compete(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         for name in arguments.contenders:
             entered.enter(name, source, arguments.threads, lengths[-1] + tokens)
         for length in lengths:
-            base, reference = entered.base(arguments.base), entered.reference()
-            timed, warm = measure(entered, text[:length], tokens, arguments.rounds)
-            wanted = next((turn.tokens for turn in warm[reference]), ())
-            found = summarize(length, timed, warm, base, wanted)
             title = f"{length} tokens of prompt, {tokens} more, {arguments.threads} threads"
-            show(found, f"{title} (median, ratio to {base}; equal to {reference}'s)", console)
-            rows += found
+            rows += contest(
+                entered, text[:length], tokens, arguments.rounds,
+                base=arguments.base, title=title, console=console,
+            )  # fmt: skip
     finally:
         entered.close()
     for name, reason in entered.skipped.items():

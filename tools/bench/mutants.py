@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Plant faults into passes and see whether `check_pass` finds them.
 
-Each fault of mutations.py is planted in a process of its own, in which `lwc.verify.check_pass`
-checks the pass with default settings. The table says what was found, after how many graphs and
-seconds, and how small the reproducer is. `--clean` runs the passes without a fault instead: every
-report is a false alarm then. Drawing ends after a time, so that fewer graphs are drawn on a loaded
-machine: run it alone, and compare the numbers of graphs.
+Each fault of mutations.py and weight_mutations.py is planted in a process of its own, in which
+`lwc.verify.check_pass` checks the pass with default settings. The table says what was found, after
+how many graphs and seconds, and how small the reproducer is. `--clean` runs the passes without a
+fault instead: every report is a false alarm then. Drawing ends after a time, so that fewer graphs
+are drawn on a loaded machine: run it alone, and compare the numbers of graphs.
 
     python tools/bench/mutants.py [--only WORDS] [--jobs 2] [--json FILE]
     python tools/bench/mutants.py --clean [--examples 2000] [--json FILE]
@@ -34,7 +34,10 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from mutations import MUTATIONS, Mutation
+from mutations import GRAPH_MUTATIONS, Mutation
+from weight_mutations import WEIGHT_MUTATIONS
+
+MUTATIONS = (*GRAPH_MUTATIONS, *WEIGHT_MUTATIONS)
 
 LIMIT = 60.0
 """Seconds in which a fault must be found."""

@@ -13,7 +13,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.decode import Contender, Field, measure, show, summarize
+from bench.decode import Contender, Field, contest
 from bench.decode_models import Source, run
 from bench.decode_peers import Absent
 from bench.quantize_results import Results, Unmade
@@ -78,16 +78,12 @@ def speed_rows(
     try:
         for name in contenders:
             entered.enter(name, results.subject.source, results.threads, prompt + tokens)
-        base, reference = entered.base(REFERENCE), entered.reference()
         ids = results.subject.ids(calibration=False)[:prompt]
-        timed, warm = measure(entered, ids, tokens, rounds)
-        wanted = next((turn.tokens for turn in warm[reference]), ())
-        found = summarize(prompt, timed, warm, base, wanted, contenders=contenders)
+        after = "all logits" if whole else f"{tokens} more"
+        title = f"{prompt} tokens of prompt, {after}, {results.threads} threads"
+        found = contest(entered, ids, tokens, rounds, base=REFERENCE, title=title, console=console)
     finally:
         entered.close()
-    after = "all logits" if whole else f"{tokens} more"
-    title = f"{prompt} tokens of prompt, {after}, {results.threads} threads"
-    show(found, f"{title} (median, ratio to {base}; equal to {reference}'s)", console)
     for name, reason in entered.skipped.items():
         rows.append({"section": section, "setting": name, "error": reason})
     for row in rows:

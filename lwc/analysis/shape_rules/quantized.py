@@ -32,17 +32,8 @@ def _dynamic_quantize(site: Site) -> Outcome:
     return [Fact(uint8, site.shape(0)), Fact(ir.DataType.FLOAT, ()), Fact(uint8, ())]
 
 
-@rule("com.microsoft::MatMulNBits com.microsoft::MatMulBnb4")
-def _matmul_nbits(site: Site) -> Outcome:
-    a = site.shape(0)
-    if a is None:
-        return Fact(site.dtype(0))
-    site.same(a[-1], site.attribute("K"))
-    return Fact(site.dtype(0), (*a[:-1], site.attribute("N")))
-
-
-@rule("lwc::DynamicQuantMatMul")
-def _dynamic_quant_matmul(site: Site) -> Outcome:
+@rule("com.microsoft::MatMulNBits com.microsoft::MatMulBnb4 lwc::DynamicQuantMatMul")
+def _packed_product(site: Site) -> Outcome:
     a = site.shape(0)
     if a is None:
         return Fact(site.dtype(0))

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lwc.calibration.feeds import (
-    Edge,
-    FeedSpec,
-    dim_names,
-    fixed_dims,
-)
+from lwc.calibration.feeds import FeedSpec, dim_names, fixed_dims
 from lwc.core.diagnostics import describe
 from lwc.core.errors import LwcError, VerificationError
 from lwc.core.walk import is_random
@@ -25,15 +19,13 @@ from lwc.verify.numeric.bounds import (
     OutputError,
     contract_bounds,
     depth,
-    difference,
     exact_rtol,
     rounding,
-    shown,
 )
 from lwc.verify.numeric.choosing import TestFeed, choose_feeds, is_small
+from lwc.verify.numeric.judging import Judge
 from lwc.verify.numeric.reference import Float64Reference, runs_in_float64
 from lwc.verify.numeric.running import LOOP_SECONDS, Running, compiled, fits, fitted, limit_after
-from lwc.verify.numeric.sensitivity import ROUNDING, Sensitivity
 
 if TYPE_CHECKING:
     from lwc.core.module import Fingerprint, Module
@@ -55,9 +47,6 @@ _LOSSY_FEEDS = 2
 
 _BRIEF = 0.1
 """Seconds of ONNX Runtime up to which loops run in float64 too; the reference takes far longer."""
-
-_REFERENCE_RTOL = 4 * 2.0**-24
-"""In float64 what is left is the rounding of constants to float32, 2**-24 each."""
 
 
 @dataclass(frozen=True)
@@ -181,8 +170,8 @@ class Comparer:
         limit = limit_after(seconds)
         results, seconds_after = self._run_after(after, feeds, limit)
         retyped = frozenset() if isinstance(contract, Exact) else _retyped(before, after)
-        found = _Found(before, contract, bounds, self._threads, limit, retyped)
-        errors = found.errors(feeds, expected, results, None)
+        judge = Judge(before, contract, bounds, self._threads, limit, retyped)
+        errors = judge.errors(feeds, expected, results, None)
         again: list[OutputError] = []
         # In 16 bits rounding is part of what is computed.
         wide = (
@@ -192,7 +181,7 @@ class Comparer:
             and max(seconds, seconds_after) <= _BRIEF
         )
         if wide and not isinstance(contract, Lossy):
-            again = self._in_float64(before, after, feeds, found, (expected, results))
+            again = self._in_float64(before, after, feeds, judge, (expected, results))
         self._memory.keep(after, feeds, results, seconds_after)
         return NumericReport(
             tuple(errors + again), bounds.rtol, bounds.atol, len(feeds), bool(again)
@@ -254,7 +243,7 @@ class Comparer:
         before: Module,
         after: Module,
         feeds: Sequence[TestFeed],
-        found: _Found,
+        judge: Judge,
         runtime: tuple[Sequence[Mapping[str, Array]], Sequence[Mapping[str, Array]]],
     ) -> list[OutputError]:
         """Compare in float64.
@@ -274,10 +263,10 @@ class Comparer:
             except LwcError:
                 continue  # ONNX Runtime ran it
             try:
-                errors += found.errors([feed], [ours], [result], reference)
+                errors += judge.errors([feed], [ours], [result], reference)
             except VerificationError:
                 pairs = zip(theirs, (ours, result), strict=True)
-                if all(found.means_the_same(feed, *pair) for pair in pairs):
+                if all(judge.means_the_same(feed, *pair) for pair in pairs):
                     raise
         return errors
 
@@ -376,128 +365,5 @@ def _retyped(before: Module, after: Module) -> frozenset[str]:
     )
 
 
-@dataclass(frozen=True)
-class _Found:
-    """Judges differences."""
-
-    before: Module
-    contract: Contract
-    bounds: Bounds
-    threads: int | None
-    limit: float
-    retyped: frozenset[str]
-
-    def errors(
-        self,
-        feeds: Sequence[TestFeed],
-        expected: Sequence[Mapping[str, Array]],
-        results: Sequence[Mapping[str, Array]],
-        reference: Float64Reference | None,
-    ) -> list[OutputError]:
-        """Return the error of each output on each feed.
-
-        Args:
-            feeds: The feeds.
-            expected: Outputs before.
-            results: Outputs after.
-            reference: The float64 reference of the module before, where outputs are in float64.
-
-        Raises:
-            VerificationError: One is larger than the contract and rounding allow.
-        """
-        bounds = self.bounds
-        if reference is not None and isinstance(self.contract, Exact):
-            rtol = max(bounds.rtol - exact_rtol(self.before), _REFERENCE_RTOL)
-            bounds = bounds._replace(rtol=rtol, rounding=min(bounds.rounding, 2.0**-24))
-        errors = []
-        for feed, wanted, result in zip(feeds, expected, results, strict=True):
-            sensitivity: Sensitivity | None = None
-            for name, array in wanted.items():
-                if name not in result:
-                    raise VerificationError(f"output '{name}' is gone after the pass")
-                if reference is None:
-                    self._check_type(name, array, result[name])
-                kept = self._kept(array, result[name])
-                error = difference(name, feed.shapes, kept, result[name], bounds)
-                if error.excess > 1 and not isinstance(self.contract, Lossy):
-                    if kept is array:
-                        sensitivity = sensitivity or self._sensitivity(feed, wanted, reference)
-                        error = sensitivity.judge(error, array, result[name], bounds)
-                    if error.excess > 1:
-                        raise VerificationError(_complaint(error, feed, bounds, reference))
-                errors.append(error)
-        return errors
-
-    def _kept(self, before: Array, after: Array) -> Array:
-        """Return what an output after the pass stands for."""
-        kept = self.contract.kept if isinstance(self.contract, Exact) else None
-        if kept is None or before.shape == after.shape:
-            return before
-        return kept(before, after)
-
-    def _check_type(self, name: str, before: Array, after: Array) -> None:
-        free = self.retyped.intersection((name, name.partition("[")[0]))
-        if before.dtype != after.dtype and not free:
-            raise VerificationError(
-                f"output '{name}' was {before.dtype} before the pass and is {after.dtype} after it"
-            )
-
-    def means_the_same(
-        self, feed: TestFeed, runtime: Mapping[str, Array], reference: Mapping[str, Array]
-    ) -> bool:
-        """Tell whether rounding explains how the reference differs from ONNX Runtime."""
-        sensitivity: Sensitivity | None = None
-        for name, array in runtime.items():
-            if name not in reference or reference[name].shape != array.shape:
-                return False
-            mine = reference[name].astype(array.dtype)
-            error = difference(name, {}, array, mine, self.bounds)
-            if error.excess > 1:
-                sensitivity = sensitivity or self._sensitivity(feed, runtime, None)
-                if sensitivity.judge(error, array, mine, self.bounds).excess > 1:
-                    return False
-        return True
-
-    def _sensitivity(
-        self,
-        feed: TestFeed,
-        wanted: Mapping[str, Array],
-        reference: Float64Reference | None,
-    ) -> Sensitivity:
-        make = Float64Reference if reference is not None else None
-
-        def prepared(module: Module) -> AbstractContextManager[Any]:
-            if make is not None:
-                return nullcontext(make(module))
-            return compiled(module, self.threads, limit=self.limit)
-
-        rounded = ROUNDING if reference is None else 2.0**-52
-        return Sensitivity.measure(self.before, feed.arrays, wanted, prepared, results=rounded)
-
-
 def _runs_in_float64(module: Module) -> bool:
     return is_small(module) and runs_in_float64(module)
-
-
-def _complaint(
-    error: OutputError,
-    feed: TestFeed,
-    bounds: Bounds,
-    reference: Float64Reference | None,
-) -> str:
-    filled = "" if feed.edge == "plain" else f", {_EDGE_WORDS[feed.edge]}"
-    precision = "" if reference is None else ", in float64"
-    return (
-        f"output '{error.output}' is {error.result:.6g} at {list(error.index)} after the pass and "
-        f"was {error.expected:.6g} before: {error.excess:.3g} times its bound "
-        f"(rtol {bounds.rtol:.2g}, atol {bounds.atol:.2g}{precision}), "
-        f"with {shown(error.shapes)}{filled}"
-    )
-
-
-_EDGE_WORDS: dict[Edge, str] = {
-    "zeros": "numbers all 0",
-    "huge": "numbers a thousand times as large",
-    "tiny": "numbers a thousandth as large",
-    "masked": "some rows masked as a whole",
-}
