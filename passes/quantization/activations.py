@@ -14,7 +14,7 @@ from lwc.calibration.statistics import Sample, Statistic
 from lwc.core.walk import runtime_values
 from lwc.passes.quantization.int8_rounding import per_tensor, per_token, relative_error, static
 from lwc.passes.quantization.layerwise import Layer, activation_of
-from lwc.passes.quantization.lowering import PackedWeight, lower_per_tensor
+from lwc.passes.quantization.lowering import PackedWeight, lower_per_tensor, lower_to_standard
 from lwc.passes.quantization.streaming import QuantizedWeight
 from lwc.passes.quantization.weight_uses import matrix
 from lwc.rewrite.editor import Editor
@@ -170,7 +170,10 @@ class Static(Activations):
             value = use.node.inputs[0]
             assert value is not None
             editor.set_input(use.node, 0, self._made[value])
-        return False
+        # Left out they are 0 as well, but ONNX Runtime may turn codes into uint8, and fails then.
+        zeros = editor.constant(np.zeros(packed.outputs, np.int8), "zero_points")
+        lower_to_standard(editor, layer.weight, replace(packed, zero_points=zeros))
+        return True
 
 
 def first_readers(module: Module, layers: Iterable[Layer]) -> dict[ir.Value, ir.Node]:

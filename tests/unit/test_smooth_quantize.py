@@ -10,7 +10,7 @@ import pytest
 from support import module_of, run_plain
 
 from lwc.analysis.manager import AnalysisManager
-from lwc.backends.onnxruntime.session import make_runner
+from lwc.backends.onnxruntime.session import OnnxRuntimeBackend, make_runner
 from lwc.calibration.statistics import Sample
 from lwc.core.errors import PassError, UsageError
 from lwc.core.module import Module
@@ -233,6 +233,18 @@ def test_static_is_standard_and_of_old_opsets() -> None:
     assert codes is not None
     assert codes.dtype == ir.DataType.INT8
     assert np.abs(codes.numpy()).max() == 63
+
+
+def test_static_runs_where_the_runtime_turns_weights_into_uint8() -> None:
+    module = gemm()
+    data = feeds(module)
+    run(SmoothQuantize(None, activations="static", weight_bits=8), module, data)
+    found = []
+    for precise in "01":
+        config = {"session.x64quantprecision": precise}
+        with OnnxRuntimeBackend().compile(module, config=config) as compiled:
+            found.append(next(iter(compiled.run(data[0]).values())))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-5)
 
 
 def test_static_scales_come_from_the_data() -> None:
