@@ -482,9 +482,9 @@ BUILTIN: tuple[PassInfo, ...] = (
             ),
             OptionInfo(
                 name="clip",
-                type="mse|percentile|max",
+                type="mse|entropy|percentile|max",
                 default="mse",
-                help="Of `static`: where activations are cut off; `mse` at the least squared error, `percentile` so that 99.99 % of them lie within, `max` nowhere.",
+                help="Of `static`: where activations are cut off; `mse` at the least squared error, `entropy` where their distribution diverges least (Migacz 2017), `percentile` so that 99.99 % of them lie within, `max` nowhere.",
             ),
             OptionInfo(
                 name="weight-bits",

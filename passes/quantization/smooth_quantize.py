@@ -34,7 +34,8 @@ class SmoothQuantize(Pass):
             DynamicQuantizeMatMul; `static` takes scales from calibration data and writes standard
             QuantizeLinear and DequantizeLinear, which any runtime loads.
         clip: Of `static`: where activations are cut off; `mse` at the least squared error,
-            `percentile` so that 99.99 % of them lie within, `max` nowhere.
+            `entropy` where their distribution diverges least (Migacz 2017), `percentile` so that
+            99.99 % of them lie within, `max` nowhere.
         weight_bits: By default 8 per token, and 7 otherwise: without VNNI, ONNX Runtime adds
             products of uint8 and int8 in pairs in 16 bits, which overflow where weights
             exceed ±64.
@@ -52,7 +53,7 @@ class SmoothQuantize(Pass):
     alpha: float | Literal["auto"] | None = "auto"
     products: bool = False
     activations: Literal["per-token", "per-tensor", "static"] = "per-token"
-    clip: Literal["mse", "percentile", "max"] = "mse"
+    clip: Literal["mse", "entropy", "percentile", "max"] = "mse"
     weight_bits: Literal[7, 8] | None = None
     method: Literal["rtn", "gptq"] = "rtn"
     embeddings: Literal[4, 8] | None = 8
@@ -130,6 +131,8 @@ class SmoothQuantize(Pass):
     def _step(self, histogram: Histogram) -> float:
         if self.clip == "mse":
             limit = histogram.least_squares(127)
+        elif self.clip == "entropy":
+            limit = histogram.entropy(127)
         else:
             limit = histogram.percentile(0.9999 if self.clip == "percentile" else 1.0)
         return limit / 127 or 1.0

@@ -170,6 +170,7 @@ def test_a_sample_is_even_and_repeatable() -> None:
         (SmoothQuantize(activations="static"), ["QuantizeLinear"], COARSE),
         (SmoothQuantize(activations="static", clip="max"), ["QuantizeLinear"], COARSE),
         (SmoothQuantize(activations="static", clip="percentile"), ["QuantizeLinear"], COARSE),
+        (SmoothQuantize(activations="static", clip="entropy"), ["QuantizeLinear"], COARSE),
         (LlmInt8(), ["DynamicQuantMatMul"] * 2, ROUNDING),
     ],
     ids=lambda each: to_text([each]) if isinstance(each, Pass) else None,
