@@ -46,9 +46,9 @@ def lookup_in_tiles(
         return editor.constant(np.array(value, np.int64), "number")
 
     last = editor.constant([-1], "last_axis")
-    wide = editor.op("Cast", [indices], {"to": ir.DataType.INT64})
-    from_end = editor.op("Less", [wide, number(0)])
-    row = editor.op("Where", [from_end, editor.op("Add", [wide, number(rows)]), wide])
+    # A table of its own numbers takes indices as the table of weights did: from the end too, and
+    # none beyond it.
+    row = editor.op("Gather", [editor.constant(np.arange(rows), "rows"), indices])
     row = editor.op("Unsqueeze", [row, last])
     tile, column = (editor.op(op, [row, number(TILE)]) for op in ("Div", "Mod"))
 

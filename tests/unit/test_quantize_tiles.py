@@ -29,7 +29,8 @@ from quantized import (
 from lwc.analysis.manager import AnalysisManager
 from lwc.analysis.target import Table, Target
 from lwc.backends.onnxruntime.session import make_runner
-from lwc.core.errors import PassError, UsageError
+from lwc.calibration.inputs import InputRole, RoleKind, input_role
+from lwc.core.errors import LwcError, PassError, UsageError
 from lwc.core.module import Module
 from lwc.core.quant_layout import TILE, unpack_codes
 from lwc.passes.quantization.dialect_ops import variant_of
@@ -132,6 +133,11 @@ def test_an_embedding_reads_the_codes_of_its_head(bits: Any, symmetric: bool, bl
     found = run_plain_exposing(module, feed, "found")
     np.testing.assert_allclose(found, case.weight().T[feed["ids"]], rtol=1e-6)
     assert np.linalg.norm(case.weight().T - table) < 0.18 * np.linalg.norm(table)
+    ids = next(value for value in module.graph.inputs if value.name == "ids")
+    assert input_role(module, ids) == InputRole(RoleKind.IDS, 0, 63)
+    feed["ids"][0, 0] = 64
+    with pytest.raises(LwcError, match="64"):
+        run_plain_exposing(module, feed, "found")
 
 
 def run_plain_exposing(module: Module, feed: Any, name: str) -> Any:
