@@ -10,10 +10,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lwc.backends.fx.convert import to_fx
     from lwc.core.diagnostics import Remark
     from lwc.core.errors import LwcError
     from lwc.core.module import Module
-    from lwc.backends.fx.convert import to_fx
     from lwc.frontend.load import load
     from lwc.frontend.onnx_writer import save
     from lwc.frontend.torch_trace import trace

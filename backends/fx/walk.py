@@ -21,11 +21,11 @@ from lwc.backends.fx.module import OnnxGraphModule
 from lwc.backends.fx.ops.control_flow import given
 from lwc.backends.fx.ops.integers import as_tensor, numbers
 from lwc.backends.fx.registry import HOST, Host, Lowering, Use, find
-from lwc.core.torch_types import WIDENED, held_as, type_literal
 from lwc.backends.fx.weights import Weights, free_attribute, identifier
 from lwc.core.diagnostics import describe
 from lwc.core.errors import LwcError
 from lwc.core.module import Module
+from lwc.core.torch_types import WIDENED, held_as, type_literal
 from lwc.core.walk import attribute_graphs, constant_tensor, is_default_domain, op_name
 from lwc.core.weights import reading
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 
-from lwc.backends.fx.registry import Use, direct, op
 from lwc.backends.fx.ops.rounding import rounded
+from lwc.backends.fx.registry import direct, op
 
 __all__: list[str] = []
 
