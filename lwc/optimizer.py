@@ -427,12 +427,16 @@ def find_backend(backend: str | Backend | None) -> Callable[[], Backend] | None:
         return None
     if not isinstance(backend, str):
         return lambda: backend
-    if backend != "onnxruntime":
+    if backend not in ("onnxruntime", "fx"):
         raise UsageError(
-            f"unknown backend '{backend}'", remedy=did_you_mean(backend, ["onnxruntime"])
+            f"unknown backend '{backend}'", remedy=did_you_mean(backend, ["onnxruntime", "fx"])
         )
 
     def make() -> Backend:
+        if backend == "fx":
+            from lwc.backends.fx.convert import make_backend
+
+            return make_backend()
         from lwc.backends.onnxruntime.session import OnnxRuntimeBackend
 
         return OnnxRuntimeBackend()

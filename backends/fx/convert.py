@@ -10,9 +10,10 @@ from lwc.core.errors import MissingExtraError
 if TYPE_CHECKING:
     import torch
 
+    from lwc.backends.base import Backend
     from lwc.core.module import Module
 
-__all__ = ["to_fx"]
+__all__ = ["make_backend", "to_fx"]
 
 
 def to_fx(
@@ -37,10 +38,26 @@ def to_fx(
         LwcError: An operator has no lowering; the message names the node.
         MissingExtraError: PyTorch is not installed.
     """
+    _need_torch()
+    from lwc.backends.fx.walk import lowered
+
+    return lowered(module, straight_through=straight_through, expose=expose)
+
+
+def make_backend() -> Backend:
+    """Return the `fx` backend.
+
+    Raises:
+        MissingExtraError: PyTorch is not installed.
+    """
+    _need_torch()
+    from lwc.backends.fx.session import FxBackend
+
+    return FxBackend()
+
+
+def _need_torch() -> None:
     try:
         import torch  # noqa: F401
     except ModuleNotFoundError as error:
         raise MissingExtraError("a torch.fx.GraphModule", "torch") from error
-    from lwc.backends.fx.walk import lowered
-
-    return lowered(module, straight_through=straight_through, expose=expose)

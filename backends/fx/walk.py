@@ -126,10 +126,8 @@ class _Walk:
             )
         self._nodes(scope, graph)
         exposed = self._named(graph, expose)
-        results = [self._tensor(scope, value) for value in (*graph.outputs, *exposed)]
-        results = [self._declared(scope, v, r) for v, r in zip(graph.outputs, results)] + results[
-            len(graph.outputs) :
-        ]
+        results = [self._declared(scope, value) for value in graph.outputs]
+        results += [self._tensor(scope, value) for value in exposed]
         scope.graph.output(results[0] if len(results) == 1 else tuple(results))
         made = OnnxGraphModule(root, scope.graph, identifier(graph.name or "GraphModule"))
         made.meta["lwc"] = {
@@ -153,9 +151,9 @@ class _Walk:
                 )
         return [values[name] for name in names]
 
-    def _declared(self, scope: _Scope, value: ir.Value, result: torch.fx.Node) -> torch.fx.Node:
-        """Give an output the integer type it has, where gradients made it a float."""
-        dtype = self.shapes.dtype(value)
+    def _declared(self, scope: _Scope, value: ir.Value) -> torch.fx.Node:
+        """Return an output, in the integer type it has where gradients made it a float."""
+        result, dtype = self._tensor(scope, value), self.shapes.dtype(value)
         if not self.straight_through or dtype is None or not dtype.is_integer():
             return result
         return scope.graph.call_method("to", (result, held_as(dtype)))
@@ -334,12 +332,14 @@ class _Walk:
             return False
         if fact.shape and fact.shape[0] > _LITERAL:
             return False
-        inputs = _present(node.inputs)
-        if any(value is None for value in inputs):
-            return False
         return all(
-            index in hosted.tensors or value in scope.integers or self._constant(value) is not None
-            for index, value in enumerate(inputs)
+            value is not None
+            and (
+                index in hosted.tensors
+                or value in scope.integers
+                or self._constant(value) is not None
+            )
+            for index, value in enumerate(_present(node.inputs))
         )
 
     def _on_integers(self, scope: _Scope, node: ir.Node, hosted: Host) -> None:

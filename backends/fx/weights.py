@@ -112,5 +112,4 @@ def free_attribute(root: torch.nn.Module, name: str) -> str:
 
 def identifier(name: str) -> str:
     """Return a name with what Python does not allow in it replaced by underscores."""
-    plain = re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_") or "_"
-    return plain
+    return re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_") or "_"

@@ -55,6 +55,16 @@ _UNPACKED: dict[ir.DataType, torch.dtype] = {
     ir.DataType.FLOAT4E2M1: torch.float32,
 }
 
+_BEYOND_NUMPY: dict[ir.DataType, Any] = {
+    ir.DataType.BFLOAT16: np.int16,
+    ir.DataType.FLOAT8E4M3FN: np.uint8,
+    ir.DataType.FLOAT8E4M3FNUZ: np.uint8,
+    ir.DataType.FLOAT8E5M2: np.uint8,
+    ir.DataType.FLOAT8E5M2FNUZ: np.uint8,
+    ir.DataType.FLOAT8E8M0: np.uint8,
+}
+"""Types that pass between numpy (as those of ml_dtypes) and PyTorch as plain bits."""
+
 WIDENED = frozenset({ir.DataType.UINT16, ir.DataType.UINT32, ir.DataType.UINT64})
 """Types that PyTorch holds but hardly computes with: int64 does it for them."""
 
@@ -113,9 +123,8 @@ def tensor_of_array(array: np.ndarray[Any, Any], dtype: ir.DataType) -> Any:
         plain = np.float32 if kind == torch.float32 else np.uint8 if not kind.is_signed else np.int8
         return torch.from_numpy(np.array(array).astype(plain))
     copy = np.array(array, order="C")
-    if copy.dtype.kind == "V" or copy.dtype.name not in np.sctypeDict:
-        bits = np.int16 if copy.dtype.itemsize == 2 else np.uint8
-        return torch.from_numpy(copy.view(bits)).view(kind)
+    if dtype in _BEYOND_NUMPY:
+        return torch.from_numpy(copy.view(_BEYOND_NUMPY[dtype])).view(kind)
     return torch.from_numpy(copy)
 
 
@@ -126,14 +135,13 @@ def array_of(value: Any, dtype: ir.DataType | None) -> Any:
     if isinstance(value, list | tuple):
         return [array_of(item, dtype) for item in value]
     tensor = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    if dtype is None or (dtype not in _SAME and dtype not in _UNPACKED):
+    if dtype is None or dtype not in (*_SAME, *_UNPACKED):
         return tensor.numpy()
     if dtype in _UNPACKED:
         return tensor.numpy().astype(dtype.numpy())
     if tensor.dtype != held_as(dtype):
         tensor = tensor.to(held_as(dtype))
-    wanted = np.dtype(dtype.numpy())
-    if wanted.name in np.sctypeDict:
-        return tensor.numpy()
-    bits = torch.int16 if wanted.itemsize == 2 else torch.uint8
-    return tensor.view(bits).numpy().view(wanted)
+    if dtype in _BEYOND_NUMPY:
+        bits = torch.int16 if dtype == ir.DataType.BFLOAT16 else torch.uint8
+        return tensor.view(bits).numpy().view(dtype.numpy())
+    return tensor.numpy()

@@ -65,7 +65,8 @@ def attention(
     """
     in_rows = q.dim() == 3
     if in_rows:
-        assert q_num_heads is not None and kv_num_heads is not None
+        assert q_num_heads is not None
+        assert kv_num_heads is not None
         q, k, v = as_heads(q, q_num_heads), as_heads(k, kv_num_heads), as_heads(v, kv_num_heads)
     offset: Any = 0
     if past_key is not None and past_value is not None:

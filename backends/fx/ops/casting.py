@@ -25,11 +25,13 @@ _EIGHT_BITS = frozenset(
 )
 
 
-@op("Cast", types="to", ignored="round_mode")
-def cast(x: Tensor, *, to: torch.dtype | str, saturate: int = 1) -> Tensor:
+@op("Cast", types="to")
+def cast(x: Tensor, *, to: torch.dtype | str, saturate: int = 1, round_mode: str = "up") -> Tensor:
     """Change the element type; floats are cut toward zero."""
     if isinstance(to, str):
         return _through_numpy(x, ir.DataType[to.upper()])
+    if to == torch.float8_e8m0fnu:
+        return _to_powers(x.to(torch.float32), saturate, round_mode)
     if to in _EIGHT_BITS and x.is_floating_point():
         return _to_eight_bits(x, to, saturate)
     if x.is_floating_point() and not to.is_floating_point and to not in _TRUTH:
@@ -45,6 +47,21 @@ def _to_eight_bits(x: Tensor, to: torch.dtype, saturate: int) -> Tensor:
     if saturate:
         return x.clamp(-limit, limit).to(to)
     return _through_numpy(x, _ONNX_TYPES[to])
+
+
+def _to_powers(x: Tensor, saturate: int, mode: str) -> Tensor:
+    """Cast to float8e8m0, which holds powers of two: `2**(bits - 127)`, or NaN as 255."""
+    mantissa, exponent = torch.frexp(x)  # the mantissa is 0.5 or more, and less than 1
+    bits = exponent + 126
+    if mode == "up":
+        bits = torch.where(mantissa > 0.5, bits + 1, bits)
+    elif mode == "nearest":
+        bits = torch.where(mantissa >= 0.75, bits + 1, bits)
+    bits = torch.where(x == 0, torch.zeros_like(bits), bits)
+    bits = torch.where(x.isinf(), torch.full_like(bits, 255), bits)
+    bits = bits.clamp(0, 254) if saturate else torch.where(bits > 254, 255, bits.clamp(min=0))
+    bits = torch.where(x.isnan(), torch.full_like(bits, 255), bits)
+    return bits.to(torch.uint8).view(torch.float8_e8m0fnu)
 
 
 _ONNX_TYPES = {
@@ -66,12 +83,18 @@ def _target(use: Use) -> dict[str, Any]:
     return {} if dtype is None else {"to": type_literal(dtype)}
 
 
-@op("CastLike", extra=_target, ignored="round_mode")
+@op("CastLike", extra=_target)
 def cast_like(
-    x: Tensor, like: Tensor, *, to: torch.dtype | str | None = None, saturate: int = 1
+    x: Tensor,
+    like: Tensor,
+    *,
+    to: torch.dtype | str | None = None,
+    saturate: int = 1,
+    round_mode: str = "up",
 ) -> Tensor:
     """Change the element type to that of another tensor."""
-    return cast(x, to=like.dtype if to is None else to, saturate=saturate)
+    wanted = like.dtype if to is None else to
+    return cast(x, to=wanted, saturate=saturate, round_mode=round_mode)
 
 
 @op("BitCast", types="to")

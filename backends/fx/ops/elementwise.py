@@ -25,7 +25,6 @@ direct(
         "Asinh": torch.asinh,
         "Atan": torch.atan,
         "Atanh": torch.atanh,
-        "BitwiseNot": torch.bitwise_not,
         "Ceil": torch.ceil,
         "Cos": torch.cos,
         "Cosh": torch.cosh,
@@ -56,6 +55,7 @@ direct(
     {
         "Add": torch.add,
         "BitwiseAnd": torch.bitwise_and,
+        "BitwiseNot": torch.bitwise_not,
         "BitwiseOr": torch.bitwise_or,
         "BitwiseXor": torch.bitwise_xor,
         "Equal": torch.eq,

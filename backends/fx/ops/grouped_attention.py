@@ -61,7 +61,8 @@ def group_query_attention(
     past = lengths * 0 if new == total else lengths - new
     places = past.reshape(-1, 1) + torch.arange(new)
     if do_rotary:
-        assert cos_cache is not None and sin_cache is not None
+        assert cos_cache is not None
+        assert sin_cache is not None
         at = places if position_ids is None else position_ids.to(torch.int64)
         width = 2 * cos_cache.shape[-1]
         cos, sin = cos_cache[at], sin_cache[at]

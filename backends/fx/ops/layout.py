@@ -90,7 +90,7 @@ def split(
         length = -(-x.shape[axis] // (num_outputs or parts))
         count = num_outputs or parts
         split = [length] * (count - 1) + [x.shape[axis] - length * (count - 1)]
-    return torch.split(x, list(split), dim=axis)
+    return tuple(torch.split(x, list(split), dim=axis))
 
 
 def sliced(x: Tensor, axis: int, start: int, stop: int, step: int) -> Tensor:

@@ -16,7 +16,7 @@ __all__: list[str] = []
 
 Tensor: TypeAlias = torch.Tensor
 
-_MAX = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+_MAX: dict[int, Any] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 
 class _Windows:
@@ -107,7 +107,7 @@ def _unpadded(
     places: Tensor, x: Tensor, extents: Sequence[int], before: Sequence[int], column_major: int
 ) -> Tensor:
     """Turn places in a padded plane into places in the whole of x."""
-    coordinates = []
+    coordinates: list[Any] = []
     for extent, pad in zip(extents[::-1], before[::-1], strict=True):
         coordinates.insert(0, places % extent - pad)
         places = places // extent

@@ -414,7 +414,7 @@ def matmul_integer_to_float(
 ) -> Tensor:
     """Multiply quantized matrices; the product is a float."""
     y = torch.matmul(_whole(a, a_zero), _whole(b, b_zero)).to(a_scale.dtype)
-    y = y * a_scale * (b_scale if b_scale.dim() <= 1 else b_scale)
+    y = y * a_scale * b_scale
     return y if bias is None else y + bias
 
 
