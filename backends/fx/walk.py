@@ -158,28 +158,27 @@ class _Walk:
             return result
         return scope.graph.call_method("to", (result, held_as(dtype)))
 
-    def subgraph(
-        self, scope: _Scope, graph: ir.Graph, name: str
-    ) -> tuple[torch.fx.Node, list[torch.fx.Node]]:
-        """Lower a nested graph into a GraphModule of its own.
+    def _captured(self, scope: _Scope, values: Sequence[ir.Value]) -> list[torch.fx.Node]:
+        """Return what stands for values that nested graphs read from outside."""
+        return [
+            scope.integers[value] if value in scope.integers else self._tensor(scope, value)
+            for value in values
+        ]
 
-        Returns:
-            What gives the GraphModule, which takes the captured values and then the graph's
-            inputs and returns a tuple; and the captured values.
+    def _subgraph(
+        self, scope: _Scope, graph: ir.Graph, outer: Sequence[ir.Value], name: str
+    ) -> torch.fx.Node:
+        """Lower a nested graph into a GraphModule of its own, and return what gives it.
+
+        It takes the values that are read from outside, then the graph's inputs, and returns a
+        tuple.
         """
         inner = _Scope(torch.nn.Module())
         inner.origin = scope.origin
-        captured: list[torch.fx.Node] = []
-        for value in _outer_values(graph):
-            if constant_tensor(value) is not None:
-                continue
+        for value in outer:
             place = inner.graph.placeholder(identifier(value.name or "outer"))
-            if value in scope.integers:
-                inner.integers[value] = place
-                captured.append(scope.integers[value])
-            else:
-                inner.tensors[value] = place
-                captured.append(self._tensor(scope, value))
+            held = inner.integers if value in scope.integers else inner.tensors
+            held[value] = place
         for value in graph.inputs:
             inner.tensors[value] = inner.graph.placeholder(identifier(value.name or "input"))
         self._nodes(inner, graph)
@@ -188,8 +187,7 @@ class _Walk:
         made.meta["lwc"] = {"file": self.module.source.path}
         target = free_attribute(scope.root, identifier(name))
         scope.root.add_module(target, made)
-        node = scope.graph.get_attr(target)
-        return node, captured
+        return scope.graph.get_attr(target)
 
     # Nodes
 
@@ -277,31 +275,24 @@ class _Walk:
                     f"'{name}'",
                     "leave it out, or run the module on ONNX Runtime",
                 )
-            value = self._literal(scope, node, attribute, lowering, kwargs)
+            value = self._literal(scope, node, attribute, lowering)
             if not _is_same(value, lowering.accepts[name]):
                 kwargs[name] = value
         if lowering.extra is not None:
             kwargs.update(lowering.extra(use))
+        if "captured" in lowering.accepts:
+            kwargs["captured"] = self._captured(scope, _outer_values(node))
         if "outputs" in lowering.accepts and use.outputs > 1:
             kwargs["outputs"] = use.outputs
         if "straight_through" in lowering.accepts and self.straight_through:
             kwargs["straight_through"] = True
         return kwargs
 
-    def _literal(
-        self,
-        scope: _Scope,
-        node: ir.Node,
-        attribute: ir.Attr,
-        lowering: Lowering,
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def _literal(self, scope: _Scope, node: ir.Node, attribute: ir.Attr, lowering: Lowering) -> Any:
         kind, value = attribute.type, attribute.value
         if kind == ir.AttributeType.GRAPH:
             title = f"{node.name or node.outputs[0].name or node.op_type}_{attribute.name}"
-            module, captured = self.subgraph(scope, value, title)
-            kwargs[f"{attribute.name}_captured"] = captured
-            return module
+            return self._subgraph(scope, value, _outer_values(node), title)
         if kind == ir.AttributeType.TENSOR:
             with reading(value) as array:
                 return array.ravel().tolist()[0] if array.size == 1 else array.tolist()
@@ -363,12 +354,23 @@ class _Walk:
     def _constant(self, value: ir.Value) -> Any:
         """Return the content of a small constant as a number or a list, else None."""
         tensor = constant_tensor(value)
-        if tensor is None or tensor.size > _LITERAL or len(tensor.shape) > 1:
+        if tensor is None:
+            return self._inferred(value)
+        if tensor.size > _LITERAL or len(tensor.shape) > 1:
             return None
         if not (tensor.dtype in _HOSTED or tensor.dtype in _FLOATS):
             return None
         with reading(tensor) as array:
             return array.tolist()
+
+    def _inferred(self, value: ir.Value) -> Any:
+        """Return the integers that a value has whatever the model is fed, else None."""
+        fact = self.shapes.fact(value)
+        if fact.known is None or fact.known.ndim > 1 or fact.dtype not in _HOSTED:
+            return None
+        found = fact.known.tolist()
+        plain = found if isinstance(found, list) else [found]
+        return found if all(type(each) in (int, bool) for each in plain) else None
 
     def _numbers(self, scope: _Scope, value: ir.Value) -> Any:
         """Return what stands for a value as Python numbers."""
@@ -429,8 +431,8 @@ def _text(value: Any) -> Any:
     return value.decode() if isinstance(value, bytes) else value
 
 
-def _outer_values(graph: ir.Graph) -> list[ir.Value]:
-    """Return the values that a nested graph reads from outside, each once, in order."""
+def _outer_values(node: ir.Node) -> list[ir.Value]:
+    """Return the values that graphs of a node read from outside, constants left out, in order."""
     inner: set[ir.Value] = set()
     read: dict[ir.Value, None] = {}
 
@@ -443,5 +445,6 @@ def _outer_values(graph: ir.Graph) -> list[ir.Value]:
                 visit(nested)
         read.update((value, None) for value in each.outputs)
 
-    visit(graph)
-    return [value for value in read if value not in inner]
+    for graph in attribute_graphs(node):
+        visit(graph)
+    return [value for value in read if value not in inner and constant_tensor(value) is None]

@@ -24,29 +24,31 @@ def given(x: Tensor | None, default: Tensor) -> Tensor:
     return default if x is None else x
 
 
+class _Fresh(torch.nn.Module):  # type: ignore[misc]
+    """A branch whose results are no views of what it is given, which torch.cond asks for."""
+
+    def __init__(self, branch: Graph) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, *values: Any) -> tuple[Any, ...]:
+        """Run the branch."""
+        return tuple(value.clone() for value in self.branch(*values))
+
+
 @op("If", many=True)
 def if_(
     condition: Tensor,
     *,
     then_branch: Graph,
-    then_branch_captured: Sequence[Any],
     else_branch: Graph,
-    else_branch_captured: Sequence[Any],
+    captured: Sequence[Any] = (),
 ) -> tuple[Any, ...]:
     """Run one of two graphs."""
     if torch.compiler.is_exporting():
-        count = len(then_branch_captured)
-        return tuple(
-            torch.cond(
-                condition.reshape(()),
-                lambda *values: then_branch(*values[:count]),
-                lambda *values: else_branch(*values[count:]),
-                (*then_branch_captured, *else_branch_captured),
-            )
-        )
-    if condition:
-        return tuple(then_branch(*then_branch_captured))
-    return tuple(else_branch(*else_branch_captured))
+        branches = (_Fresh(then_branch), _Fresh(else_branch))
+        return tuple(torch.cond(condition.reshape(()), *branches, tuple(captured)))
+    return tuple((then_branch if condition else else_branch)(*captured))
 
 
 def _scanned(use: Use) -> dict[str, Any]:
@@ -66,7 +68,7 @@ def loop(
     condition: Tensor | None,
     *carried: Any,
     body: Graph,
-    body_captured: Sequence[Any],
+    captured: Sequence[Any] = (),
     empty: Sequence[tuple[torch.dtype, list[int]]] = (),
 ) -> tuple[Any, ...]:
     """Run a graph as long as its condition holds, up to `limit` times."""
@@ -77,7 +79,7 @@ def loop(
     while (most is None or count < most) and (condition is None or bool(condition)):
         index = torch.tensor(count, dtype=torch.int64)
         before = torch.tensor(True) if condition is None else condition
-        condition, *results = body(*body_captured, index, before, *state)
+        condition, *results = body(*captured, index, before, *state)
         state = results[: len(state)]
         for row, result in zip(rows, results[len(state) :], strict=True):
             row.append(result)
@@ -94,7 +96,7 @@ def scan(
     *values: Tensor,
     num_scan_inputs: int,
     body: Graph,
-    body_captured: Sequence[Any],
+    captured: Sequence[Any] = (),
     scan_input_axes: Sequence[int] | None = None,
     scan_input_directions: Sequence[int] | None = None,
     scan_output_axes: Sequence[int] | None = None,
@@ -112,7 +114,7 @@ def scan(
             x.select(axis, length - 1 - step if back else step)
             for x, axis, back in zip(scanned, axes, turned, strict=True)
         ]
-        results = list(body(*body_captured, *state, *slices))
+        results = list(body(*captured, *state, *slices))
         state = results[:split]
         rows.append(results[split:])
     stacks = []

@@ -16,7 +16,11 @@ Tensor: TypeAlias = torch.Tensor
 @op("Gather")
 def gather(x: Tensor, indices: Tensor, *, axis: int = 0) -> Tensor:
     """Take slices along an axis; negative indices count from the end."""
-    return x[(slice(None),) * (axis % x.dim()) + (indices.to(torch.int64),)]
+    axis = axis % x.dim()
+    wide = indices.to(torch.int64)
+    if wide.dim() == 0:  # a tensor of rank 0 as an index would be read at once, as a number
+        return x[(slice(None),) * axis + (wide.reshape(1),)].squeeze(axis)
+    return x[(slice(None),) * axis + (wide,)]
 
 
 def _positive(indices: Tensor, extent: int) -> Tensor:

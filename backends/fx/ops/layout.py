@@ -98,10 +98,18 @@ def sliced(x: Tensor, axis: int, start: int, stop: int, step: int) -> Tensor:
     if step > 0:
         return x[(slice(None),) * (axis % x.dim()) + (slice(start, stop, step),)]
     extent = x.shape[axis]
-    start = max(min(start + extent if start < 0 else start, extent - 1), -1)
-    stop = max(min(stop + extent if stop < 0 else stop, extent - 1), -1)
+    start = _bounded(start + extent if start < 0 else start, -1, extent - 1)
+    stop = _bounded(stop + extent if stop < 0 else stop, -1, extent - 1)
     places = torch.arange(start, stop, step, device=x.device)
     return x.index_select(axis, places)
+
+
+def _bounded(value: Any, low: Any, high: Any) -> Any:
+    """Bound an integer that may be a symbol.
+
+    Python's own max and min of symbols go wrong inside of torch.cond (PyTorch 2.13).
+    """
+    return torch.sym_max(torch.sym_min(value, high), low)
 
 
 @op("Slice", values=(1, 2, 3, 4))
@@ -149,6 +157,8 @@ def pad(
     places = [axis % x.dim() for axis in axes] if axes is not None else list(range(x.dim()))
     for index, axis in enumerate(places):
         before, after = pads[index], pads[index + len(places)]
+        if isinstance(before, int) and isinstance(after, int) and before == after == 0:
+            continue
         if mode == "constant":
             fill = 0 if value is None else value
             x = _filled(x, axis, before, after, fill)
@@ -161,10 +171,11 @@ def _filled(x: Tensor, axis: int, before: int, after: int, value: Any) -> Tensor
     pieces = []
     for count in (before, after):
         dims = list(x.shape)
-        dims[axis] = max(count, 0)
+        dims[axis] = torch.sym_max(count, 0)
         piece = torch.zeros(dims, dtype=x.dtype, device=x.device)
         pieces.append(piece if isinstance(value, int) else value.reshape(()).expand(dims))
-    kept = x.narrow(axis, max(-before, 0), x.shape[axis] - max(-before, 0) - max(-after, 0))
+    first, last = torch.sym_max(-before, 0), torch.sym_max(-after, 0)
+    kept = x.narrow(axis, first, x.shape[axis] - first - last)
     return torch.cat([pieces[0], kept, pieces[1]], dim=axis)
 
 
@@ -176,7 +187,7 @@ def _mirrored(x: Tensor, axis: int, before: int, after: int, mode: str) -> Tenso
     elif mode == "wrap":
         places = places.remainder(extent)
     else:
-        period = max(2 * (extent - 1), 1)
+        period = torch.sym_max(2 * (extent - 1), 1)
         places = places.remainder(period)
         places = torch.minimum(places, period - places)
     return x.index_select(axis, places)
@@ -209,7 +220,7 @@ def trilu(x: Tensor, k: int | Sequence[int] = 0, *, upper: int = 1) -> Tensor:
     """Keep a triangle."""
     diagonal = k if isinstance(k, int) else k[0]
     # Beyond the corners all diagonals are one.
-    diagonal = max(min(diagonal, x.shape[-1]), -x.shape[-2])
+    diagonal = _bounded(diagonal, -x.shape[-2], x.shape[-1])
     return torch.triu(x, diagonal) if upper else torch.tril(x, diagonal)
 
 

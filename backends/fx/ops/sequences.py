@@ -79,13 +79,13 @@ def sequence_map(
     values: Sequence[Tensor],
     *others: Sequence[Tensor] | Tensor,
     body: Graph,
-    body_captured: Sequence[Any],
+    captured: Sequence[Any] = (),
 ) -> tuple[list[Tensor], ...]:
     """Run a graph on each element."""
     rows = []
     for index, value in enumerate(values):
         beside = [each[index] if isinstance(each, list | tuple) else each for each in others]
-        rows.append(body(*body_captured, value, *beside))
+        rows.append(body(*captured, value, *beside))
     return tuple(list(each) for each in zip(*rows, strict=True))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -26,7 +25,7 @@ def pads_of(
     rank = len(kernel)
     if auto_pad in ("SAME_UPPER", "SAME_LOWER"):
         totals = [
-            max((math.ceil(n / s) - 1) * s + (k - 1) * d + 1 - n, 0)
+            torch.sym_max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0)
             for n, k, s, d in zip(extents, kernel, strides, dilations, strict=True)
         ]
         less, more = [t // 2 for t in totals], [t - t // 2 for t in totals]
