@@ -65,6 +65,7 @@ class Lowering:
         function: What is called.
         since: The first opset version it serves.
         values: Positions of inputs that it takes as Python numbers or lists of them.
+        either: Positions of inputs that it takes so where they are at hand, else as tensors.
         types: Attributes that name an element type: given as a torch.dtype, or as a string
             where PyTorch has none.
         ignored: Attributes that change nothing here.
@@ -77,6 +78,7 @@ class Lowering:
     function: Callable[..., Any]
     since: int
     values: frozenset[int]
+    either: frozenset[int]
     types: frozenset[str]
     ignored: frozenset[str]
     many: bool
@@ -93,6 +95,7 @@ def op(
     *,
     since: int = 1,
     values: Iterable[int] = (),
+    either: Iterable[int] = (),
     types: str = "",
     ignored: str = "",
     many: bool = False,
@@ -105,6 +108,7 @@ def op(
         names: `Op` or `domain::Op`.
         since: The opset version from which on it serves.
         values: Positions of the inputs it takes as Python numbers or lists of them.
+        either: Positions of the inputs it takes so where they are at hand, else as tensors.
         types: Attributes that name an element type, with spaces between them.
         ignored: Attributes that change nothing, likewise.
         many: It returns a tuple even for one output.
@@ -117,6 +121,7 @@ def op(
             function,
             since,
             frozenset(values),
+            frozenset(either),
             frozenset(types.split()),
             frozenset(ignored.split()),
             many,

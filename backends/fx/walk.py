@@ -228,6 +228,7 @@ class _Walk:
             if value is None
             else self._numbers(scope, value)
             if index in lowering.values
+            or (index in lowering.either and self._is_at_hand(scope, value))
             else self._tensor(scope, value)
             for index, value in enumerate(inputs)
         ]
@@ -324,12 +325,7 @@ class _Walk:
         if fact.shape and fact.shape[0] > _LITERAL:
             return False
         return all(
-            value is not None
-            and (
-                index in hosted.tensors
-                or value in scope.integers
-                or self._constant(value) is not None
-            )
+            value is not None and (index in hosted.tensors or self._is_at_hand(scope, value))
             for index, value in enumerate(_present(node.inputs))
         )
 
@@ -350,6 +346,9 @@ class _Walk:
                 kwargs[attribute.name] = value
         name = node.name or node.outputs[0].name or node.op_type
         scope.integers[node.outputs[0]] = scope.call(hosted.function, args, name, **kwargs)
+
+    def _is_at_hand(self, scope: _Scope, value: ir.Value) -> bool:
+        return value in scope.integers or self._constant(value) is not None
 
     def _constant(self, value: ir.Value) -> Any:
         """Return the content of a small constant as a number or a list, else None."""

@@ -36,16 +36,16 @@ class _Fresh(torch.nn.Module):  # type: ignore[misc]
         return tuple(value.clone() for value in self.branch(*values))
 
 
-@op("If", many=True)
+@op("If", many=True, either=(0,))
 def if_(
-    condition: Tensor,
+    condition: Tensor | bool,
     *,
     then_branch: Graph,
     else_branch: Graph,
     captured: Sequence[Any] = (),
 ) -> tuple[Any, ...]:
     """Run one of two graphs."""
-    if torch.compiler.is_exporting():
+    if isinstance(condition, torch.Tensor) and torch.compiler.is_exporting():
         branches = (_Fresh(then_branch), _Fresh(else_branch))
         return tuple(torch.cond(condition.reshape(()), *branches, tuple(captured)))
     return tuple((then_branch if condition else else_branch)(*captured))
@@ -62,10 +62,10 @@ def _scanned(use: Use) -> dict[str, Any]:
     return {"empty": empty}
 
 
-@op("Loop", many=True, extra=_scanned)
+@op("Loop", many=True, either=(0, 1), extra=_scanned)
 def loop(
-    limit: Tensor | None,
-    condition: Tensor | None,
+    limit: Tensor | int | None,
+    condition: Tensor | bool | None,
     *carried: Any,
     body: Graph,
     captured: Sequence[Any] = (),
@@ -78,7 +78,7 @@ def loop(
     most = None if limit is None else int(limit)
     while (most is None or count < most) and (condition is None or bool(condition)):
         index = torch.tensor(count, dtype=torch.int64)
-        before = torch.tensor(True) if condition is None else condition
+        before = torch.as_tensor(True if condition is None else condition)
         condition, *results = body(*captured, index, before, *state)
         state = results[: len(state)]
         for row, result in zip(rows, results[len(state) :], strict=True):

@@ -13,10 +13,14 @@ __all__ = ["gather"]
 Tensor: TypeAlias = torch.Tensor
 
 
-@op("Gather")
-def gather(x: Tensor, indices: Tensor, *, axis: int = 0) -> Tensor:
+@op("Gather", either=(1,))
+def gather(x: Tensor, indices: Tensor | Sequence[int] | int, *, axis: int = 0) -> Tensor:
     """Take slices along an axis; negative indices count from the end."""
+    if isinstance(indices, int):
+        return x.select(axis, indices)
     axis = axis % x.dim()
+    if not isinstance(indices, torch.Tensor):
+        indices = torch.tensor(indices, dtype=torch.int64)
     wide = indices.to(torch.int64)
     if wide.dim() == 0:  # a tensor of rank 0 as an index would be read at once, as a number
         return x[(slice(None),) * axis + (wide.reshape(1),)].squeeze(axis)
