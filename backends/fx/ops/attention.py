@@ -138,11 +138,12 @@ def _masked_products(
     if bias is not None:
         logits = logits + bias
     length, total = q.shape[2], k.shape[2]
-    if unidirectional:
-        ahead = torch.arange(total) - torch.arange(length).unsqueeze(-1) - (total - length)
-        logits = logits + torch.where(ahead <= 0, 0.0, fill).to(logits.dtype)
     if mask is not None:
         logits = logits + torch.where(_opened(mask, total), 0.0, fill).to(logits.dtype)
+    if unidirectional:
+        ahead = torch.arange(total) - torch.arange(length).unsqueeze(-1) - (total - length)
+        lowest = torch.full_like(logits, torch.finfo(logits.dtype).min)
+        logits = torch.where(ahead <= 0, logits, lowest)
     return logits
 
 
