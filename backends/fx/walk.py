@@ -46,7 +46,7 @@ def lowered(
 ) -> OnnxGraphModule:
     """Lower a module; see `lwc.backends.fx.convert.to_fx`."""
     plain = _without_functions(module)
-    walk = _Walk(plain, Weights(plain), straight_through)
+    walk = _Walk(plain, Weights(module), straight_through)
     return walk.main(expose)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import re
 from typing import Any
 
@@ -112,4 +113,5 @@ def free_attribute(root: torch.nn.Module, name: str) -> str:
 
 def identifier(name: str) -> str:
     """Return a name with what Python does not allow in it replaced by underscores."""
-    return re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_") or "_"
+    plain = re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_") or "_"
+    return f"{plain}_" if keyword.iskeyword(plain) else plain
