@@ -21,7 +21,7 @@ RTOL, ATOL = 1e-4, 1e-5
 
 def one_node(
     op: str,
-    inputs: Mapping[str, Array | None],
+    inputs: Mapping[str, Any],
     *,
     domain: str = "",
     opset: int = 21,
@@ -33,11 +33,11 @@ def one_node(
     values: list[ir.Value | None] = []
     fed: dict[str, Array] = {}
     initializers = []
-    for name, array in inputs.items():
-        if array is None:
+    for name, given in inputs.items():
+        if given is None:
             values.append(None)
             continue
-        array = np.asarray(array)
+        array = np.asarray(given)
         value = ir.Value(
             name=name,
             type=ir.TensorType(ir.tensor(array).dtype),

@@ -437,10 +437,10 @@ def _outer_values(node: ir.Node) -> list[ir.Value]:
 
     def visit(each: ir.Graph) -> None:
         inner.update(each.inputs, each.initializers.values())
-        for node in each:
-            inner.update(node.outputs)
-            read.update((value, None) for value in node.inputs if value is not None)
-            for nested in attribute_graphs(node):
+        for item in each:
+            inner.update(item.outputs)
+            read.update((value, None) for value in item.inputs if value is not None)
+            for nested in attribute_graphs(item):
                 visit(nested)
         read.update((value, None) for value in each.outputs)
 

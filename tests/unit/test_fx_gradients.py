@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
+import torch
 from support import module_of
 
 import lwc
@@ -20,7 +21,8 @@ DIFFERENTIABLE = {
     "clip": """low = Constant<value = double {-0.5}>() high = Constant<value = double {0.7}>()
         y = Clip(x, low, high)""",
     "softmax": "a = Softmax<axis = 0>(x) b = LogSoftmax(x) y = Mul(a, b)",
-    "norm": """s = Constant<value = double[4] {1.0, 2.0, 0.5, 3.0}>() a = LayerNormalization(x, s)
+    "norm": """s = Constant<value = double[4] {1.0, 2.0, 0.5, 3.0}>()
+        a = LayerNormalization(x, s)
         y = LpNormalization(a)""",
     "reductions": """axes = Constant<value = int64[1] {1}>() a = ReduceMean(x, axes)
         b = ReduceL2(x, axes) c = ReduceLogSumExp(x, axes) d = ReduceMax(x, axes)
@@ -29,7 +31,8 @@ DIFFERENTIABLE = {
     "products": "t = Transpose(x) a = MatMul(x, t) y = Gemm<alpha = 0.5>(a, x)",
     "einsum": 'y = Einsum<equation = "ij,kj->ik">(x, x)',
     "layout": """shape = Constant<value = int64[2] {-1, 2}>() a = Reshape(x, shape)
-        axes = Constant<value = int64[1] {0}>() b = Unsqueeze(a, axes) y = Concat<axis = -1>(b, b)""",
+        axes = Constant<value = int64[1] {0}>() b = Unsqueeze(a, axes)
+        y = Concat<axis = -1>(b, b)""",
     "slices": """s = Constant<value = int64[2] {2, -1}>() e = Constant<value = int64[2] {0, -9}>()
         ax = Constant<value = int64[2] {0, 1}>() st = Constant<value = int64[2] {-1, -2}>()
         y = Slice(x, s, e, ax, st)""",
@@ -59,8 +62,8 @@ def test_gradients(name: str) -> None:
 
 
 def test_gradients_of_convolutions_and_pools() -> None:
-    text = """g (double[1, 2, 5, 5] x) => (y) <double[4, 1, 2, 2] w = {1.0, 2.0, -1.0, 0.5, 1.5, 2.5,
-        -0.5, 1.0, 1.0, 2.0, -1.0, 0.5, 1.5, 2.5, -0.5, 1.0}> {
+    text = """g (double[1, 2, 5, 5] x) => (y)
+        <double[4, 1, 2, 2] w = {1.0, 2.0, -1.0, 0.5, 1.5, 2.5, -0.5, 1.0, 1.0, 2.0, -1.0, 0.5, 1.5, 2.5, -0.5, 1.0}> {
         a = Conv<group = 2, auto_pad = "SAME_UPPER">(x, w)
         b = AveragePool<kernel_shape = [2, 2], pads = [1, 0, 0, 1], ceil_mode = 1>(a)
         c = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(b)
@@ -92,7 +95,8 @@ def test_gradients_of_an_lstm() -> None:
 
 
 QDQ = """g (float[n, 4] x) => (float[n, 4] y)
-    <float s = {0.1}, uint8 z = {128}> { q = QuantizeLinear(x, s, z) y = DequantizeLinear(q, s, z) }"""
+    <float s = {0.1}, uint8 z = {128}> {
+    q = QuantizeLinear(x, s, z) y = DequantizeLinear(q, s, z) }"""
 
 
 def test_straight_through_gives_the_gradient_of_what_is_in_range() -> None:

@@ -12,8 +12,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
+import torch
 from fx_agreement import assert_agrees, parsed, run_fx
 from support import module_of, run_plain
 
@@ -36,7 +37,9 @@ MLP = """g (float[n, 4] x) => (float[n, 2] y)
 
 def mlp() -> Module:
     module = module_of(MLP)
-    for node, name in zip(module.graph, ("/enc/MatMul", "add it", "", "Relu", "/Relu"), strict=True):
+    for node, name in zip(
+        module.graph, ("/enc/MatMul", "add it", "", "Relu", "/Relu"), strict=True
+    ):
         node.name = name
     return renamed(module, "w", "encoder.dense.weight")
 
@@ -150,7 +153,8 @@ def test_functions_are_inlined() -> None:
         """<ir_version: 9, opset_import: ["": 17, "own": 1]>
         g (float[n, 2] x) => (float[n, 2] y) { a = own.twice <by = 3.0> (x) y = own.twice (a) }
         <domain: "own", opset_import: ["": 17]>
-        twice <by: float = 2.0> (x) => (y) { k = Constant <value_float: float = @by> () y = Mul(x, k) }
+        twice <by: float = 2.0> (x) => (y) {
+            k = Constant <value_float: float = @by> () y = Mul(x, k) }
         """
     )
     assert_agrees(module, {"x": np.ones((3, 2), np.float32)})
@@ -320,33 +324,27 @@ def test_update_weights_of_other_types(kind: str) -> None:
     assert held.const_value.numpy().astype(np.float32).tolist() == [3, -4]
 
 
-def test_update_weights_refuses_other_types_and_shapes() -> None:
+@pytest.mark.parametrize("change", ["type", "shape"])
+def test_update_weights_refuses_other_types_and_shapes(change: str) -> None:
     module = mlp()
     before = module.fingerprint()
-    for change in (lambda m: m.half_(), lambda m: m.reshaped()):
-        lowered = lwc.to_fx(module)
-        if change(_Changer(lowered)):
-            with pytest.raises(LwcError, match="weight '.*' is float .*, but"):
-                module.update_weights(lowered)
+    lowered = lwc.to_fx(module)
+    if change == "type":
+        lowered.half()
+    else:
+        lowered.bias = torch.nn.Parameter(torch.ones(4))
+    with pytest.raises(LwcError, match=r"weight '.*' is float .*, but '.*' is float"):
+        module.update_weights(lowered)
     assert module.fingerprint() == before
-    with pytest.raises(LwcError, match=r"give what lwc.to_fx returned"):
+
+
+def test_update_weights_refuses_what_is_of_another_module() -> None:
+    module = mlp()
+    with pytest.raises(LwcError, match=r"give what lwc\.to_fx returned"):
         module.update_weights(torch.nn.Linear(2, 2))
     other = module_of("g (float[2] x) => (float[2] y) { y = Relu(x) }")
     with pytest.raises(LwcError, match="the module has no weight"):
         other.update_weights(lwc.to_fx(module))
-
-
-class _Changer:
-    def __init__(self, lowered: Any) -> None:
-        self.lowered = lowered
-
-    def half_(self) -> bool:
-        self.lowered.half()
-        return True
-
-    def reshaped(self) -> bool:
-        self.lowered.bias = torch.nn.Parameter(torch.ones(4))
-        return True
 
 
 def test_a_large_weight_that_changed_goes_to_the_spill_file() -> None:
@@ -378,7 +376,7 @@ def test_it_traces_back() -> None:
     again = lwc.trace(lowered, (torch.ones(3, 4),), dynamic_shapes=({0: "n"},))
     x = np.random.default_rng(2).normal(size=(5, 4)).astype(np.float32)
     (name,) = (value.name for value in again.graph.inputs)
-    (found,), (wanted,) = run_plain(again, {name: x}), run_plain(module, {"x": x})
+    (found,), (wanted,) = run_plain(again, {str(name): x}), run_plain(module, {"x": x})
     np.testing.assert_allclose(found, wanted, 1e-5, 1e-5)
 
 
