@@ -69,6 +69,7 @@ class Lowering:
         types: Attributes that name an element type: given as a torch.dtype, or as a string
             where PyTorch has none.
         ignored: Attributes that change nothing here.
+        zero: Attributes that may be there, but not set.
         many: It returns a tuple even for one output.
         wide: It is given int64 for the unsigned types that PyTorch does not compute with.
         extra: More keyword arguments, from the node.
@@ -81,6 +82,7 @@ class Lowering:
     either: frozenset[int]
     types: frozenset[str]
     ignored: frozenset[str]
+    zero: frozenset[str]
     many: bool
     wide: bool
     extra: Callable[[Use], Mapping[str, Any]] | None
@@ -98,6 +100,7 @@ def op(
     either: Iterable[int] = (),
     types: str = "",
     ignored: str = "",
+    zero: str = "",
     many: bool = False,
     wide: bool = False,
     extra: Callable[[Use], Mapping[str, Any]] | None = None,
@@ -111,6 +114,7 @@ def op(
         either: Positions of the inputs it takes so where they are at hand, else as tensors.
         types: Attributes that name an element type, with spaces between them.
         ignored: Attributes that change nothing, likewise.
+        zero: Attributes that are refused unless they are 0 or empty, likewise.
         many: It returns a tuple even for one output.
         wide: It is given int64 for uint16, uint32 and uint64, and its result is turned back.
         extra: Gives more keyword arguments for a node.
@@ -124,6 +128,7 @@ def op(
             frozenset(either),
             frozenset(types.split()),
             frozenset(ignored.split()),
+            frozenset(zero.split()),
             many,
             wide,
             extra,

@@ -267,7 +267,7 @@ class _Walk:
         kwargs: dict[str, Any] = {}
         for attribute in node.attributes.values():
             name = attribute.name
-            if name in lowering.ignored:
+            if name in lowering.ignored or (name in lowering.zero and not attribute.value):
                 continue
             if name not in lowering.accepts:
                 raise self._error(

@@ -32,14 +32,25 @@ RTOL = 1e-3
 """Of the largest element: float32 through dozens of layers, in other kernels."""
 
 
+QUANTIZED = {"tagger": 0.05}
+"""Relative Frobenius error: a rounding that falls to the other side spreads from layer to layer.
+
+Seen: .026; ONNX Runtime with and without its own optimizations differs by .012.
+"""
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_outputs_agree_at_two_shapes(name: str, model_file: ModelFile) -> None:
     module = load(model_file(name))
     for feed in MODELS[name]:
         for found, wanted in zip(run_fx(module, feed), run_plain(module, feed), strict=True):
             assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
-            if wanted.dtype.kind == "f":
-                np.testing.assert_allclose(found, wanted, RTOL, RTOL * np.abs(wanted).max())
+            if name in QUANTIZED:
+                norm = np.linalg.norm(wanted)
+                assert np.linalg.norm(found - wanted) <= QUANTIZED[name] * norm
+            elif wanted.dtype.kind == "f":
+                atol = max(RTOL * np.abs(wanted).max(), 1e-5)
+                np.testing.assert_allclose(found, wanted, RTOL, atol)
             else:
                 np.testing.assert_array_equal(found, wanted)
 

@@ -209,7 +209,7 @@ def _unpacked(
     return [x if x is not None and x.dim() == 4 else as_heads(x, heads) for x in rows]
 
 
-@op("com.microsoft::Attention", ignored="past_present_share_buffer")
+@op("com.microsoft::Attention", zero="past_present_share_buffer do_rotary")
 def packed_attention(
     x: Tensor,
     weights: Tensor,

@@ -16,7 +16,7 @@ __all__: list[str] = []
 Tensor: TypeAlias = torch.Tensor
 
 
-@op("com.microsoft::GroupQueryAttention", values=(6,))
+@op("com.microsoft::GroupQueryAttention", values=(6,), zero="qk_output sliding_window_cache")
 def group_query_attention(
     query: Tensor,
     key: Tensor | None,

@@ -27,7 +27,7 @@ def _fields(packed: Tensor, bits: int) -> Tensor:
     return ((packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(-2)
 
 
-@op("com.microsoft::MatMulNBits", ignored="accuracy_level weight_prepacked")
+@op("com.microsoft::MatMulNBits", ignored="accuracy_level", zero="weight_prepacked")
 def matmul_nbits(
     x: Tensor,
     codes: Tensor,

@@ -65,7 +65,7 @@ def rotary_embedding(
     return y if x.dim() == 4 else y.transpose(1, 2).reshape(x.shape)
 
 
-@op("com.microsoft::RotaryEmbedding", ignored="is_packed_batching")
+@op("com.microsoft::RotaryEmbedding", zero="is_packed_batching")
 def contrib_rotary_embedding(
     x: Tensor,
     position_ids: Tensor,
