@@ -87,7 +87,7 @@ def _owner(root: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str, str]
         The submodule, a free name in it, and the path from `root`.
     """
     parts = [name] if "/" in name else name.split(".")
-    *folders, last = map(identifier, parts)
+    *folders, last = map(_attribute, parts)
     owner = root
     for folder in folders:
         inner = getattr(owner, folder, None)
@@ -113,5 +113,11 @@ def free_attribute(root: torch.nn.Module, name: str) -> str:
 
 def identifier(name: str) -> str:
     """Return a name with what Python does not allow in it replaced by underscores."""
+    plain = _attribute(name)
+    return f"_{plain}" if plain[0].isdigit() else plain
+
+
+def _attribute(name: str) -> str:
+    """Return a name for an attribute of a module, which may begin with a digit."""
     plain = re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_") or "_"
     return f"{plain}_" if keyword.iskeyword(plain) else plain

@@ -63,7 +63,8 @@ def test_gradients(name: str) -> None:
 
 def test_gradients_of_convolutions_and_pools() -> None:
     text = """g (double[1, 2, 5, 5] x) => (y)
-        <double[4, 1, 2, 2] w = {1.0, 2.0, -1.0, 0.5, 1.5, 2.5, -0.5, 1.0, 1.0, 2.0, -1.0, 0.5, 1.5, 2.5, -0.5, 1.0}> {
+        <double[4, 1, 2, 2] w = {1.0, 2.0, -1.0, 0.5, 1.5, 2.5, -0.5, 1.0,
+        1.0, 2.0, -1.0, 0.5, 1.5, 2.5, -0.5, 1.0}> {
         a = Conv<group = 2, auto_pad = "SAME_UPPER">(x, w)
         b = AveragePool<kernel_shape = [2, 2], pads = [1, 0, 0, 1], ceil_mode = 1>(a)
         c = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(b)

@@ -62,6 +62,17 @@ def test_one_call_per_node_that_keeps_its_name() -> None:
     assert "torch.add(" in lowered.code
 
 
+def test_names_that_are_no_identifiers() -> None:
+    module = module_of("g (float[2] a, float[2] b) => (float[2] c) { c = Sub(a, b) }")
+    values = [*module.graph.inputs, *module.graph.outputs]
+    for value, name in zip(values, ("0", "in:put", "lambda"), strict=True):
+        value.name = name
+    lowered = lwc.to_fx(module)
+    assert [node.name for node in lowered.graph.nodes][:3] == ["_0", "in_put", "lambda_"]
+    assert lowered(torch.ones(2), torch.zeros(2)).tolist() == [1, 1]
+    assert lowered.meta["lwc"]["inputs"] == ["0", "in:put"]
+
+
 def test_inputs_keep_their_order_and_one_output_is_no_tuple() -> None:
     lowered = lwc.to_fx(module_of("g (float[2] b, float[2] a) => (float[2] y) { y = Sub(b, a) }"))
     assert [n.name for n in lowered.graph.nodes if n.op == "placeholder"] == ["b", "a"]
