@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import traceback
 from typing import Any
 
@@ -9,7 +11,17 @@ import torch
 
 from lwc.core.errors import LwcError
 
-__all__ = ["OnnxGraphModule", "described"]
+__all__ = ["LoweredTracer", "OnnxGraphModule", "described"]
+
+
+class LoweredTracer(torch.fx.Tracer):  # type: ignore[misc]
+    """Traces generated code anew without looking into operators: how a saved graph is read."""
+
+    def __init__(self, *_: Any) -> None:
+        from lwc.backends.fx import ops
+
+        families = [getattr(ops, name) for name in ops.__all__]
+        super().__init__(autowrap_modules=(math, operator, *families))
 
 
 class OnnxGraphModule(torch.fx.GraphModule):  # type: ignore[misc]

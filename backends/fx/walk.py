@@ -17,7 +17,7 @@ import torch
 
 from lwc.analysis.shapes import Shapes
 from lwc.backends.fx import ops
-from lwc.backends.fx.module import OnnxGraphModule
+from lwc.backends.fx.module import LoweredTracer, OnnxGraphModule
 from lwc.backends.fx.ops.control_flow import given
 from lwc.backends.fx.ops.integers import as_tensor, numbers
 from lwc.backends.fx.registry import HOST, Host, Lowering, Use, find
@@ -81,7 +81,7 @@ class _Scope:
     """One graph under construction: what stands for each of its values."""
 
     def __init__(self, root: torch.nn.Module) -> None:
-        self.graph = torch.fx.Graph()
+        self.graph = torch.fx.Graph(tracer_cls=LoweredTracer)
         self.root = root
         self.tensors: dict[ir.Value, torch.fx.Node] = {}
         self.integers: dict[ir.Value, torch.fx.Node] = {}

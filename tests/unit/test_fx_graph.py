@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,8 @@ from lwc.core.errors import LwcError
 from lwc.core.module import Module
 from lwc.frontend.onnx_writer import save
 from lwc.optimizer import find_backend
+
+ROOT = Path(__file__).parents[2]
 
 MLP = """g (float[n, 4] x) => (float[n, 2] y)
     <float[4, 3] w = {1,2,3,4,5,6,7,8,9,1,2,3}, float[3] bias = {1,2,3},
@@ -379,6 +382,24 @@ def test_it_compiles_and_copies() -> None:
     compiled = torch.compile(lowered, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), lowered(x))
     torch.testing.assert_close(copy.deepcopy(lowered)(x), lowered(x))
+
+
+@pytest.mark.parametrize("text", [LOOP, MLP])
+def test_it_is_saved_and_read(text: str) -> None:
+    lowered = lwc.to_fx(module_of(text))
+    file = io.BytesIO()
+    torch.save(lowered, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    given = (torch.ones(2, 2), torch.tensor(3)) if text == LOOP else (torch.ones(2, 4),)
+    found, wanted = again(*given), lowered(*given)
+    torch.testing.assert_close(found, wanted)
+    assert [node.name for node in calls(again)] == [node.name for node in calls(lowered)]
+
+
+def test_the_page_runs() -> None:
+    script, page = ROOT / "tools" / "run_page.py", ROOT / "docs" / "fx.md"
+    subprocess.run([sys.executable, script, page], check=True, capture_output=True)
 
 
 def test_it_traces_back() -> None:
