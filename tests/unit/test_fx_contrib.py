@@ -239,6 +239,17 @@ def test_grouped_attention_of_sequences_of_other_lengths() -> None:
     assert_agrees(module, feed)
 
 
+@pytest.mark.parametrize(
+    ("activation", "params"),
+    [("", []), ("Relu", []), ("LeakyRelu", [0.2]), ("Clip", [-0.3, 0.4])],
+)
+def test_fused_conv(activation: str, params: list[float]) -> None:
+    given = {"x": normal(1, 2, 5, 5), "w": normal(3, 2, 3, 3), "b": normal(3)}
+    attributes: dict[str, Any] = {"activation": activation} if activation else {}
+    attributes |= {"activation_params": params} if params else {}
+    check("FusedConv", given, pads=[1, 1, 1, 1], atol=1e-4, **attributes)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("kind", ["PER_TENSOR", "PER_CHANNEL"])
 def test_grouped_attention_with_a_cache_of_integers(bits: int, kind: str) -> None:

@@ -66,6 +66,48 @@ def conv(
     )
 
 
+@op("com.microsoft::FusedConv", ignored="kernel_shape")
+def fused_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    addend: Tensor | None = None,
+    *,
+    activation: str = "",
+    activation_params: Sequence[float] = (),
+    strides: Sequence[int] | None = None,
+    dilations: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    auto_pad: str = "NOTSET",
+    group: int = 1,
+) -> Tensor:
+    """Convolve, add, and apply an activation."""
+    y = convolve(
+        x,
+        weight,
+        bias,
+        strides=strides,
+        dilations=dilations,
+        pads=pads,
+        auto_pad=auto_pad,
+        group=group,
+    )
+    y = y if addend is None else y + addend
+    if not activation:
+        return y
+    return _ACTIVATIONS[activation](y, *activation_params)
+
+
+_ACTIVATIONS: dict[str, Any] = {
+    "Relu": torch.relu,
+    "Tanh": torch.tanh,
+    "Sigmoid": torch.sigmoid,
+    "LeakyRelu": F.leaky_relu,
+    "Clip": torch.clamp,
+    "HardSigmoid": lambda y, alpha, beta: (alpha * y + beta).clamp(0, 1),
+}
+
+
 @op("ConvTranspose", ignored="kernel_shape")
 def conv_transpose(
     x: Tensor,
