@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 import traceback
 from typing import Any
 
@@ -21,7 +20,7 @@ class LoweredTracer(torch.fx.Tracer):  # type: ignore[misc]
         from lwc.backends.fx import ops
 
         families = [getattr(ops, name) for name in ops.__all__]
-        super().__init__(autowrap_modules=(math, operator, *families))
+        super().__init__(autowrap_modules=(math, *families))
 
 
 class OnnxGraphModule(torch.fx.GraphModule):  # type: ignore[misc]
