@@ -7,14 +7,17 @@ import pytest
 
 pytest.importorskip("torch")
 
+import torch
 from fx_agreement import run_fx
 from hypothesis import HealthCheck, given, note, reject, settings
 
+import lwc
 from lwc.backends.onnxruntime.session import OnnxRuntimeBackend
 from lwc.calibration.feeds import working_feeds
 from lwc.core.errors import LwcError
 from lwc.core.module import Module
 from lwc.verify import GRAMMAR, MOTIFS, sketches
+from lwc.verify.generate.motifs import quantized
 
 
 @settings(
@@ -47,3 +50,28 @@ def test_random_modules_agree(module: Module) -> None:
             size = np.abs(array[np.isfinite(array)]).max(initial=1e-3)
             same = np.isclose(found, array, loose, loose * size, equal_nan=True)
         assert same.all(), (name, np.abs(found - array)[~same].max())
+
+
+@settings(
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(sketches([*GRAMMAR, *quantized.MOTIFS], steps=(1, 4), evenly=True))
+def test_straight_through_changes_no_result(module: Module) -> None:
+    try:
+        with OnnxRuntimeBackend().compile(module, optimize="none", threads=1) as executable:
+            (feed,) = working_feeds(module, executable, 1)
+    except LwcError:
+        reject()
+    note(str(module))
+    results = []
+    for chosen in (False, True):
+        lowered = lwc.to_fx(module, straight_through=chosen)
+        given = [torch.from_numpy(feed[name]) for name in lowered.meta["lwc"]["inputs"]]
+        found = lowered(*given)
+        results.append(found if isinstance(found, tuple) else (found,))
+    for through, plain in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(through, plain, equal_nan=True)
