@@ -202,7 +202,12 @@ class _Walk:
                 "outputs": [value.name for value in node.outputs if value.name],
                 **node.metadata_props,
             }
-            self._node(scope, node)
+            try:
+                self._node(scope, node)
+            except LwcError as error:
+                error.node = error.node or describe(node)
+                error.file = error.file or self.module.source.path
+                raise
         scope.origin = before
 
     def _node(self, scope: _Scope, node: ir.Node) -> None:

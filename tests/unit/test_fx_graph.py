@@ -235,6 +235,12 @@ def test_an_attribute_that_is_not_known_is_named() -> None:
         lwc.to_fx(module)
 
 
+def test_a_type_that_pytorch_lacks_is_named_with_the_node() -> None:
+    module = module_of("g (float[2] x) => (string[2] y) { y = Cast<to = 8>(x) }")
+    with pytest.raises(LwcError, match=r"Cast -> 'y': PyTorch has no tensors of type STRING"):
+        lwc.to_fx(module)
+
+
 def test_a_failure_at_run_time_names_the_node() -> None:
     lowered = lwc.to_fx(mlp())
     with pytest.raises(LwcError, match=r"MatMul '/enc/MatMul': RuntimeError: mat1 and mat2"):
