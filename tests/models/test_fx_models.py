@@ -55,6 +55,7 @@ def test_outputs_agree_at_two_shapes(name: str, model_file: ModelFile) -> None:
                 np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.slow
 def test_minilm_traces_back(model_file: ModelFile) -> None:
     name = "paraphrase-MiniLM-L3-v2"
     module = load(model_file(name))
