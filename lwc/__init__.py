@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lwc.backends.fx.convert import to_fx
     from lwc.core.diagnostics import Remark
     from lwc.core.errors import LwcError
     from lwc.core.module import Module
@@ -55,6 +56,7 @@ _HOME = {
     "optimize": "lwc.optimizer",
     "rule": "lwc.rewrite.rules",
     "save": "lwc.frontend.onnx_writer",
+    "to_fx": "lwc.backends.fx.convert",
     "trace": "lwc.frontend.torch_trace",
 }
 
@@ -80,6 +82,7 @@ __all__ = [
     "optimize",
     "rule",
     "save",
+    "to_fx",
     "trace",
 ]
 

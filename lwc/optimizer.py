@@ -94,7 +94,7 @@ class RunSettings:
 
     Attributes:
         verify: See `lwc.pipeline.manager.PassManager`.
-        backend: What runs the model for passes that need activations: `onnxruntime`, a
+        backend: What runs the model for passes that need activations: `onnxruntime`, `fx`, a
             `Backend`, or None.
         threads: Threads of the backend; its choice by default.
         seed: Seed of everything random.
@@ -279,6 +279,10 @@ def _checkpoint(settings: RunSettings) -> Checkpoint | None:
         from lwc.backends.onnxruntime.measure import runtime_name
 
         name = runtime_name()
+    elif backend == "fx":
+        from importlib.metadata import version
+
+        name = f"fx, torch {version('torch')}"
     else:
         name = f"{type(backend).__module__}.{type(backend).__qualname__}"
     return CheckpointFolder(settings.resume, surroundings(name, settings.threads))
@@ -427,12 +431,16 @@ def find_backend(backend: str | Backend | None) -> Callable[[], Backend] | None:
         return None
     if not isinstance(backend, str):
         return lambda: backend
-    if backend != "onnxruntime":
+    if backend not in ("onnxruntime", "fx"):
         raise UsageError(
-            f"unknown backend '{backend}'", remedy=did_you_mean(backend, ["onnxruntime"])
+            f"unknown backend '{backend}'", remedy=did_you_mean(backend, ["onnxruntime", "fx"])
         )
 
     def make() -> Backend:
+        if backend == "fx":
+            from lwc.backends.fx.convert import make_backend
+
+            return make_backend()
         from lwc.backends.onnxruntime.session import OnnxRuntimeBackend
 
         return OnnxRuntimeBackend()

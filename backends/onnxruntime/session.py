@@ -195,7 +195,7 @@ class OnnxRuntimeExecutable:
         binding = session.io_binding()
         keep: list[ort.OrtValue] = []
         for name, array in arrays.items():
-            keep.append(ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)))
+            keep.append(ort.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C")))
             binding.bind_ortvalue_input(name, keep[-1])
         for name, result in results.items():
             keep.append(ort.OrtValue.ortvalue_from_numpy(result))

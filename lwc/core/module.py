@@ -185,6 +185,23 @@ class Module:
         """Return a new weight as it is to be held: in the spill file, unless it is small."""
         return tensor if tensor.nbytes < _SPILLED else self.store.put_tensor(tensor)
 
+    def update_weights(self, graph_module: Any) -> list[str]:
+        """Take over weights that were trained in PyTorch; the graph stays as it is.
+
+        Args:
+            graph_module: What `lwc.to_fx` made of this module, or a copy of that.
+
+        Returns:
+            Names of the initializers and constants whose content changed.
+
+        Raises:
+            LwcError: A weight has another type or shape, or is not there; nothing changed then.
+            MissingExtraError: PyTorch is not installed.
+        """
+        from lwc.core.trained import update_weights
+
+        return update_weights(self, graph_module)
+
     @property
     def store(self) -> WeightStore:
         """The spill file of this module; made on first use in `spill_directory`."""

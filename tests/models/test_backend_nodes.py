@@ -64,6 +64,22 @@ def test_every_node_case_holds() -> None:
 
 
 @pytest.mark.slow
+def test_the_fx_backend_gives_what_onnx_expects() -> None:
+    pytest.importorskip("torch")
+    from bench.fx_nodes import rows_of
+    from bench.fx_nodes import summarize as summarize_fx
+
+    rows = list(rows_of(["node"]))
+    failed = {row.operator.partition("::")[0] for row in rows if row.onnxruntime and not row.passed}
+    strings = {"Equal", "RegexFullMatch", "StringConcat", "StringNormalizer", "StringSplit"}
+    assert failed <= strings | {"MelWeightMatrix", "TfIdfVectorizer", "ai.onnx.ml"}
+    counts = summarize_fx(rows)
+    assert counts["cases"] >= 1800
+    assert counts["passed"] >= 0.95 * counts["cases"]
+    assert counts["passed_of_these"] >= 0.975 * counts["onnxruntime_passes"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("only", ["conv", "batchnorm", "gemm", "matmul"])
 def test_fold_linear_holds_on_linear_operators(only: str) -> None:
     rows = list(outcomes(["node"], PIPELINE, only))

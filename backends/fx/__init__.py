@@ -1,0 +1,1 @@
+"""Modules as torch.fx.GraphModules: differentiable, in plain PyTorch operators."""

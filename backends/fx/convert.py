@@ -1,0 +1,63 @@
+"""From a module to a torch.fx.GraphModule, and trained weights back into the module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lwc.core.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    import torch
+
+    from lwc.backends.base import Backend
+    from lwc.core.module import Module
+
+__all__ = ["make_backend", "to_fx"]
+
+
+def to_fx(
+    module: Module, *, straight_through: bool = False, expose: Sequence[str] = ()
+) -> torch.fx.GraphModule:
+    """Return a module as a differentiable `torch.fx.GraphModule` of plain PyTorch operators.
+
+    Its `forward` takes the graph's inputs in order and returns its output, or a tuple of them. One
+    call stands for each ONNX node and keeps its name, as far as that is an identifier;
+    `node.meta["onnx"]` tells where it comes from: `name`, `op`, `outputs`, and what passes wrote
+    (`lwc.pass`). Floating-point weights are Parameters and all others buffers, under the names of
+    their initializers; scalars are Parameters that ask for no gradient. Weights are copied, one at
+    a time.
+
+    Args:
+        module: The module; it is not changed.
+        straight_through: Rounding and quantization pass gradients on as if they were not there.
+            Quantized values are floating-point tensors of whole numbers then.
+        expose: Names of values of the main graph to return after the outputs.
+
+    Raises:
+        LwcError: An operator has no lowering; the message names the node.
+        MissingExtraError: PyTorch is not installed.
+    """
+    _need_torch()
+    from lwc.backends.fx.walk import lowered
+
+    return lowered(module, straight_through=straight_through, expose=expose)
+
+
+def make_backend() -> Backend:
+    """Return the `fx` backend.
+
+    Raises:
+        MissingExtraError: PyTorch is not installed.
+    """
+    _need_torch()
+    from lwc.backends.fx.session import FxBackend
+
+    return FxBackend()
+
+
+def _need_torch() -> None:
+    try:
+        import torch  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("a torch.fx.GraphModule", "torch") from error

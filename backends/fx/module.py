@@ -1,0 +1,70 @@
+"""The GraphModule that lwc makes: where it fails, it names the ONNX node."""
+
+from __future__ import annotations
+
+import math
+import traceback
+from typing import Any
+
+import torch
+
+from lwc.core.errors import LwcError
+
+__all__ = ["LoweredTracer", "OnnxGraphModule", "described"]
+
+
+class LoweredTracer(torch.fx.Tracer):  # type: ignore[misc]
+    """Traces generated code anew without looking into operators: how a saved graph is read."""
+
+    def __init__(self, *_: Any) -> None:
+        from lwc.backends.fx import ops
+
+        families = [getattr(ops, name) for name in ops.__all__]
+        super().__init__(autowrap_modules=(math, *families))
+
+
+class OnnxGraphModule(torch.fx.GraphModule):  # type: ignore[misc]
+    """A `torch.fx.GraphModule` whose nodes come from an ONNX graph.
+
+    `meta["lwc"]` is a dictionary: `inputs` and `outputs` are the names in the ONNX graph,
+    `weights` maps a parameter or buffer to the places it came from, and `file` is where the
+    module was read from.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run; an exception of an operator becomes an LwcError that names its node."""
+        if torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
+        try:
+            return super().__call__(*args, **kwargs)
+        except LwcError:
+            raise
+        except Exception as error:
+            node = self._failed(error)
+            if node is None:
+                raise
+            text = " ".join(str(error).split()) or type(error).__name__
+            raise LwcError(
+                f"{type(error).__name__}: {text}",
+                file=self.meta.get("lwc", {}).get("file"),
+                node=described(node),
+            ) from error
+
+    def _failed(self, error: BaseException) -> torch.fx.Node | None:
+        """Find the node whose line of the generated code raised."""
+        code = getattr(type(self).forward, "__code__", None)
+        for frame, line in traceback.walk_tb(error.__traceback__):
+            if frame.f_code is code:
+                index = self._lineno_map.get(line - self._prologue_start)
+                nodes = list(self.graph.nodes)
+                found = nodes[index] if index is not None else None
+                return found if found is not None and "onnx" in found.meta else None
+        return None
+
+
+def described(node: torch.fx.Node) -> str:
+    """Name a lowered node as its ONNX node is named in messages."""
+    origin = node.meta["onnx"]
+    if origin["name"]:
+        return f"{origin['op']} '{origin['name']}'"
+    return f"{origin['op']} -> '{origin['outputs'][0]}'" if origin["outputs"] else origin["op"]

@@ -1,0 +1,53 @@
+"""The operators, one file per family. Importing this package registers them."""
+
+from __future__ import annotations
+
+from lwc.backends.fx.ops import (
+    attention,
+    casting,
+    control_flow,
+    convolution,
+    elementwise,
+    generators,
+    grouped_attention,
+    indexing,
+    integers,
+    layout,
+    linear,
+    losses,
+    normalization,
+    packed,
+    pooling,
+    quantized,
+    recurrent,
+    reduction,
+    rotary,
+    sampling,
+    sequences,
+    signal,
+)
+
+__all__ = [
+    "attention",
+    "casting",
+    "control_flow",
+    "convolution",
+    "elementwise",
+    "generators",
+    "grouped_attention",
+    "indexing",
+    "integers",
+    "layout",
+    "linear",
+    "losses",
+    "normalization",
+    "packed",
+    "pooling",
+    "quantized",
+    "recurrent",
+    "reduction",
+    "rotary",
+    "sampling",
+    "sequences",
+    "signal",
+]

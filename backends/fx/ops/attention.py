@@ -1,0 +1,286 @@
+"""Attention of the standard, and ONNX Runtime's MultiHeadAttention and Attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+
+from lwc.backends.fx.registry import op
+
+__all__ = ["as_heads", "as_rows", "softmax_or_zero"]
+
+Tensor: TypeAlias = torch.Tensor
+
+
+def as_heads(x: Tensor, heads: int) -> Tensor:
+    """Bring `[batch, length, heads * size]` to `[batch, heads, length, size]`."""
+    return x.reshape(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """Bring `[batch, heads, length, size]` to `[batch, length, heads * size]`."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def softmax_or_zero(logits: Tensor) -> Tensor:
+    """Softmax over the last axis; a row where all is -inf gives zeros."""
+    hidden = logits.amax(-1, keepdim=True) == -math.inf
+    shown = torch.where(hidden, torch.zeros_like(logits), logits)
+    return torch.where(hidden, torch.zeros_like(logits), torch.softmax(shown, -1))
+
+
+def _repeated(x: Tensor, heads: int) -> Tensor:
+    """Repeat key or value heads so that each query head has its own."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+@op("Attention", types="softmax_precision")
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    past_key: Tensor | None = None,
+    past_value: Tensor | None = None,
+    lengths: Tensor | None = None,
+    *,
+    is_causal: int = 0,
+    kv_num_heads: int | None = None,
+    q_num_heads: int | None = None,
+    qk_matmul_output_mode: int = 0,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    softmax_precision: torch.dtype | None = None,
+    left_window_size: int = -1,
+    right_window_size: int = -1,
+    outputs: int = 1,
+) -> Any:
+    """Attend; returns the rows, keys and values with what was before them, and the products.
+
+    Query `i` sees key `j` up to `j = i + offset`, where `offset` is the length of the past, or
+    `lengths` less the number of queries where keys and values are a buffer with room at the end.
+    """
+    in_rows = q.dim() == 3
+    if in_rows:
+        assert q_num_heads is not None
+        assert kv_num_heads is not None
+        q, k, v = as_heads(q, q_num_heads), as_heads(k, kv_num_heads), as_heads(v, kv_num_heads)
+    offset: Any = 0
+    if past_key is not None and past_value is not None:
+        offset = past_key.shape[2]
+        k, v = torch.cat([past_key, k], dim=2), torch.cat([past_value, v], dim=2)
+    elif lengths is not None:
+        offset = (lengths - q.shape[2]).reshape(-1, 1, 1, 1)
+    root = math.sqrt(1 / math.sqrt(q.shape[3]) if scale is None else scale)
+    keys, values = _repeated(k, q.shape[1]), _repeated(v, q.shape[1])
+    products = torch.matmul(q * root, (keys * root).mT)
+    capped = torch.tanh(products / softcap) * softcap if softcap > 0 else products
+    bias = _bias(mask, keys.shape[2], q.dtype)
+    visible = _visible(
+        q.shape[2], keys.shape[2], offset, is_causal, left_window_size, right_window_size
+    )
+    if lengths is not None:
+        filled = torch.arange(keys.shape[2]) < lengths.reshape(-1, 1, 1, 1)
+        visible = filled if visible is None else visible & filled
+    logits = capped if bias is None else capped + bias
+    if visible is not None:
+        logits = torch.where(visible, logits, torch.full_like(logits, -math.inf))
+    precise = logits if softmax_precision is None else logits.to(softmax_precision)
+    shares = softmax_or_zero(precise).to(q.dtype)
+    y = torch.matmul(shares, values)
+    y = as_rows(y) if in_rows else y
+    shown = (products, capped, logits, shares)[qk_matmul_output_mode]
+    return (y, k, v, shown)[:outputs] if outputs > 1 else y
+
+
+def _bias(mask: Tensor | None, length: int, dtype: torch.dtype) -> Tensor | None:
+    """Return a mask as numbers to add; one that is too short hides the keys after it."""
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        mask = torch.where(mask, 0.0, -math.inf).to(dtype)
+    missing = length - mask.shape[-1]
+    if missing > 0:
+        mask = torch.nn.functional.pad(mask, [0, missing], value=-math.inf)
+    return mask
+
+
+def _visible(
+    queries: int, keys: int, offset: Any, causal: int, left: int, right: int
+) -> Tensor | None:
+    """Tell which keys a query sees by their distance, or return None for all."""
+    if not causal and left < 0 and right < 0:
+        return None
+    ahead = torch.arange(keys) - torch.arange(queries).unsqueeze(-1) - offset
+    visible = torch.ones_like(ahead, dtype=torch.bool)
+    if causal:
+        visible = visible & (ahead <= 0)
+    if left >= 0:
+        visible = visible & (-ahead <= left)
+    return visible & (ahead <= right) if right >= 0 else visible
+
+
+def _masked_products(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    unidirectional: int,
+    fill: float,
+) -> Tensor:
+    """Return the logits of ONNX Runtime's operators, in which hidden keys get `fill` more."""
+    logits = torch.matmul(q, k.mT) * (scale or 1 / math.sqrt(q.shape[-1]))
+    if bias is not None:
+        logits = logits + bias
+    length, total = q.shape[2], k.shape[2]
+    if mask is not None:
+        logits = logits + torch.where(_opened(mask, total), 0.0, fill).to(logits.dtype)
+    if unidirectional:
+        ahead = torch.arange(total) - torch.arange(length).unsqueeze(-1) - (total - length)
+        lowest = torch.full_like(logits, torch.finfo(logits.dtype).min)
+        logits = torch.where(ahead <= 0, logits, lowest)
+    return logits
+
+
+def _opened(mask: Tensor, total: int) -> Tensor:
+    """Read a mask of any of ONNX Runtime's forms: `[batch, 1, queries or 1, total]`."""
+    if mask.dim() == 1:
+        return (torch.arange(total) < mask.reshape(-1, 1)).reshape(-1, 1, 1, total)
+    if mask.dim() == 2:
+        return (mask != 0).reshape(mask.shape[0], 1, 1, total)
+    return (mask != 0).reshape(mask.shape[0], 1, *mask.shape[-2:])
+
+
+@op("com.microsoft::MultiHeadAttention")
+def multi_head_attention(
+    query: Tensor,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    bias: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    attention_bias: Tensor | None = None,
+    past_key: Tensor | None = None,
+    past_value: Tensor | None = None,
+    *,
+    num_heads: int,
+    mask_filter_value: float = -10000.0,
+    scale: float | None = None,
+    unidirectional: int = 0,
+    outputs: int = 1,
+) -> Any:
+    """Attend; keys and values may be rows or heads, or packed with the queries."""
+    parts = _unpacked(query, key, value, num_heads, bias)
+    q, k, v = parts
+    if past_key is not None and past_value is not None:
+        k, v = torch.cat([past_key, k], dim=2), torch.cat([past_value, v], dim=2)
+    logits = _masked_products(
+        q,
+        k,
+        scale=scale,
+        mask=key_padding_mask,
+        bias=attention_bias,
+        unidirectional=unidirectional,
+        fill=mask_filter_value,
+    )
+    y = as_rows(torch.matmul(torch.softmax(logits, -1), v))
+    return (y, k, v, logits)[:outputs] if outputs > 1 else y
+
+
+def _unpacked(
+    query: Tensor, key: Tensor | None, value: Tensor | None, heads: int, bias: Tensor | None
+) -> list[Tensor]:
+    if query.dim() == 5:  # [batch, length, heads, 3, size]
+        return [part.transpose(1, 2) for part in query.unbind(3)]
+    rows = [query, key, value]
+    if key is not None and key.dim() == 5:
+        rows = [query, *(part.flatten(2) for part in key.unbind(3))]
+    if bias is not None:
+        sizes = [query.shape[-1]] * 2 + [bias.shape[0] - 2 * query.shape[-1]]
+        terms = torch.split(bias, sizes)
+        rows = [
+            x + term if x is not None and x.dim() == 3 else x
+            for x, term in zip(rows, terms, strict=True)
+        ]
+    return [x if x is not None and x.dim() == 4 else as_heads(x, heads) for x in rows]
+
+
+@op("com.microsoft::Attention", zero="past_present_share_buffer do_rotary")
+def packed_attention(
+    x: Tensor,
+    weights: Tensor,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    past: Tensor | None = None,
+    attention_bias: Tensor | None = None,
+    *,
+    num_heads: int,
+    qkv_hidden_sizes: Sequence[int] | None = None,
+    mask_filter_value: float = -10000.0,
+    scale: float | None = None,
+    unidirectional: int = 0,
+    outputs: int = 1,
+) -> Any:
+    """Project to queries, keys and values, and attend."""
+    rows = torch.matmul(x, weights)
+    rows = rows if bias is None else rows + bias
+    sizes = list(qkv_hidden_sizes or [weights.shape[1] // 3] * 3)
+    q, k, v = (as_heads(part, num_heads) for part in torch.split(rows, sizes, dim=-1))
+    if past is not None:
+        k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+    logits = _masked_products(
+        q,
+        k,
+        scale=scale,
+        mask=mask,
+        bias=attention_bias,
+        unidirectional=unidirectional,
+        fill=mask_filter_value,
+    )
+    y = as_rows(torch.matmul(torch.softmax(logits, -1), v))
+    return (y, torch.stack([k, v])) if outputs > 1 else y
+
+
+@op("LinearAttention", ignored="chunk_size", many=True)
+def linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_state: Tensor | None = None,
+    decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    *,
+    q_num_heads: int,
+    kv_num_heads: int,
+    scale: float = 0.0,
+    update_rule: str = "gated_delta",
+) -> tuple[Tensor, Tensor]:
+    """Attend by a state that each token writes to; returns rows and the last state."""
+    q, k, v = (
+        as_heads(x, heads).to(torch.float32)
+        for x, heads in ((query, q_num_heads), (key, kv_num_heads), (value, kv_num_heads))
+    )
+    factor = scale or 1 / math.sqrt(q.shape[-1])
+    state = (
+        torch.zeros((q.shape[0], kv_num_heads, k.shape[-1], v.shape[-1]))
+        if past_state is None
+        else past_state.to(torch.float32)
+    )
+    fades = None if decay is None else as_heads(decay, kv_num_heads).to(torch.float32).exp()
+    writes = None if beta is None else beta.transpose(1, 2).to(torch.float32)
+    rows = []
+    for step in range(q.shape[2]):
+        told, kept = v[:, :, step], k[:, :, step].unsqueeze(-1)
+        if fades is not None:
+            state = state * fades[:, :, step].unsqueeze(-1)
+        if writes is not None:
+            told = writes[:, :, step].unsqueeze(-1) * (told - (state * kept).sum(-2))
+        state = state + kept * told.unsqueeze(-2)
+        read = _repeated(state, q_num_heads)
+        rows.append(factor * (q[:, :, step].unsqueeze(-1) * read).sum(-2))
+    y = as_rows(torch.stack(rows, dim=2)).to(query.dtype)
+    return y, state.to(query.dtype if past_state is None else past_state.dtype)

@@ -1,0 +1,286 @@
+"""The operators of com.microsoft and of lwc in PyTorch, beside ONNX Runtime and their formulas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+from dialect import draw_case, expected, variants
+from dialect import module_of as dialect_module
+from fx_agreement import assert_agrees, one_node, run_fx
+
+MS = "com.microsoft"
+RANDOM = np.random.default_rng(5)
+
+
+def normal(*shape: int) -> Any:
+    return RANDOM.normal(size=shape).astype(np.float32)
+
+
+def integers(low: int, high: int, *shape: int, dtype: Any = np.uint8) -> Any:
+    return RANDOM.integers(low, high, shape).astype(dtype)
+
+
+def check(op: str, inputs: dict[str, Any], atol: float = 1e-5, **options: Any) -> None:
+    assert_agrees(*one_node(op, inputs, domain=MS, **options), atol=atol)
+
+
+@pytest.mark.parametrize("op", ["Gelu", "QuickGelu", "FastGelu"])
+def test_activations(op: str) -> None:
+    check(op, {"x": normal(3, 8)})
+
+
+@pytest.mark.parametrize("op", ["BiasGelu", "FastGelu"])
+def test_activations_of_a_sum(op: str) -> None:
+    check(op, {"x": normal(2, 3, 8), "bias": normal(8)})
+
+
+def test_norms_of_sums() -> None:
+    x = {"x": normal(2, 3, 8), "skip": normal(2, 3, 8), "gamma": normal(8)}
+    check("SkipLayerNormalization", {**x, "beta": normal(8), "bias": normal(8)}, epsilon=1e-5)
+    check("SkipSimplifiedLayerNormalization", {**x, "bias": normal(8)}, epsilon=1e-5)
+
+
+@pytest.mark.parametrize(("trans_a", "trans_b"), [(0, 0), (1, 0), (0, 1), (1, 1)])
+def test_fused_matmul(trans_a: int, trans_b: int) -> None:
+    a, b = normal(2, 3, 4), normal(2, 4, 5)
+    a = a.swapaxes(1, 2).copy() if trans_a else a
+    b = b.swapaxes(1, 2).copy() if trans_b else b
+    check("FusedMatMul", {"a": a, "b": b}, transA=trans_a, transB=trans_b, alpha=0.5)
+
+
+@pytest.mark.parametrize(
+    ("bits", "zeros"),
+    [(bits, zeros) for bits in (2, 4, 8) for zeros in ("none", "packed")] + [(4, "float")],
+)
+def test_matmul_nbits(bits: int, zeros: str) -> None:
+    inputs, outputs, block = 40, 6, 16
+    blocks = -(-inputs // block)
+    weights = {
+        "b": integers(0, 256, outputs, blocks, block * bits // 8),
+        "scales": np.abs(normal(outputs, blocks)),
+    }
+    if zeros == "packed":
+        weights["zeros"] = integers(0, 256, outputs, -(-blocks * bits // 8))
+    elif zeros == "float":
+        weights["zeros"] = normal(outputs, blocks)
+    attributes = {"K": inputs, "N": outputs, "bits": bits, "block_size": block}
+    given = {"a": normal(2, 3, inputs), **weights}
+    check("MatMulNBits", given, atol=1e-3, constant=list(weights), **attributes)
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_matmul_bnb4(kind: int) -> None:
+    given = {"a": normal(3, 64), "b": integers(0, 256, 160), "scales": np.abs(normal(20))}
+    attributes = {"K": 64, "N": 5, "block_size": 16, "quant_type": kind}
+    check("MatMulBnb4", given, atol=1e-4, constant=["b", "scales"], **attributes)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_gather_block_quantized(bits: int, zeros: bool) -> None:
+    rows, width, block = 7, 64, 32
+    weights = {
+        "data": integers(0, 256, rows, width * bits // 8),
+        "indices": integers(0, rows, 2, 3, dtype=np.int64),
+        "scales": np.abs(normal(rows, width // block)),
+    }
+    if zeros:
+        weights["zeros"] = integers(0, 256, rows, width // block * bits // 8)
+    check(
+        "GatherBlockQuantized",
+        weights,
+        constant=[name for name in weights if name != "indices"],
+        bits=bits,
+        block_size=block,
+        gather_axis=0,
+        quantize_axis=1,
+    )
+
+
+def test_dynamic_quantize_matmul() -> None:
+    # Codes within 64: pairs of products of larger ones saturate in ONNX Runtime.
+    weights = {
+        "b": integers(-60, 60, 16, 5, dtype=np.int8),
+        "scales": np.abs(normal(5)) / 50,
+    }
+    given = {"a": normal(3, 16), **weights, "zeros": None, "bias": normal(5)}
+    check("DynamicQuantizeMatMul", given, atol=1e-4, constant=list(weights))
+
+
+def test_matmul_integer_to_float() -> None:
+    given = {
+        "a": integers(0, 255, 3, 16),
+        "b": integers(-60, 60, 16, 5, dtype=np.int8),
+        "a_scale": np.float32(0.03),
+        "b_scale": np.abs(normal(5)),
+        "a_zero": np.uint8(120),
+    }
+    check("MatMulIntegerToFloat", given, atol=1e-3)
+
+
+@pytest.mark.parametrize("op", ["QLinearAdd", "QLinearMul"])
+def test_quantized_arithmetic(op: str) -> None:
+    one, other = np.float32(0.1), np.uint8(100)
+    a = {"a": integers(0, 255, 4, 8), "a_scale": one, "a_zero": other}
+    b = {"b": integers(0, 255, 4, 8), "b_scale": one, "b_zero": other}
+    module, feed = one_node(op, {**a, **b, "y_scale": np.float32(0.7), "y_zero": other}, domain=MS)
+    assert_agrees(module, feed)
+
+
+@pytest.mark.parametrize("op", ["QLinearSigmoid", "QLinearLeakyRelu"])
+def test_quantized_activations(op: str) -> None:
+    given = {"x": integers(0, 255, 4, 8), "x_scale": np.float32(0.05), "x_zero": np.uint8(120)}
+    whole = {**given, "y_scale": np.float32(1 / 128), "y_zero": np.uint8(0)}
+    module, feed = one_node(
+        op, whole, domain=MS, constant=["x_scale", "x_zero", "y_scale", "y_zero"]
+    )
+    assert_agrees(module, feed)
+
+
+@pytest.mark.parametrize("interleaved", [0, 1])
+def test_rotary(interleaved: int) -> None:
+    angles = normal(12, 4)
+    given = {
+        "x": normal(2, 3, 16),
+        "at": integers(0, 12, 2, 3, dtype=np.int64),
+        "cos": np.cos(angles),
+        "sin": np.sin(angles),
+    }
+    check("RotaryEmbedding", given, interleaved=interleaved)
+    check("RotaryEmbedding", given | {"at": np.array([4])}, interleaved=interleaved)
+
+
+@pytest.mark.parametrize("mask", ["none", "lengths", "keys", "all"])
+@pytest.mark.parametrize("causal", [0, 1])
+def test_multi_head_attention(mask: str, causal: int) -> None:
+    masks = {
+        "none": None,
+        "lengths": np.array([5, 2], np.int32),
+        "keys": integers(0, 2, 2, 5, dtype=np.int32),
+        "all": integers(0, 2, 2, 5, 5, dtype=np.int32),
+    }
+    given = {
+        "q": normal(2, 5, 16),
+        "k": normal(2, 5, 16),
+        "v": normal(2, 5, 24),
+        "bias": normal(16 + 16 + 24),
+        "mask": masks[mask],
+        "attention_bias": normal(1, 2, 5, 5),
+    }
+    check("MultiHeadAttention", given, num_heads=2, unidirectional=causal)
+
+
+def test_multi_head_attention_with_a_past() -> None:
+    given = {name: normal(2, 3, 16) for name in "qkv"}
+    past = {"past_k": normal(2, 2, 4, 8), "past_v": normal(2, 2, 4, 8)}
+    whole = {**given, "bias": None, "mask": None, "attention_bias": None, **past}
+    check("MultiHeadAttention", whole, num_heads=2, outputs=3)
+
+
+@pytest.mark.parametrize("causal", [0, 1])
+def test_packed_attention(causal: int) -> None:
+    given = {
+        "x": normal(2, 5, 8),
+        "weights": normal(8, 48),
+        "bias": normal(48),
+        "mask": integers(0, 2, 2, 5, dtype=np.int32),
+    }
+    check("Attention", given, atol=1e-4, num_heads=2, unidirectional=causal)
+
+
+def grouped(new: int, past: int, batch: int, **attributes: Any) -> dict[str, Any]:
+    """Return the inputs of a GroupQueryAttention of 4 heads of 16 and 2 of keys."""
+    total = new + past
+    given = {
+        "q": normal(batch, new, 64),
+        "k": normal(batch, new, 32),
+        "v": normal(batch, new, 32),
+        "past_k": normal(batch, 2, past, 16),
+        "past_v": normal(batch, 2, past, 16),
+        "seqlens": np.full(batch, total - 1, np.int32),
+        "total": np.array(total, np.int32),
+    }
+    if attributes.get("do_rotary"):
+        angles = normal(16, 8)
+        given |= {"cos": np.cos(angles), "sin": np.sin(angles)}
+    return given
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {},
+        {"do_rotary": 1},
+        {"do_rotary": 1, "rotary_interleaved": 1},
+        {"local_window_size": 3},
+        {"softcap": 2.0, "scale": 0.2},
+        {"smooth_softmax": 1},
+        {"causal": 0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("new", "past", "batch"), [(5, 0, 2), (1, 6, 2), (3, 4, 1)])
+def test_grouped_attention(attributes: Any, new: int, past: int, batch: int) -> None:
+    given = grouped(new, past, batch, **attributes)
+    check("GroupQueryAttention", given, outputs=3, num_heads=4, kv_num_heads=2, **attributes)
+
+
+def test_grouped_attention_of_sequences_of_other_lengths() -> None:
+    given = grouped(1, 6, 2)
+    given["seqlens"] = np.array([6, 3], np.int32)
+    module, feed = one_node(
+        "GroupQueryAttention", given, domain=MS, outputs=3, num_heads=4, kv_num_heads=2
+    )
+    assert_agrees(module, feed)
+
+
+@pytest.mark.parametrize(
+    ("activation", "params"),
+    [("", []), ("Relu", []), ("LeakyRelu", [0.2]), ("Clip", [-0.3, 0.4])],
+)
+def test_fused_conv(activation: str, params: list[float]) -> None:
+    given = {"x": normal(1, 2, 5, 5), "w": normal(3, 2, 3, 3), "b": normal(3)}
+    attributes: dict[str, Any] = {"activation": activation} if activation else {}
+    attributes |= {"activation_params": params} if params else {}
+    check("FusedConv", given, pads=[1, 1, 1, 1], atol=1e-4, **attributes)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("kind", ["PER_TENSOR", "PER_CHANNEL"])
+def test_grouped_attention_with_a_cache_of_integers(bits: int, kind: str) -> None:
+    given = grouped(1, 6, 2)
+    shape = (2, 2, 6, 16 * bits // 8)
+    for name in ("past_k", "past_v"):
+        given[name] = (
+            integers(-100, 100, *shape, dtype=np.int8) if bits == 8 else integers(0, 256, *shape)
+        )
+    scale = np.full((1, 2, 1, 16) if kind == "PER_CHANNEL" else 1, 0.05, np.float32)
+    absent = dict.fromkeys(("cos", "sin", "position_ids", "attention_bias", "head_sink"))
+    module, feed = one_node(
+        "GroupQueryAttention",
+        given | absent | {"k_scale": scale, "v_scale": scale * 2},
+        domain=MS,
+        outputs=3,
+        num_heads=4,
+        kv_num_heads=2,
+        k_quant_type=kind,
+        v_quant_type=kind,
+        kv_cache_bit_width=bits,
+    )
+    assert_agrees(module, feed, atol=1e-4)
+
+
+def test_the_dialect() -> None:
+    random = np.random.default_rng(9)
+    for variant in variants(random, 40):
+        case = draw_case(random, variant, (np.float16, np.float32)[random.integers(2)])
+        x = random.normal(size=(3, variant.K)).astype(np.float32)
+        (found,) = run_fx(dialect_module(case), {"x": x})
+        wanted = expected(case, x)
+        # A rounding that falls to the other side, at a half, is one step of one input.
+        np.testing.assert_allclose(found, wanted, 1e-3, 1e-3 * np.abs(wanted).max() + 1e-6)

@@ -1,0 +1,471 @@
+"""lwc.to_fx: names, weights, provenance, errors, and the ways on from a GraphModule."""
+
+from __future__ import annotations
+
+import copy
+import io
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+from fx_agreement import assert_agrees, parsed, run_fx
+from support import module_of, run_plain
+
+import lwc
+from lwc.backends.fx.convert import to_fx
+from lwc.backends.fx.session import FxBackend
+from lwc.core.errors import LwcError
+from lwc.core.module import Module
+from lwc.frontend.onnx_writer import save
+from lwc.optimizer import find_backend
+
+ROOT = Path(__file__).parents[2]
+
+MLP = """g (float[n, 4] x) => (float[n, 2] y)
+    <float[4, 3] w = {1,2,3,4,5,6,7,8,9,1,2,3}, float[3] bias = {1,2,3},
+     float half = {0.5}, int64[1] axes = {1}, int64[2] out = {0, 2}>
+    {
+        a = MatMul(x, w) b = Add(a, bias) c = Mul(b, half) d = Relu(c)
+        y = Slice(d, axes, out, axes)
+    }""".replace("int64[2] out = {0, 2}", "int64[1] out = {3}")
+
+
+def mlp() -> Module:
+    module = module_of(MLP)
+    for node, name in zip(
+        module.graph, ("/enc/MatMul", "add it", "", "Relu", "/Relu"), strict=True
+    ):
+        node.name = name
+    return renamed(module, "w", "encoder.dense.weight")
+
+
+def renamed(module: Module, old: str, new: str) -> Module:
+    value = module.graph.initializers.pop(old)
+    value.name = new
+    module.graph.register_initializer(value)
+    return module
+
+
+def calls(lowered: Any) -> list[Any]:
+    return [node for node in lowered.graph.nodes if node.op == "call_function"]
+
+
+def test_one_call_per_node_that_keeps_its_name() -> None:
+    lowered = lwc.to_fx(mlp())
+    assert isinstance(lowered, torch.fx.GraphModule)
+    assert [node.name for node in calls(lowered)] == ["enc_MatMul", "add_it", "c", "Relu", "Relu_1"]
+    assert "torch.add(" in lowered.code
+
+
+def test_names_that_are_no_identifiers() -> None:
+    module = module_of("g (float[2] a, float[2] b) => (float[2] c) { c = Sub(a, b) }")
+    values = [*module.graph.inputs, *module.graph.outputs]
+    for value, name in zip(values, ("0", "in:put", "lambda"), strict=True):
+        value.name = name
+    lowered = lwc.to_fx(module)
+    assert [node.name for node in lowered.graph.nodes][:3] == ["_0", "in_put", "lambda_"]
+    assert lowered(torch.ones(2), torch.zeros(2)).tolist() == [1, 1]
+    assert lowered.meta["lwc"]["inputs"] == ["0", "in:put"]
+
+
+def test_inputs_keep_their_order_and_one_output_is_no_tuple() -> None:
+    lowered = lwc.to_fx(module_of("g (float[2] b, float[2] a) => (float[2] y) { y = Sub(b, a) }"))
+    assert [n.name for n in lowered.graph.nodes if n.op == "placeholder"] == ["b", "a"]
+    assert lowered(torch.ones(2), torch.zeros(2)).tolist() == [1, 1]
+    assert lowered(a=torch.ones(2), b=torch.zeros(2)).tolist() == [-1, -1]
+
+
+def test_provenance() -> None:
+    module = mlp()
+    next(iter(module.graph)).metadata_props["lwc.pass"] = "fold-linear"
+    first = calls(lwc.to_fx(module))[0]
+    assert first.meta["onnx"] == {
+        "name": "/enc/MatMul",
+        "op": "MatMul",
+        "outputs": ["a"],
+        "lwc.pass": "fold-linear",
+    }
+
+
+def test_weights_are_parameters_by_their_names_and_others_buffers() -> None:
+    module = module_of(
+        """g (float[n, 4] x) => (float[n, 2] y)
+        <float[4, 2] w = {1,2,3,4,5,6,7,8}, float e = {0.5}, int8[2] codes = {1, 2}>
+        { p = MatMul(x, w) q = Mul(p, e) f = Cast<to = 1>(codes) y = Add(q, f) }"""
+    )
+    lowered = lwc.to_fx(renamed(module, "w", "a.b.weight"))
+    assert {name: p.requires_grad for name, p in lowered.named_parameters()} == {
+        "a.b.weight": True,
+        "e": False,
+    }
+    assert [name for name, _ in lowered.named_buffers()] == ["codes"]
+    with torch.no_grad():
+        lowered.a.b.weight.zero_()
+    weight = module.graph.initializers["a.b.weight"].const_value
+    assert weight is not None
+    assert weight.numpy()[0, 0] == 1
+
+
+def test_a_weight_read_twice_is_one_parameter() -> None:
+    text = """g (float[n, 2] x) => (float[n, 2] y) <float[2, 2] w = {1,2,3,4}> {
+        a = MatMul(x, w) s = ReduceSum<keepdims = 0>(a) z = Constant<value = float {0}>()
+        c = Greater(s, z)
+        y = If(c) <then_branch = t () => (float[n, 2] p) { p = MatMul(a, w) },
+                   else_branch = e () => (float[n, 2] q) { q = Add(a, w) }> }"""
+    module = module_of(text)
+    lowered = lwc.to_fx(module)
+    (weight,) = (p for p in lowered.parameters() if p.requires_grad)
+    assert_agrees(module, {"x": np.ones((2, 2), np.float32)})
+    assert_agrees(module, {"x": -np.ones((2, 2), np.float32)})
+    lowered(torch.ones(2, 2)).sum().backward()
+    twice = weight.grad.clone()
+    assert not torch.equal(twice, torch.full((2, 2), 2.0))  # what the first product alone gives
+
+
+@pytest.mark.parametrize(
+    "names", [("a", "a.b"), ("forward", "training"), ("0", "class"), ("", "/")]
+)
+def test_odd_names_of_weights(names: tuple[str, str]) -> None:
+    module = module_of("g (float[2] x) => (float[2] y) { p = Add(x, x) y = Add(p, p) }")
+    for node, name, number in zip(module.graph, names, (1, 2), strict=True):
+        value = module.add_initializer(name or "w", np.full(2, number, np.float32))
+        node.replace_input_with(1, value)
+    assert lwc.to_fx(module)(torch.zeros(2)).tolist() == [3, 3]
+
+
+def test_extents_stay_integers() -> None:
+    module = module_of(
+        """g (float[batch, length, 6] x) => (float y) <int64 zero = {0}, int64 one = {1},
+            int64[1] axis = {0}, int64[2] rest = {2, -1}>
+        { s = Shape(x) b = Gather(s, zero) n = Gather(s, one) p = Mul(b, n)
+          q = Unsqueeze(p, axis) t = Concat<axis = 0>(q, rest) y = Reshape(x, t) }""".replace(
+            "(float y)", "(float[a, 2, 3] y)"
+        )
+    )
+    lowered = lwc.to_fx(module)
+    assert "tolist" not in lowered.code
+    assert "numbers" not in lowered.code
+    assert_agrees(module, {"x": np.ones((2, 3, 6), np.float32)})
+    program = torch.export.export(
+        lowered,
+        (torch.ones(2, 3, 6),),
+        dynamic_shapes=({0: torch.export.Dim("batch"), 1: torch.export.Dim("length")},),
+    )
+    assert program.module()(torch.ones(5, 4, 6)).shape == (20, 2, 3)
+
+
+def test_functions_are_inlined() -> None:
+    module = parsed(
+        """<ir_version: 9, opset_import: ["": 17, "own": 1]>
+        g (float[n, 2] x) => (float[n, 2] y) { a = own.twice <by = 3.0> (x) y = own.twice (a) }
+        <domain: "own", opset_import: ["": 17]>
+        twice <by: float = 2.0> (x) => (y) {
+            k = Constant <value_float: float = @by> () y = Mul(x, k) }
+        """
+    )
+    assert_agrees(module, {"x": np.ones((3, 2), np.float32)})
+
+
+def test_a_default_of_an_input() -> None:
+    module = module_of(
+        "g (float[2] x, float[2] w) => (float[2] y) <float[2] w = {2, 3}> { y = Mul(x, w) }"
+    )
+    lowered = lwc.to_fx(module)
+    ones = torch.ones(2)
+    assert lowered(ones).tolist() == [2, 3]
+    assert lowered(ones, w=5 * ones).tolist() == [5, 5]
+
+
+def test_sequences_and_optionals() -> None:
+    module = module_of(
+        """g (float[n, 2] x) => (float[m, 2] y, int64 count) <int64 one = {1}>
+        { s = SequenceConstruct(x, x) a = SequenceAt(s, one) t = SequenceInsert(s, a)
+          count = SequenceLength(t) y = ConcatFromSequence<axis = 0>(t) }"""
+    )
+    assert_agrees(module, {"x": np.ones((3, 2), np.float32)})
+
+
+LOOP = """g (float[n, 2] x, int64 most) => (float[n, 2] y, float[m, n, 2] rows)
+    <bool go = {1}, float two = {2}, float limit = {50}> {
+    y, rows = Loop(most, go, x) <body = b (int64 i, bool c, float[n, 2] v) =>
+        (bool k, float[n, 2] w, float[n, 2] r) {
+        w = Mul(v, two) t = ReduceSum<keepdims = 0>(w) k = Less(t, limit) r = Add(w, x) }> }"""
+
+
+@pytest.mark.parametrize("most", [0, 1, 3, 9])
+def test_loops(most: int) -> None:
+    assert_agrees(module_of(LOOP), {"x": np.ones((2, 2), np.float32), "most": np.array(most)})
+
+
+def test_scans() -> None:
+    module = module_of(
+        """g (float[2] s, float[n, 2] x) => (float[2] e, float[n, 2] y) {
+        e, y = Scan<num_scan_inputs = 1, scan_input_directions = [1], body = b (float[2] a,
+            float[2] v) => (float[2] c, float[2] w) { c = Add(a, v) w = Mul(c, v) }>(s, x) }"""
+    )
+    x = np.arange(6, dtype=np.float32).reshape(3, 2)
+    assert_agrees(module, {"s": np.ones(2, np.float32), "x": x})
+
+
+# Errors
+
+
+def test_an_operator_without_a_lowering_is_named_with_its_node() -> None:
+    module = module_of("g (float[2] x) => (float[2] y) { y = Relu(x) }")
+    (node,) = module.graph
+    node.domain, node.op_type, node.name = "com.own", "Grok", "deep"
+    module.model.graph.opset_imports["com.own"] = 1
+    with pytest.raises(LwcError, match=r"com.own::Grok 'deep': .*no lowering.*registry"):
+        lwc.to_fx(module)
+
+
+def test_an_attribute_that_is_not_known_is_named() -> None:
+    module = module_of("g (float[2] x) => (float[2] y) { y = Relu(x) }")
+    (node,) = module.graph
+    node.attributes["shade"] = ir.AttrInt64("shade", 1)
+    with pytest.raises(LwcError, match=r"Relu -> 'y': .*attribute 'shade'"):
+        lwc.to_fx(module)
+
+
+def test_a_type_that_pytorch_lacks_is_named_with_the_node() -> None:
+    module = module_of("g (float[2] x) => (string[2] y) { y = Cast<to = 8>(x) }")
+    with pytest.raises(LwcError, match=r"Cast -> 'y': PyTorch has no tensors of type STRING"):
+        lwc.to_fx(module)
+
+
+def test_a_failure_at_run_time_names_the_node() -> None:
+    lowered = lwc.to_fx(mlp())
+    with pytest.raises(LwcError, match=r"MatMul '/enc/MatMul': RuntimeError: mat1 and mat2"):
+        lowered(torch.ones(2, 5))
+
+
+def test_a_failure_inside_of_a_branch_names_the_inner_node() -> None:
+    module = module_of(
+        """g (float[n] x, bool c) => (float[m] y) <int64[1] s = {7}> {
+        y = If(c) <then_branch = t () => (float[m] p) { p = Reshape(x, s) },
+                   else_branch = e () => (float[m] q) { q = Identity(x) }> }"""
+    )
+    with pytest.raises(LwcError, match=r"Reshape -> 'p'"):
+        lwc.to_fx(module)(torch.ones(3), torch.tensor(True))
+
+
+def test_values_that_are_not_there_cannot_be_exposed() -> None:
+    with pytest.raises(LwcError, match="no value 'nowhere'"):
+        to_fx(mlp(), expose=["nowhere"])
+
+
+def test_without_torch_the_extra_is_named() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "import lwc, onnx, onnx_ir as ir\n"
+        'text = \'<ir_version: 8, opset_import: ["": 17]> g (float[2] x) => (float[2] y) '
+        "{ y = Relu(x) }'\n"
+        "module = lwc.Module(ir.from_proto(onnx.parser.parse_model(text)))\n"
+        "for call in (lwc.to_fx, module.update_weights):\n"
+        "    try:\n        call(module)\n"
+        "    except lwc.LwcError as error:\n        print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    assert all("pip install 'lwc[torch]'" in line for line in lines)
+
+
+# Weights back
+
+
+def test_update_weights_takes_what_changed_and_nothing_else() -> None:
+    module = mlp()
+    before, kept = module.fingerprint(), module.graph.initializers["bias"].const_value
+    lowered = lwc.to_fx(module)
+    assert module.update_weights(lowered) == []
+    assert module.fingerprint() == before
+    twin = copy.deepcopy(lowered)
+    with torch.no_grad():
+        twin.encoder.dense.weight.mul_(2)
+    assert module.update_weights(twin) == ["encoder.dense.weight"]
+    assert module.graph.initializers["bias"].const_value is kept
+    x = np.ones((2, 4), np.float32)
+    (found,) = run_plain(module, {"x": x})
+    np.testing.assert_allclose(found, twin(torch.from_numpy(x)).detach().numpy())
+
+
+def test_update_weights_reaches_constants_functions_and_branches() -> None:
+    module = parsed(
+        """<ir_version: 9, opset_import: ["": 17, "own": 1]>
+        g (float[n, 2] x, bool c) => (float[n, 2] y) {
+            a = own.moved (x)
+            y = If(c) <then_branch = t () => (float[n, 2] p) {
+                           w = Constant <value = float[2, 2] {1, 2, 3, 4}> () p = MatMul(a, w) },
+                       else_branch = e () => (float[n, 2] q) {
+                           w = Constant <value = float[2, 2] {5, 6, 7, 8}> () q = MatMul(a, w) }>
+        }
+        <domain: "own", opset_import: ["": 17]>
+        moved (x) => (y) { b = Constant <value = float[2] {1, 2}> () y = Add(x, b) }"""
+    )
+    lowered = lwc.to_fx(module)
+    with torch.no_grad():
+        for index, parameter in enumerate(lowered.parameters()):
+            parameter.add_(index + 1)
+    assert sorted(module.update_weights(lowered)) == ["b", "w", "w"]
+    for chosen in (True, False):
+        x = np.ones((2, 2), np.float32)
+        (found,) = run_plain(module, {"x": x, "c": np.array(chosen)})
+        (wanted,) = run_fx(module, {"x": x, "c": np.array(chosen)})
+        trained = lowered(torch.from_numpy(x), torch.tensor(chosen)).detach().numpy()
+        np.testing.assert_allclose(found, wanted)
+        np.testing.assert_allclose(found, trained)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "int4"])
+def test_update_weights_of_other_types(kind: str) -> None:
+    dtype = ir.DataType[kind.upper()]
+    module = module_of(
+        "g (float[2] x) => (float[2] y) { w = Cast<to = 1>(x) y = Mul(x, w) }", 21, 10
+    )
+    first = next(iter(module.graph))
+    held = module.add_initializer("k", np.array([1, -2]).astype(dtype.numpy()))
+    first.replace_input_with(0, held)
+    lowered = lwc.to_fx(module)
+    assert module.update_weights(lowered) == []
+    with torch.no_grad():
+        lowered.k.copy_(torch.tensor([3, -4]))
+    assert module.update_weights(lowered) == ["k"]
+    assert held.const_value is not None
+    assert held.const_value.dtype == dtype
+    assert held.const_value.numpy().astype(np.float32).tolist() == [3, -4]
+
+
+@pytest.mark.parametrize("change", ["type", "shape"])
+def test_update_weights_refuses_other_types_and_shapes(change: str) -> None:
+    module = mlp()
+    before = module.fingerprint()
+    lowered = lwc.to_fx(module)
+    if change == "type":
+        lowered.half()
+    else:
+        lowered.bias = torch.nn.Parameter(torch.ones(4))
+    with pytest.raises(LwcError, match=r"weight '.*' is float .*, but '.*' is float"):
+        module.update_weights(lowered)
+    assert module.fingerprint() == before
+
+
+def test_update_weights_refuses_what_is_of_another_module() -> None:
+    module = mlp()
+    with pytest.raises(LwcError, match=r"give what lwc\.to_fx returned"):
+        module.update_weights(torch.nn.Linear(2, 2))
+    other = module_of("g (float[2] x) => (float[2] y) { y = Relu(x) }")
+    with pytest.raises(LwcError, match="the module has no weight"):
+        other.update_weights(lwc.to_fx(module))
+
+
+def test_a_large_weight_that_changed_goes_to_the_spill_file() -> None:
+    module = module_of("g (float[n, 200] x) => (float[n, 200] y) { y = MatMul(x, x) }")
+    weight = module.add_initializer("w", np.ones((200, 200), np.float32))
+    next(iter(module.graph)).replace_input_with(1, weight)
+    lowered = lwc.to_fx(module)
+    with torch.no_grad():
+        lowered.w.add_(1)
+    module.update_weights(lowered)
+    assert weight.const_value is not None
+    assert module.store.offset(weight.const_value) is not None
+
+
+# Ways on
+
+
+def test_it_compiles_and_copies() -> None:
+    lowered = lwc.to_fx(mlp())
+    x = torch.ones(3, 4)
+    compiled = torch.compile(lowered, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), lowered(x))
+    torch.testing.assert_close(copy.deepcopy(lowered)(x), lowered(x))
+
+
+@pytest.mark.parametrize("text", [LOOP, MLP])
+def test_it_is_saved_and_read(text: str) -> None:
+    lowered = lwc.to_fx(module_of(text))
+    file = io.BytesIO()
+    torch.save(lowered, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    given = (torch.ones(2, 2), torch.tensor(3)) if text == LOOP else (torch.ones(2, 4),)
+    found, wanted = again(*given), lowered(*given)
+    torch.testing.assert_close(found, wanted)
+    assert [node.target for node in calls(again)] == [node.target for node in calls(lowered)]
+
+
+def test_the_page_runs() -> None:
+    script, page = ROOT / "tools" / "run_page.py", ROOT / "docs" / "fx.md"
+    subprocess.run([sys.executable, script, page], check=True, capture_output=True)
+
+
+def test_it_traces_back() -> None:
+    module = mlp()
+    lowered = lwc.to_fx(module)
+    again = lwc.trace(lowered, (torch.ones(3, 4),), dynamic_shapes=({0: "n"},))
+    x = np.random.default_rng(2).normal(size=(5, 4)).astype(np.float32)
+    (name,) = (value.name for value in again.graph.inputs)
+    (found,), (wanted,) = run_plain(again, {str(name): x}), run_plain(module, {"x": x})
+    np.testing.assert_allclose(found, wanted, 1e-5, 1e-5)
+
+
+def test_export_keeps_both_branches() -> None:
+    """Padding by extents inside of a branch: PyTorch's max of symbols goes wrong there."""
+    module = module_of(
+        """g (float[2, n] x, bool c) => (float[2, m] y) <int64[4] p = {0, 0, 0, 3}> {
+        y = If(c) <then_branch = t () => (float[2, m] u) { u = Pad<mode = "reflect">(x, p) },
+                   else_branch = e () => (float[2, m] v) { v = Pad<mode = "edge">(x, p) }> }"""
+    )
+    lowered = lwc.to_fx(module)
+    x = torch.arange(10.0).reshape(2, 5)
+    program = torch.export.export(lowered, (x, torch.tensor(True)), strict=False)
+    for chosen in (True, False):
+        given = (x, torch.tensor(chosen))
+        assert torch.equal(program.module()(*given), lowered(*given))
+
+
+# The backend
+
+
+def test_the_backend_runs_profiles_and_exposes() -> None:
+    make = find_backend("fx")
+    assert make is not None
+    backend = make()
+    assert isinstance(backend, FxBackend)
+    feed = {"x": np.ones((2, 4), np.float32)}
+    with backend.compile(mlp(), threads=1, expose=["b"]) as executable:
+        executable.warm_up(feed)
+        found = executable.run(feed)
+        assert list(found) == ["y", "b"]
+        assert list(executable.run(feed, ["b"])) == ["b"]
+        executable.bind(feed)()
+        times = executable.profile(feed, runs=2)
+        assert [time.op for time in times] == ["MatMul", "Add", "Mul", "Relu", "Slice"]
+        assert times[0].node == "/enc/MatMul"
+        with pytest.raises(LwcError, match="'z' is no output"):
+            executable.run(feed, ["z"])
+        with pytest.raises(LwcError, match="the feed lacks input 'x'"):
+            executable.run({})
+        with pytest.raises(LwcError, match="which is no input"):
+            executable.run({**feed, "z": feed["x"]})
+        with pytest.raises(LwcError, match="fed an array of type float64"):
+            executable.run({"x": np.ones((2, 4))})
+    with pytest.raises(LwcError, match="closed"):
+        executable.run(feed)
+
+
+def test_a_pass_may_run_the_model_on_it(tmp_path: Path) -> None:
+    module = mlp()
+    feed = {"x": np.random.default_rng(3).normal(size=(2, 4)).astype(np.float32)}
+    result = lwc.optimize(module.clone(), "smooth-quantize", calibration=[feed], backend="fx")
+    save(result.module, tmp_path / "m.onnx")
+    assert_agrees(lwc.load(tmp_path / "m.onnx"), feed)
