@@ -370,6 +370,16 @@ def test_bound_call_runs_in_place(weight: Array, x: Array, monkeypatch: pytest.M
         np.testing.assert_array_equal(result.numpy(), wanted)
 
 
+def test_bind_takes_scalars() -> None:
+    module = parse(
+        "g (float[n] x, int64 y) => (float[m] z) <int64[1] axis = {0}, int64[1] far = {100}>\n"
+        "{ begin = Unsqueeze(y, axis) z = Slice(x, begin, far) }"
+    )
+    module.graph.inputs[1].shape = ir.Shape([])
+    with OnnxRuntimeBackend().compile(module) as compiled:
+        compiled.bind({"x": np.ones(3, np.float32), "y": np.array(2)})()
+
+
 def test_bind_takes_string_outputs() -> None:
     module = parse("g (string[n] x) => (string[n] y) { y = Identity(x) }")
     with OnnxRuntimeBackend().compile(module) as compiled:
