@@ -7,7 +7,7 @@ from typing import Any
 from lwc.backends.triton.availability import require_runnable, require_triton
 from lwc.core.errors import UsageError
 
-__all__ = ["gated_activation", "layer_norm", "rms_norm", "rotary"]
+__all__ = ["attention", "attention_packed", "gated_activation", "layer_norm", "rms_norm", "rotary"]
 
 
 def rms_norm(x: Any, weight: Any | None, *, residual: Any | None = None, eps: float = 1e-6) -> Any:
@@ -136,6 +136,156 @@ def gated_activation(gate: Any, up: Any, function: str = "silu") -> Any:
     require_runnable(gate, up)
     operation = activation_operation(_rows(computable(gate)), _rows(computable(up)), function)
     return run(operation)[0].view(gate.shape).to(gate.dtype)
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    causal: bool = False,
+    window: tuple[int | None, int | None] = (None, None),
+    offset: int | None = None,
+    mask: Any | None = None,
+    key_lengths: Any | None = None,
+    scale: float | None = None,
+    cap: float = 0.0,
+) -> Any:
+    """Return softmax(q kᵀ scale + mask) v for each head; queries that attend to nothing give 0.
+
+    Args:
+        q: [batch, heads, queries, size].
+        k: [batch, groups, keys, size]; `groups` divides `heads`.
+        v: [batch, groups, keys, value size].
+        causal: Keys after the query's position are left out.
+        window: How many keys before and after a query's position it attends to; None is all.
+        offset: Position of the first query among the keys; by default the last query is at the
+            last key that counts.
+        mask: Added to the scores, or of type bool with False where a key is left out; of a shape
+            that broadcasts to [batch, heads, queries, keys].
+        key_lengths: Keys of each sequence that count, [batch].
+        scale: Factor of the scores; 1 / sqrt(size) by default.
+        cap: Scores s become cap * tanh(s / cap); 0 leaves them.
+
+    Returns:
+        [batch, heads, queries, value size], tokens outside heads in memory.
+
+    Raises:
+        UsageError: Shapes or types do not fit.
+        LwcError: No kernel runs where the tensors are.
+    """
+    require_triton()
+    batch, heads, queries, _ = _shape_of("q", q, 4)
+    _check_heads(q, k, v)
+    _check_shape("key_lengths", key_lengths, (batch,))
+    if k.shape[0] != batch:
+        raise UsageError(f"k is of batch {k.shape[0]} and q of {batch}")
+    require_runnable(q, k, v, mask, key_lengths)
+    return _attend(
+        q, k, v, causal=causal, window=window, offset=offset, scale=scale, cap=cap,
+        mask=_mask_for(mask, (batch, heads, queries, k.shape[2])),
+        key_lengths=None if key_lengths is None else key_lengths.contiguous(),
+    )  # fmt: skip
+
+
+def attention_packed(
+    q: Any,
+    k: Any,
+    v: Any,
+    query_starts: Any,
+    key_starts: Any,
+    *,
+    longest: tuple[int, int],
+    causal: bool = False,
+    window: tuple[int | None, int | None] = (None, None),
+    scale: float | None = None,
+    cap: float = 0.0,
+) -> Any:
+    """Return attention within sequences that lie one after the other, without padding.
+
+    Args:
+        q: [tokens, heads, size].
+        k: [key tokens, groups, size].
+        v: [key tokens, groups, value size].
+        query_starts: Where each sequence begins in `q`, and where the last ends, [sequences + 1].
+        key_starts: Likewise for `k` and `v`.
+        longest: Queries and keys of the longest sequence, or more.
+        causal: As in `attention`, as are `window`, `scale` and `cap`; the last query of a
+            sequence is at its last key.
+        window: See `causal`.
+        scale: See `causal`.
+        cap: See `causal`.
+
+    Returns:
+        [tokens, heads, value size].
+
+    Raises:
+        UsageError: Shapes or types do not fit.
+        LwcError: No kernel runs where the tensors are.
+    """
+    require_triton()
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        _shape_of(name, tensor, 3)
+    q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (q, k, v))
+    _check_heads(q, k, v)
+    _check_shape("key_starts", key_starts, tuple(query_starts.shape))
+    require_runnable(q, k, v, query_starts, key_starts)
+    found = _attend(
+        q, k, v, causal=causal, window=window, offset=None, scale=scale, cap=cap,
+        query_starts=query_starts.contiguous(), key_starts=key_starts.contiguous(),
+        longest=longest,
+    )  # fmt: skip
+    return found.squeeze(0).transpose(0, 1)
+
+
+def _attend(
+    q: Any, k: Any, v: Any, *, causal: bool, window: tuple[int | None, int | None],
+    offset: int | None, **rest: Any,
+) -> Any:  # fmt: skip
+    from lwc.backends.triton.kernels.flash_attention import Attended, flash_operation
+    from lwc.backends.triton.run import architecture_of, computable, run
+
+    left, right = window
+    if causal:
+        right = 0 if right is None else min(right, 0)
+    attended = Attended(left, right, offset)
+    given = (computable(tensor) for tensor in (q, k, v))
+    laid_out = [t if t.stride(-1) == 1 else t.contiguous() for t in given]
+    operation = flash_operation(*laid_out, attended, architecture_of(q), **rest)
+    return run(operation)[0].to(q.dtype)
+
+
+def _mask_for(mask: Any | None, shape: tuple[int, ...]) -> Any:
+    """Return a mask as the kernel reads it: with strides 0 where it is broadcast."""
+    import torch
+
+    from lwc.backends.triton.run import computable
+
+    if mask is None:
+        return None
+    try:
+        spread = computable(mask).expand(shape)
+    except RuntimeError as error:
+        raise UsageError(
+            f"mask has shape {list(mask.shape)}, which does not broadcast to {list(shape)}"
+        ) from error
+    if mask.dtype == torch.bool:
+        return spread.view(torch.int8)
+    _check_float(mask)
+    return spread
+
+
+def _check_heads(q: Any, k: Any, v: Any) -> None:
+    """Check [batch, heads, tokens, size] of `q` against those of `k` and `v`."""
+    _check_float(q)
+    for name, tensor in (("k", k), ("v", v)):
+        _shape_of(name, tensor, 4)
+        if tensor.dtype != q.dtype:
+            raise UsageError(f"{name} is of type {tensor.dtype} and q of {q.dtype}")
+    if k.shape[:3] != v.shape[:3]:
+        raise UsageError(f"k has shape {list(k.shape)}, which does not fit v's {list(v.shape)}")
+    if q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
+        raise UsageError(f"k has shape {list(k.shape)}, which does not fit q's {list(q.shape)}")
 
 
 def _shape_of(name: str, tensor: Any, rank: int) -> tuple[int, ...]:

@@ -36,12 +36,13 @@ def activate(x, FUNCTION: tl.constexpr):
 @triton.jit
 def activation_kernel(
     gate, up, out,
-    columns, stride_gate, stride_up,
+    columns, blocks, stride_gate, stride_up,
     FUNCTION: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1).to(tl.int64)
-    column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    program = tl.program_id(0)
+    row = (program // blocks).to(tl.int64)
+    column = (program % blocks).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     mask = column < columns
     g = tl.load(gate + row * stride_gate + column, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(up + row * stride_up + column, mask=mask, other=0.0).to(tl.float32)
@@ -66,11 +67,12 @@ def activation_operation(gate: Any, up: Any, function: str) -> Operation:
 
     def prepare(configuration: Configuration) -> tuple[Launch, ...]:
         size = elements * gate.element_size()
+        blocks = -(-columns // configuration["COLUMNS"])
         launch = Launch(
             kernel=activation_kernel,
-            grid=(-(-columns // configuration["COLUMNS"]), rows),
+            grid=(rows * blocks,),
             arguments={
-                "gate": gate, "up": up, "out": out, "columns": columns,
+                "gate": gate, "up": up, "out": out, "columns": columns, "blocks": blocks,
                 "stride_gate": gate.stride(0), "stride_up": up.stride(0),
             },
             constants={"FUNCTION": function},
