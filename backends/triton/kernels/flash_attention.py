@@ -21,7 +21,15 @@ import triton.language as tl
 from lwc.backends.triton.architectures import Architecture
 from lwc.backends.triton.operation import Access, Configuration, Launch, Least, Operation, Work
 
-__all__ = ["Attended", "flash_kernel", "flash_operation", "tilings"]
+__all__ = [
+    "LOG2_E",
+    "Attended",
+    "flash_kernel",
+    "flash_operation",
+    "mask_access",
+    "scan",
+    "tilings",
+]
 
 LOG2_E = 1.4426950408889634
 
@@ -385,7 +393,7 @@ def _work(
         for name, width in (("k", k.shape[3]), ("v", v.shape[3]))
     ]
     if mask is not None:
-        accesses.append(_mask_access(mask, batch * heads * masked))
+        accesses.append(mask_access(mask, batch * heads * masked))
     padded = configuration["SIZE"] + configuration["VALUE_SIZE"]
     return Work(
         tuple(accesses),
@@ -394,7 +402,8 @@ def _work(
     )
 
 
-def _mask_access(mask: Any, loaded: int) -> Access:
+def mask_access(mask: Any, loaded: int) -> Access:
+    """Return the access to a mask, broadcast by strides 0, of which `loaded` elements are read."""
     own = prod(extent for extent, stride in zip(mask.shape, mask.stride(), strict=True) if stride)
     return Access("mask", own * mask.element_size(), loaded * mask.element_size())
 
@@ -418,5 +427,5 @@ def _least(
     touched = _touched(attended, queries, keys)
     nbytes = batch * element * width * (heads * queries + groups * touched)
     if mask is not None:
-        nbytes += _mask_access(mask, 0).once
+        nbytes += mask_access(mask, 0).once
     return Least(nbytes, 2 * batch * heads * pairs * width)
