@@ -351,6 +351,8 @@ def _mask_for(mask: Any | None, shape: tuple[int, ...]) -> Any:
 
 def _check_heads(q: Any, k: Any, v: Any) -> None:
     """Check [batch, heads, tokens, size] of `q` against those of `k` and `v`."""
+    from lwc.backends.triton.kernels.flash_attention import LARGEST
+
     _check_float(q)
     for name, tensor in (("k", k), ("v", v)):
         _shape_of(name, tensor, 4)
@@ -358,6 +360,9 @@ def _check_heads(q: Any, k: Any, v: Any) -> None:
             raise UsageError(f"{name} is of type {tensor.dtype} and q of {q.dtype}")
     if k.shape[:3] != v.shape[:3]:
         raise UsageError(f"k has shape {list(k.shape)}, which does not fit v's {list(v.shape)}")
+    largest = max(q.shape[3], v.shape[3])
+    if largest > LARGEST:
+        raise UsageError(f"heads of {largest} elements are larger than {LARGEST}")
     if q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
         raise UsageError(f"k has shape {list(k.shape)}, which does not fit q's {list(q.shape)}")
 

@@ -200,12 +200,15 @@ def _candidates(
     by_key = (size + value_size) * q.element_size()
     shortest = 20 * 8 * rows * (value_size + 1) / by_key
     wanted = 2 * architecture.multiprocessors / (batch * groups)
+    # Blocks of keys of 16 KiB; in float32, which has no tensor cores, fewer find registers.
+    columns = min(max(16384 // (widths["SIZE"] * q.element_size()), 16), 128)
+    columns = min(columns, 32) if q.element_size() == 4 else columns
+    half = max(columns // 2, 16)
     found: list[Configuration] = []
-    for wide, stages, factor in ((64, 3, 1), (64, 3, 2), (128, 2, 1), (32, 4, 2)):
-        columns = wide * 2 // q.element_size()
-        most = max(int(attended / max(shortest, columns)), 1)
+    for block, stages, factor in ((columns, 3, 1), (half, 4, 1), (columns, 3, 2), (half, 4, 2)):
+        most = max(int(attended / max(shortest, block)), 1)
         splits = max(min(round(wanted * factor), most, 128), 1)
-        tiles = {"ROWS": max(triton.next_power_of_2(rows), 16), "KEYS": columns, **widths}
+        tiles = {"ROWS": max(triton.next_power_of_2(rows), 16), "KEYS": block, **widths}
         found.append(Configuration({**tiles, "SPLITS": splits}, warps=4, stages=stages))
     return tuple(found)
 
