@@ -164,6 +164,60 @@ def test_new_tokens_read_the_cache_once(gpu: Any, heads: int, queries: int) -> N
     assert keys.requested == keys.once == 2 * 8 * 8192 * 128 * 2
 
 
+def test_many_splits_are_joined_in_registers() -> None:
+    gpu = architecture("H100")
+    q, cache = meta(1, 8, 1, 256), meta(1, 1, 2**18, 256)
+    operation = decode_operation(q, cache, cache, gpu)
+    assert operation.candidates[0]["SPLITS"] == 128
+    _, second = operation.prepare(operation.candidates[0])
+    assert compile_ahead(second, gpu).spills == 0
+
+
+SMALL = {"QUERIES": 16, "KEYS": 16, "SIZE": 32, "VALUE_SIZE": 16}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "packed": {"query_starts": (4,), "key_starts": (4,), "longest": (9, 9)},
+    "lengths and a window of 1": {"key_lengths": (1,), "attended": Attended(left=1, right=1)},
+    "capped, from an offset": {"attended": Attended(right=0, offset=1), "cap": 3.0},
+    "boolean mask": {"mask": (1, 1, 9, 9)},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("indices", [torch.int32, torch.int64])
+def test_variants_of_prompts_compile(variant: str, indices: Any) -> None:
+    """The interpreter takes what the compiler refuses, such as values that change their type."""
+    gpu = architecture("H100")
+    options = dict(VARIANTS[variant])
+    attended = options.pop("attended", Attended(right=0))
+    for name in ("query_starts", "key_starts", "key_lengths"):
+        if name in options:
+            options[name] = meta(*options[name], dtype=indices)
+    if "mask" in options:
+        options["mask"] = meta(*options["mask"], dtype=torch.int8).expand(1, 4, 9, 9)
+    q, k, v = meta(1, 4, 9, 20), meta(1, 2, 9, 20), meta(1, 2, 9, 16)
+    operation = flash_operation(q, k, v, attended, gpu, **options)
+    (made,) = operation.prepare(Configuration(SMALL))
+    assert compile_ahead(made, gpu).spills == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("left", [None, 1])
+@pytest.mark.parametrize("masked", [False, True])
+def test_variants_of_decoding_compile(splits: int, left: int | None, masked: bool) -> None:
+    gpu = architecture("H100")
+    q, k, v = meta(1, 4, 3, 20), meta(1, 2, 90, 20), meta(1, 2, 90, 16)
+    mask = meta(1, 1, 3, 90, dtype=torch.int8).expand(1, 4, 3, 90) if masked else None
+    lengths = meta(1, dtype=torch.int64) if masked else None
+    operation = decode_operation(q, k, v, gpu, mask=mask, left=left, key_lengths=lengths, cap=2.0)
+    tiles = {"ROWS": 16, "KEYS": 16, "SIZE": 32, "VALUE_SIZE": 16, "SPLITS": splits}
+    launches = operation.prepare(Configuration(tiles))
+    assert len(launches) == (1 if splits == 1 else 2)
+    for made in launches:
+        assert compile_ahead(made, gpu).spills == 0
+
+
 def prompt(
     gpu: Any, dtype: Any, size: int, attended: Attended, *, masked: bool = False, cap: float = 0.0
 ) -> Operation:
