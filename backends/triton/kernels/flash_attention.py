@@ -321,7 +321,7 @@ def flash_operation(
         name="attention, prefill",
         candidates=_candidates(
             q, value_size, queries, batch, architecture,
-            window=attended.left is not None and mask is None, masked=mask is not None,
+            window=attended.left is not None, capped=cap > 0, masked=mask is not None,
         ),
         prepare=prepare,
         results=(out,),
@@ -344,18 +344,15 @@ _TILINGS: dict[tuple[int, int, int], tuple[tuple[int, int, int, int], ...]] = {
     (100, 2, 64): ((256, 32, 8, 3), (256, 64, 8, 2), (128, 64, 8, 4)),
     (100, 2, 128): ((256, 32, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3)),
     (100, 2, 256): ((128, 32, 8, 2), (64, 64, 8, 2)),
-    (80, 4, 64): ((64, 32, 8, 2), (64, 16, 8, 2)),
+    (80, 4, 64): ((128, 32, 16, 2), (64, 32, 8, 2), (64, 16, 8, 2)),
     (80, 4, 128): ((64, 32, 8, 2), (32, 32, 4, 2)),
     (80, 4, 256): ((32, 16, 8, 2),),
     (90, 4, 128): ((64, 16, 8, 2), (32, 32, 4, 2)),
 }
-# A window's edge is one more loop in the kernel and a mask is held beside the scores: where that
-# takes more registers than there are, other tiles take their place.
-_WINDOWED = {
-    (80, 2, 256): ((64, 32, 8, 2),),
-    (90, 2, 256): ((128, 32, 8, 2),),
-    (100, 2, 128): ((128, 64, 8, 3), (128, 32, 8, 3)),
-}
+# A window's edge is one more loop, a cap a few more numbers, and a mask lies beside the scores:
+# where that takes more registers than there are, other tiles take their place.
+_WINDOWED = {(80, 2, 256): ((64, 32, 8, 2),)}
+_CAPPED = {(100, 2, 128): ((128, 64, 8, 3), (128, 32, 8, 3))}
 _MASKED = {
     (90, 2, 64): ((256, 64, 8, 2), (128, 128, 8, 2), (128, 64, 8, 3)),
     (100, 2, 128): ((128, 64, 8, 3), (128, 32, 8, 3)),
@@ -365,7 +362,7 @@ _SHORT = (64, 32, 8, 2)
 
 def _candidates(
     q: Any, value_size: int, queries: int, batch: int, architecture: Architecture, *,
-    window: bool, masked: bool,
+    window: bool, capped: bool, masked: bool,
 ) -> tuple[Configuration, ...]:  # fmt: skip
     """Return the tilings for an architecture, the best guess first.
 
@@ -383,7 +380,7 @@ def _candidates(
         if known[0] <= architecture.capability and known[1:] == (element, widest)
     )
     listed = _TILINGS[key]
-    for asked, other in ((window, _WINDOWED), (masked, _MASKED)):
+    for asked, other in ((window, _WINDOWED), (capped, _CAPPED), (masked, _MASKED)):
         listed = other.get(key, listed) if asked else listed
     short = () if element == 4 or _SHORT in listed else (_SHORT,)
     found: list[Configuration] = []
