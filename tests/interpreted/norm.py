@@ -1,0 +1,72 @@
+"""Norms in the interpreter against torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+from lwc.backends.triton import launch
+from lwc.core.errors import UsageError
+
+# One rounding of a result below 8 in magnitude: half a unit in the last place.
+ROUNDING = {torch.float32: 1e-5, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-5}
+TYPES = st.sampled_from(list(ROUNDING))
+
+
+def numbers(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).clamp(-2, 2).to(dtype)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(1, 9), columns=st.integers(1, 700), dtype=TYPES, weighted=st.booleans(),
+    biased=st.booleans(), residual=st.booleans(), centred=st.booleans(),
+)  # fmt: skip
+def test_norms_equal_torch(
+    *, rows: int, columns: int, dtype: torch.dtype, weighted: bool, biased: bool, residual: bool,
+    centred: bool,
+) -> None:  # fmt: skip
+    x, other = numbers(0, rows, columns, dtype=dtype), numbers(1, rows, columns, dtype=dtype)
+    weight = numbers(2, columns, dtype=dtype) if weighted else None
+    bias = numbers(3, columns, dtype=dtype) if biased else None
+    total = x + other if residual else x
+    exact = total.double()
+    wide = [None if t is None else t.double() for t in (weight, bias)]
+    given_residual = other if residual else None
+    if centred:
+        expected = torch.nn.functional.layer_norm(exact, (columns,), *wide, eps=1e-5)
+        found = launch.layer_norm(x, weight, bias, residual=given_residual)
+    else:
+        expected = torch.nn.functional.rms_norm(exact, (columns,), wide[0], eps=1e-6)
+        found = launch.rms_norm(x, weight, residual=given_residual)
+    if residual:
+        found, summed = found
+        torch.testing.assert_close(summed, total, rtol=0, atol=0)
+    assert found.dtype == dtype
+    # bfloat16 is computed from the exact sum here, and by torch from the rounded one.
+    bound = ROUNDING[dtype] * (2 if dtype == torch.bfloat16 and residual else 1)
+    scale = max(1.0, float(expected.abs().max()) / 8)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=bound * scale)
+
+
+def test_rows_need_not_lie_side_by_side() -> None:
+    wide = numbers(0, 2, 3, 64)
+    expected = torch.nn.functional.rms_norm(wide[..., :24], (24,), eps=1e-6)
+    torch.testing.assert_close(launch.rms_norm(wide[..., :24], None), expected)
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    x = numbers(0, 2, 8)
+    with pytest.raises(UsageError, match=r"weight has shape \[7\], not \[8\]"):
+        launch.rms_norm(x, numbers(0, 7))
+    with pytest.raises(UsageError, match=r"residual has shape \[2, 7\]"):
+        launch.rms_norm(x, None, residual=numbers(0, 2, 7))
+    with pytest.raises(UsageError, match="float64"):
+        launch.rms_norm(x.double(), None)
+    with pytest.raises(UsageError, match="longer than"):
+        launch.rms_norm(numbers(0, 1, 16385), None)
