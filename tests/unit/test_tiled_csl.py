@@ -139,7 +139,8 @@ def test_matrices_survive(rows: int, columns: int, density: float, skew: float, 
     np.testing.assert_array_equal(decode(dealt).view(np.uint16), decode(kept).view(np.uint16))
     np.testing.assert_array_equal(decode(dealt), matrix)
     np.testing.assert_array_equal(unpack(pack(matrix)), matrix)
-    assert bank_conflicts(dealt) <= bank_conflicts(kept)
+    if np.diff(kept.tile_offsets)[:-1].min() >= 128:
+        assert bank_conflicts(dealt) <= bank_conflicts(kept)
     count = int(np.count_nonzero(matrix))
     padded = encoded_bytes(rows, columns, count)
     assert padded <= dealt.nbytes <= padded + 4 * 3 * (len(dealt.tile_offsets) - 2)
@@ -201,6 +202,13 @@ def test_a_dense_tile_is_written_without_conflicts() -> None:
     dense = np.ones((128, 64), np.float16)
     assert bank_conflicts(encode(dense)) == 0
     assert bank_conflicts(encode(dense, reorder=False)) == 8192 // 32
+
+
+def test_in_nearly_empty_tiles_the_order_of_the_matrix_can_be_better() -> None:
+    """Of eight nonzeros, three in one bank, two threads get two of the three at once."""
+    matrix = one_tile({(8 * row, 0): 1 for row in range(3)} | {(1, 2 * n): 1 for n in range(5)})
+    assert bank_conflicts(encode(matrix)) == 1
+    assert bank_conflicts(encode(matrix, reorder=False)) == 0
 
 
 def test_conflicts_by_hand() -> None:
