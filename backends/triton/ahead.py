@@ -123,8 +123,9 @@ def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[An
     attributes: dict[Any, Any] = {}
     for position, name in enumerate(launch.kernel.arg_names):
         value = given.pop(name)
-        kind, aligned = _kind(value)
-        if name in launch.compiled_for or kind == "constexpr":
+        constant = name in launch.compiled_for
+        kind, aligned = ("constexpr", False) if constant else _kind(value)
+        if kind == "constexpr":
             signature[name] = "constexpr"
             constants[name] = value
             continue

@@ -7,7 +7,7 @@ from typing import Any
 from lwc.backends.triton.availability import require_runnable, require_triton
 from lwc.core.errors import UsageError
 
-__all__ = ["layer_norm", "rms_norm"]
+__all__ = ["attention", "attention_packed", "gated_activation", "layer_norm", "rms_norm", "rotary"]
 
 
 def rms_norm(x: Any, weight: Any | None, *, residual: Any | None = None, eps: float = 1e-6) -> Any:
@@ -66,6 +66,232 @@ def _norm(
     )
     results = tuple(result.view(x.shape).to(x.dtype) for result in run(operation))
     return results[0] if residual is None else results
+
+
+def rotary(
+    x: Any, cos: Any, sin: Any, positions: Any | None = None, *, interleaved: bool = False
+) -> Any:
+    """Return `x` with its heads turned by the angles of their positions, as ONNX's RotaryEmbedding.
+
+    Args:
+        x: [batch, length, heads, size]. Views of a packed product are read in place.
+        cos: Cosines by row and pair, [rows, half] with half at most size / 2: further elements of
+            a head are copied. Without `positions`, row i is token i; or [batch, length, half].
+        sin: As `cos`.
+        positions: Rows of `cos`, [batch, length]; they are not checked against its length.
+        interleaved: Pairs are neighbours; otherwise element i belongs to i + half.
+
+    Raises:
+        UsageError: Shapes or types do not fit.
+        LwcError: No kernel runs where the tensors are.
+    """
+    require_triton()
+    from lwc.backends.triton.kernels.rotary import rotary_operation
+    from lwc.backends.triton.run import architecture_of, computable, run
+
+    _check_float(x, cos, sin)
+    batch, length, _, size = _shape_of("x", x, 4)
+    half = cos.shape[-1]
+    if cos.ndim == 3:
+        _check_shape("cos", cos, (batch, length, half))
+    elif positions is None and cos.shape[0] < length:
+        raise UsageError(f"cos has {cos.shape[0]} rows for {length} tokens")
+    if cos.ndim not in {2, 3} or (cos.ndim == 3 and positions is not None) or 2 * half > size:
+        raise UsageError(f"cos has shape {list(cos.shape)}, which does not fit {list(x.shape)}")
+    _check_shape("sin", sin, tuple(cos.shape))
+    _check_shape("positions", positions, (batch, length))
+    require_runnable(x, cos, sin, positions)
+    heads = computable(x)
+    operation = rotary_operation(
+        heads if heads.stride(-1) == 1 else heads.contiguous(),
+        computable(cos).contiguous(),
+        computable(sin).contiguous(),
+        None if positions is None else positions.contiguous(),
+        architecture_of(x),
+        interleaved=interleaved,
+    )
+    return run(operation)[0].to(x.dtype)
+
+
+def gated_activation(gate: Any, up: Any, function: str = "silu") -> Any:
+    """Return activation(gate) * up, rounded once.
+
+    Args:
+        gate: [..., columns].
+        up: As `gate`; both may be halves of one packed product.
+        function: `silu`, `gelu`, `gelu-tanh` or `relu`.
+
+    Raises:
+        UsageError: Shapes or types do not fit, or there is no such function.
+        LwcError: No kernel runs where the tensors are.
+    """
+    require_triton()
+    from lwc.backends.triton.kernels.activation import ACTIVATIONS, activation_operation
+    from lwc.backends.triton.run import computable, run
+
+    if function not in ACTIVATIONS:
+        raise UsageError(f"no activation is called '{function}': {', '.join(ACTIVATIONS)}")
+    _check_float(gate, up)
+    _check_shape("up", up, tuple(gate.shape))
+    require_runnable(gate, up)
+    operation = activation_operation(_rows(computable(gate)), _rows(computable(up)), function)
+    return run(operation)[0].view(gate.shape).to(gate.dtype)
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    causal: bool = False,
+    window: tuple[int | None, int | None] = (None, None),
+    offset: int | None = None,
+    mask: Any | None = None,
+    key_lengths: Any | None = None,
+    scale: float | None = None,
+    cap: float = 0.0,
+) -> Any:
+    """Return softmax(q kᵀ scale + mask) v for each head; queries that attend to nothing give 0.
+
+    Args:
+        q: [batch, heads, queries, size].
+        k: [batch, groups, keys, size]; `groups` divides `heads`.
+        v: [batch, groups, keys, value size].
+        causal: Keys after the query's position are left out.
+        window: How many keys before and after a query's position it attends to; None is all.
+        offset: Position of the first query among the keys; by default the last query is at the
+            last key that counts.
+        mask: Added to the scores, or of type bool with False where a key is left out; of a shape
+            that broadcasts to [batch, heads, queries, keys].
+        key_lengths: Keys of each sequence that count, [batch].
+        scale: Factor of the scores; 1 / sqrt(size) by default.
+        cap: Scores s become cap * tanh(s / cap); 0 leaves them.
+
+    Returns:
+        [batch, heads, queries, value size], tokens outside heads in memory.
+
+    Raises:
+        UsageError: Shapes or types do not fit.
+        LwcError: No kernel runs where the tensors are.
+    """
+    require_triton()
+    batch, heads, queries, _ = _shape_of("q", q, 4)
+    _check_heads(q, k, v)
+    _check_shape("key_lengths", key_lengths, (batch,))
+    if k.shape[0] != batch:
+        raise UsageError(f"k is of batch {k.shape[0]} and q of {batch}")
+    require_runnable(q, k, v, mask, key_lengths)
+    return _attend(
+        q, k, v, causal=causal, window=window, offset=offset, scale=scale, cap=cap,
+        mask=_mask_for(mask, (batch, heads, queries, k.shape[2])),
+        key_lengths=None if key_lengths is None else key_lengths.contiguous(),
+    )  # fmt: skip
+
+
+def attention_packed(
+    q: Any,
+    k: Any,
+    v: Any,
+    query_starts: Any,
+    key_starts: Any,
+    *,
+    longest: tuple[int, int],
+    causal: bool = False,
+    window: tuple[int | None, int | None] = (None, None),
+    scale: float | None = None,
+    cap: float = 0.0,
+) -> Any:
+    """Return attention within sequences that lie one after the other, without padding.
+
+    Args:
+        q: [tokens, heads, size].
+        k: [key tokens, groups, size].
+        v: [key tokens, groups, value size].
+        query_starts: Where each sequence begins in `q`, and where the last ends, [sequences + 1].
+        key_starts: Likewise for `k` and `v`.
+        longest: Queries and keys of the longest sequence, or more.
+        causal: As in `attention`, as are `window`, `scale` and `cap`; the last query of a
+            sequence is at its last key.
+        window: See `causal`.
+        scale: See `causal`.
+        cap: See `causal`.
+
+    Returns:
+        [tokens, heads, value size].
+
+    Raises:
+        UsageError: Shapes or types do not fit.
+        LwcError: No kernel runs where the tensors are.
+    """
+    require_triton()
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        _shape_of(name, tensor, 3)
+    q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (q, k, v))
+    _check_heads(q, k, v)
+    _check_shape("key_starts", key_starts, tuple(query_starts.shape))
+    require_runnable(q, k, v, query_starts, key_starts)
+    found = _attend(
+        q, k, v, causal=causal, window=window, offset=None, scale=scale, cap=cap,
+        query_starts=query_starts.contiguous(), key_starts=key_starts.contiguous(),
+        longest=longest,
+    )  # fmt: skip
+    return found.squeeze(0).transpose(0, 1)
+
+
+def _attend(
+    q: Any, k: Any, v: Any, *, causal: bool, window: tuple[int | None, int | None],
+    offset: int | None, **rest: Any,
+) -> Any:  # fmt: skip
+    from lwc.backends.triton.kernels.flash_attention import Attended, flash_operation
+    from lwc.backends.triton.run import architecture_of, computable, run
+
+    left, right = window
+    if causal:
+        right = 0 if right is None else min(right, 0)
+    attended = Attended(left, right, offset)
+    given = (computable(tensor) for tensor in (q, k, v))
+    laid_out = [t if t.stride(-1) == 1 else t.contiguous() for t in given]
+    operation = flash_operation(*laid_out, attended, architecture_of(q), **rest)
+    return run(operation)[0].to(q.dtype)
+
+
+def _mask_for(mask: Any | None, shape: tuple[int, ...]) -> Any:
+    """Return a mask as the kernel reads it: with strides 0 where it is broadcast."""
+    import torch
+
+    from lwc.backends.triton.run import computable
+
+    if mask is None:
+        return None
+    try:
+        spread = computable(mask).expand(shape)
+    except RuntimeError as error:
+        raise UsageError(
+            f"mask has shape {list(mask.shape)}, which does not broadcast to {list(shape)}"
+        ) from error
+    if mask.dtype == torch.bool:
+        return spread.view(torch.int8)
+    _check_float(mask)
+    return spread
+
+
+def _check_heads(q: Any, k: Any, v: Any) -> None:
+    """Check [batch, heads, tokens, size] of `q` against those of `k` and `v`."""
+    _check_float(q)
+    for name, tensor in (("k", k), ("v", v)):
+        _shape_of(name, tensor, 4)
+        if tensor.dtype != q.dtype:
+            raise UsageError(f"{name} is of type {tensor.dtype} and q of {q.dtype}")
+    if k.shape[:3] != v.shape[:3]:
+        raise UsageError(f"k has shape {list(k.shape)}, which does not fit v's {list(v.shape)}")
+    if q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
+        raise UsageError(f"k has shape {list(k.shape)}, which does not fit q's {list(q.shape)}")
+
+
+def _shape_of(name: str, tensor: Any, rank: int) -> tuple[int, ...]:
+    if tensor.ndim != rank:
+        raise UsageError(f"{name} has {tensor.ndim} dimensions, not {rank}")
+    return tuple(tensor.shape)
 
 
 def _rows(tensor: Any) -> Any:

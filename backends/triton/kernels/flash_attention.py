@@ -1,0 +1,422 @@
+"""Attention of a prompt: the scores of a tile of queries live in registers only.
+
+FlashAttention (Dao et al. 2022, 2023): keys and values pass by in blocks; the maximum m and the sum
+l of each row's exponentials are kept, and what was summed so far is scaled by exp(m - m') when the
+maximum grows. Exponentials are powers of 2, log2(e) being in the scale.
+
+Blocks of keys that every query of the tile attends to are computed without a mask; those on the
+diagonal, at the edge of a window or at the end of the keys with one; others are not loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from lwc.backends.triton.architectures import Architecture
+from lwc.backends.triton.operation import Access, Configuration, Launch, Least, Operation, Work
+
+__all__ = ["Attended", "flash_kernel", "flash_operation", "tilings"]
+
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def capped(scores, cap, CAPPED: tl.constexpr):
+    """Turn scaled scores into powers of 2: cap * tanh(scores / cap), times log2(e)."""
+    if CAPPED:
+        scores = cap - 2.0 * cap / (1.0 + tl.exp(2.0 * scores / cap))
+        scores = scores * 1.4426950408889634
+    return scores
+
+
+@triton.jit
+def scan(
+    total, highest, norm, query,
+    keys, values, mask, row_mask,
+    stride_k, stride_v, stride_mask,
+    begin, end, length, position, left, right, scale, cap,
+    size, value_size,
+    MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, CAPPED: tl.constexpr,
+    IEEE: tl.constexpr, WHOLE: tl.constexpr, VALUE_WHOLE: tl.constexpr,
+    KEYS: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Take the keys from `begin` to `end` into the result of a tile of queries."""
+    channel = tl.arange(0, SIZE)
+    value_channel = tl.arange(0, VALUE_SIZE)
+    for start in tl.range(begin, end, KEYS):
+        key = start + tl.arange(0, KEYS)
+        at = key.to(tl.int64)
+        k_at = keys + at[:, None] * stride_k + channel[None, :]
+        v_at = values + at[:, None] * stride_v + value_channel[None, :]
+        k_mask = None
+        v_mask = None
+        if MASKED and WHOLE:
+            k_mask = (key < length)[:, None]
+        elif MASKED:
+            k_mask = (key < length)[:, None] & (channel < size)[None, :]
+        elif not WHOLE:
+            k_mask = (channel < size)[None, :]
+        if MASKED and VALUE_WHOLE:
+            v_mask = (key < length)[:, None]
+        elif MASKED:
+            v_mask = (key < length)[:, None] & (value_channel < value_size)[None, :]
+        elif not VALUE_WHOLE:
+            v_mask = (value_channel < value_size)[None, :]
+        k = tl.load(k_at) if k_mask is None else tl.load(k_at, mask=k_mask, other=0.0)
+        v = tl.load(v_at) if v_mask is None else tl.load(v_at, mask=v_mask, other=0.0)
+        if IEEE:
+            scores = tl.dot(query, tl.trans(k), input_precision="ieee")
+        else:
+            scores = tl.dot(query, tl.trans(k))
+        scores = capped(scores * scale, cap, CAPPED)
+        if MASKED:
+            allowed = (key < length)[None, :]
+            if LEFT:
+                allowed = allowed & (key[None, :] >= position[:, None] - left)
+            if RIGHT:
+                allowed = allowed & (key[None, :] <= position[:, None] + right)
+            if mask is not None:
+                inside = row_mask[:, None] & (key < length)[None, :]
+                at_mask = mask + at[None, :] * stride_mask
+                if mask.dtype.scalar.element_ty == tl.int8:
+                    allowed = allowed & (tl.load(at_mask, mask=inside, other=0) != 0)
+                else:
+                    bias = tl.load(at_mask, mask=inside, other=0.0).to(tl.float32)
+                    scores += bias * 1.4426950408889634
+            scores = tl.where(allowed, scores, float("-inf"))
+        higher = tl.maximum(highest, tl.max(scores, axis=1))
+        # A row that has attended to nothing yet keeps 0 as its reference: -inf - -inf is NaN.
+        reference = higher
+        if MASKED:
+            reference = tl.where(higher == float("-inf"), 0.0, higher)
+        weights = tl.exp2(scores - reference[:, None])
+        shrink = tl.exp2(highest - reference)
+        norm = norm * shrink + tl.sum(weights, axis=1)
+        total = total * shrink[:, None]
+        if IEEE:
+            total = tl.dot(weights, v, total, input_precision="ieee")
+        else:
+            total = tl.dot(weights.to(v.dtype), v, total)
+        highest = higher
+    return total, highest, norm
+
+
+@triton.jit
+def flash_kernel(
+    q, k, v, mask, out, query_starts, key_starts, key_lengths,
+    queries, keys, group, offset, left, right, scale, cap, size, value_size,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
+    mask_batch, mask_head, mask_query, mask_key, out_batch, out_head, out_token,
+    ALIGNED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, CAPPED: tl.constexpr,
+    IEEE: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
+    WHOLE: tl.constexpr, VALUE_WHOLE: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    # The last tiles of a causal prompt have the most keys: they go first.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    q += batch * q_batch + head * q_head
+    out += batch * out_batch + head * out_head
+    k += batch * k_batch + (head // group) * k_head
+    v += batch * v_batch + (head // group) * v_head
+    if query_starts is not None:
+        first = tl.load(query_starts + batch)
+        queries = tl.load(query_starts + batch + 1) - first
+        q += first.to(tl.int64) * q_token
+        out += first.to(tl.int64) * out_token
+        first = tl.load(key_starts + batch)
+        keys = tl.load(key_starts + batch + 1) - first
+        k += first.to(tl.int64) * k_token
+        v += first.to(tl.int64) * v_token
+    if key_lengths is not None:
+        keys = tl.load(key_lengths + batch)
+    if ALIGNED:
+        offset = keys - queries
+    if tile * QUERIES < queries:
+        row = tile * QUERIES + tl.arange(0, QUERIES)
+        known = row < queries
+        at = row.to(tl.int64)
+        position = row + offset
+        channel = tl.arange(0, SIZE)
+        held = known[:, None] & (channel < size)[None, :]
+        query = tl.load(q + at[:, None] * q_token + channel[None, :], mask=held, other=0.0)
+        rows_of_mask = None
+        if mask is not None:
+            base = mask + batch * mask_batch + head * mask_head
+            rows_of_mask = base + at[:, None] * mask_query
+
+        # Keys that some query of the tile attends to, and those that all of them do.
+        earliest = tile * QUERIES + offset
+        latest = tl.minimum(tile * QUERIES + QUERIES, queries) - 1 + offset
+        begin = 0
+        end = keys
+        all_begin = 0
+        all_end = keys
+        if LEFT:
+            begin = tl.maximum(earliest - left, 0) // KEYS * KEYS
+            all_begin = tl.maximum(latest - left + KEYS - 1, 0) // KEYS * KEYS
+        if RIGHT:
+            end = tl.maximum(tl.minimum(latest + right + 1, keys), 0)
+            all_end = tl.maximum(tl.minimum(earliest + right + 1, keys), 0)
+        all_end = tl.maximum(all_end // KEYS * KEYS, all_begin)
+
+        highest = tl.full((QUERIES,), float("-inf"), tl.float32)
+        norm = tl.zeros((QUERIES,), tl.float32)
+        total = tl.zeros((QUERIES, VALUE_SIZE), tl.float32)
+        if mask is not None:
+            total, highest, norm = scan(
+                total, highest, norm, query, k, v, rows_of_mask, known,
+                k_token, v_token, mask_key,
+                begin, end, keys, position, left, right, scale, cap, size, value_size,
+                True, LEFT, RIGHT, CAPPED, IEEE, WHOLE, VALUE_WHOLE, KEYS, SIZE, VALUE_SIZE,
+            )  # fmt: skip
+        else:
+            if LEFT:
+                total, highest, norm = scan(
+                    total, highest, norm, query, k, v, None, known,
+                    k_token, v_token, mask_key,
+                    begin, tl.minimum(all_begin, end), keys, position, left, right, scale, cap,
+                    size, value_size,
+                    True, LEFT, RIGHT, CAPPED, IEEE, WHOLE, VALUE_WHOLE, KEYS, SIZE, VALUE_SIZE,
+                )  # fmt: skip
+            total, highest, norm = scan(
+                total, highest, norm, query, k, v, None, known,
+                k_token, v_token, mask_key,
+                all_begin, all_end, keys, position, left, right, scale, cap, size, value_size,
+                False, LEFT, RIGHT, CAPPED, IEEE, WHOLE, VALUE_WHOLE, KEYS, SIZE, VALUE_SIZE,
+            )  # fmt: skip
+            total, highest, norm = scan(
+                total, highest, norm, query, k, v, None, known,
+                k_token, v_token, mask_key,
+                all_end, end, keys, position, left, right, scale, cap, size, value_size,
+                True, LEFT, RIGHT, CAPPED, IEEE, WHOLE, VALUE_WHOLE, KEYS, SIZE, VALUE_SIZE,
+            )  # fmt: skip
+
+        # A query that attends to nothing gives 0, as it does not come to a mean of nothing.
+        result = total / tl.where(norm == 0.0, 1.0, norm)[:, None]
+        value_channel = tl.arange(0, VALUE_SIZE)
+        held = known[:, None] & (value_channel < value_size)[None, :]
+        target = out + at[:, None] * out_token + value_channel[None, :]
+        tl.store(target, result.to(out.dtype.element_ty), mask=held)
+
+
+@dataclass(frozen=True)
+class Attended:
+    """Which keys a query attends to, by positions.
+
+    Attributes:
+        left: Keys before the query's position; all when None.
+        right: Keys after it; all when None. Causal attention has 0.
+        offset: Position of the first query among the keys; by default the last query is at the
+            last key.
+    """
+
+    left: int | None = None
+    right: int | None = None
+    offset: int | None = None
+
+    def bounds(self, first: int, last: int, queries: int, keys: int) -> tuple[int, int]:
+        """Return begin and end of the keys that queries `first` to `last` attend to."""
+        offset = keys - queries if self.offset is None else self.offset
+        begin = 0 if self.left is None else max(first + offset - self.left, 0)
+        end = keys if self.right is None else min(max(last + offset + self.right + 1, 0), keys)
+        return begin, end
+
+
+def flash_operation(
+    q: Any,
+    k: Any,
+    v: Any,
+    attended: Attended,
+    architecture: Architecture,
+    *,
+    mask: Any | None = None,
+    query_starts: Any | None = None,
+    key_starts: Any | None = None,
+    key_lengths: Any | None = None,
+    longest: tuple[int, int] | None = None,
+    scale: float | None = None,
+    cap: float = 0.0,
+) -> Operation:
+    """Describe attention of many queries.
+
+    Args:
+        q: [batch, heads, queries, size]; elements of a head side by side, as in `k` and `v`.
+        k: [batch, groups, keys, size]; heads h of `q` read group h // (heads / groups).
+        v: [batch, groups, keys, value size].
+        attended: Which keys by position.
+        architecture: What the tilings are chosen for.
+        mask: Added to the scaled scores, or int8 where 0 leaves a key out; [batch, heads, queries,
+            keys], with strides 0 where it is broadcast.
+        query_starts: Where sequences begin among the tokens of `q`, whose batch is then 1, and
+            where the last ends, [sequences + 1].
+        key_starts: Likewise for `k` and `v`.
+        key_lengths: Keys of each sequence that count, [batch].
+        longest: Queries and keys of the longest sequence, with `query_starts`.
+        scale: Of the scores; 1 / sqrt(size) by default.
+        cap: The scores s become cap * tanh(s / cap); 0 leaves them.
+    """
+    batch, heads, queries, size = q.shape
+    groups, keys, value_size = k.shape[1], k.shape[2], v.shape[3]
+    out = torch.empty(
+        (batch, queries, heads, value_size), dtype=q.dtype, device=q.device
+    ).transpose(1, 2)
+    if query_starts is not None:
+        batch = query_starts.shape[0] - 1
+        assert longest is not None
+        queries, keys = longest
+    factor = size**-0.5 if scale is None else scale
+    mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
+
+    def prepare(configuration: Configuration) -> tuple[Launch, ...]:
+        tiles = -(-queries // configuration["QUERIES"])
+        launch = Launch(
+            kernel=flash_kernel,
+            grid=(tiles, heads, batch),
+            arguments={
+                "q": q, "k": k, "v": v, "mask": mask, "out": out, "query_starts": query_starts,
+                "key_starts": key_starts, "key_lengths": key_lengths,
+                "queries": queries, "keys": keys, "group": heads // groups,
+                "offset": attended.offset or 0, "left": attended.left or 0,
+                "right": attended.right or 0,
+                "scale": factor if cap else factor * LOG2_E, "cap": float(cap),
+                "size": size, "value_size": value_size,
+                **_strides("q", q), **_strides("k", k), **_strides("v", v), **_strides("out", out),
+                **dict(zip(("mask_batch", "mask_head", "mask_query", "mask_key"), mask_strides,
+                           strict=True)),
+            },
+            constants={
+                "ALIGNED": attended.offset is None, "LEFT": attended.left is not None,
+                "RIGHT": attended.right is not None, "CAPPED": cap > 0,
+                "IEEE": q.dtype == torch.float32,
+                "WHOLE": configuration["SIZE"] == size,
+                "VALUE_WHOLE": configuration["VALUE_SIZE"] == value_size,
+            },
+            configuration=configuration,
+            work=_work(q, k, v, mask, attended, configuration, architecture, batch, queries, keys),
+        )  # fmt: skip
+        return (launch,)
+
+    return Operation(
+        name="attention, prefill",
+        candidates=tilings(q.dtype, size, value_size, queries, architecture),
+        prepare=prepare,
+        results=(out,),
+        least=_least(q, k, v, mask, attended, batch, queries, keys),
+        key=(q.dtype, size, value_size, heads // groups, _near(queries), _near(keys),
+             attended.left is not None, attended.right is not None, mask is not None, cap > 0),
+    )  # fmt: skip
+
+
+def tilings(
+    dtype: Any, size: int, value_size: int, queries: int, architecture: Architecture
+) -> tuple[Configuration, ...]:
+    """Return the tilings that fit an architecture, the best guess first.
+
+    Args:
+        dtype: Element type.
+        size: Of a head of queries and keys.
+        value_size: Of a head of values.
+        queries: How many there are.
+        architecture: What they are chosen for.
+    """
+    widths = {
+        "SIZE": max(triton.next_power_of_2(size), 16),
+        "VALUE_SIZE": max(triton.next_power_of_2(value_size), 16),
+    }
+    rows = max(triton.next_power_of_2(queries), 16)
+    found = []
+    for tile, keys, warps, stages in ((128, 64, 8, 2), (64, 64, 4, 2)):
+        found.append(
+            Configuration(
+                {"QUERIES": min(tile, rows), "KEYS": keys, **widths}, warps=warps, stages=stages
+            )
+        )
+    return tuple(found)
+
+
+def _strides(name: str, tensor: Any) -> dict[str, int]:
+    batch, head, token, _ = tensor.stride()
+    if tensor.shape[0] == 1:
+        batch = 0  # sequences packed into one share it
+    return {f"{name}_batch": batch, f"{name}_head": head, f"{name}_token": token}
+
+
+def _near(length: int) -> int:
+    """Return a length that stands for those of about as many tokens."""
+    return int(triton.next_power_of_2(length))
+
+
+def _work(
+    q: Any, k: Any, v: Any, mask: Any | None, attended: Attended, configuration: Configuration,
+    architecture: Architecture, batch: int, queries: int, keys: int,
+) -> Work:  # fmt: skip
+    """Count what the tiles load and multiply; sequences are taken to be of full length."""
+    heads, groups, element = q.shape[1], k.shape[1], q.element_size()
+    rows, columns = configuration["QUERIES"], configuration["KEYS"]
+    tiles = -(-queries // rows)
+    loaded = blocks = masked = 0
+    for tile in range(tiles):
+        last = min((tile + 1) * rows, queries) - 1
+        begin, end = attended.bounds(tile * rows, last, queries, keys)
+        begin = begin // columns * columns
+        count = max(-(-(end - begin) // columns), 0)
+        blocks += count
+        loaded += max(min(begin + count * columns, keys) - begin, 0)
+        masked += (last + 1 - tile * rows) * max(min(begin + count * columns, keys) - begin, 0)
+    own = batch * heads * queries * element
+    touched = _touched(attended, queries, keys) * batch * groups * element
+    # Programs that run at the same time share the keys of their heads.
+    flying = 2 * architecture.multiprocessors / max(tiles, 1) * groups / heads + 1
+    reach = int(flying * keys * (k.shape[3] + v.shape[3]) * element)
+    accesses = [
+        Access("q", own * q.shape[3], own * q.shape[3]),
+        Access("out", own * v.shape[3], own * v.shape[3]),
+    ]
+    accesses += [
+        Access(name, touched * width, batch * heads * loaded * width * element, reach)
+        for name, width in (("k", k.shape[3]), ("v", v.shape[3]))
+    ]
+    if mask is not None:
+        accesses.append(_mask_access(mask, batch * heads * masked))
+    padded = configuration["SIZE"] + configuration["VALUE_SIZE"]
+    return Work(
+        tuple(accesses),
+        2 * batch * heads * blocks * rows * columns * padded,
+        str(q.dtype).removeprefix("torch."),
+    )
+
+
+def _mask_access(mask: Any, loaded: int) -> Access:
+    own = prod(extent for extent, stride in zip(mask.shape, mask.stride(), strict=True) if stride)
+    return Access("mask", own * mask.element_size(), loaded * mask.element_size())
+
+
+def _touched(attended: Attended, queries: int, keys: int) -> int:
+    """Return how many keys any query attends to."""
+    begin, end = attended.bounds(0, queries - 1, queries, keys)
+    return max(end - begin, 0)
+
+
+def _least(
+    q: Any, k: Any, v: Any, mask: Any | None, attended: Attended, batch: int, queries: int,
+    keys: int,
+) -> Least:  # fmt: skip
+    heads, groups, element = q.shape[1], k.shape[1], q.element_size()
+    pairs = 0
+    for query in range(queries):
+        begin, end = attended.bounds(query, query, queries, keys)
+        pairs += max(end - begin, 0)
+    width = q.shape[3] + v.shape[3]
+    touched = _touched(attended, queries, keys)
+    nbytes = batch * element * width * (heads * queries + groups * touched)
+    if mask is not None:
+        nbytes += _mask_access(mask, 0).once
+    return Least(nbytes, 2 * batch * heads * pairs * width)
