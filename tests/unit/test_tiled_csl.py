@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ def draw(seed: int, rows: int, columns: int, density: float, skew: float = 0) ->
     return found
 
 
-def one_tile(entries: dict[tuple[int, int], float]) -> Array:
+def one_tile(entries: Mapping[tuple[int, int], float]) -> Array:
     matrix = np.zeros((128, 64), np.float16)
     for place, value in entries.items():
         matrix[place] = value

@@ -177,7 +177,7 @@ def tiled_bitmap_operation(
 def _candidates(
     product: Product, capacity: int, architecture: Architecture
 ) -> tuple[Configuration, ...]:
-    element = product.x.element_size()
+    element: int = product.x.element_size()
 
     def shared(tiles: Mapping[str, int]) -> int:
         sparse = 2 * capacity + TILE_ROWS * TILE_COLUMNS // 8

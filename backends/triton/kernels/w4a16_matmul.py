@@ -5,9 +5,9 @@ lie together: a byte holds the code of an input of the first group in its low ha
 input of the second one in its high half, so that each half of a load is a tile of one group and
 codes need not be sorted.
 
-A code c becomes a number without a conversion: the bits of 1024 + c in float16 (128 + c in bfloat16)
-are those of 1024 with c in the last ones. The difference to 1024 + zero is exact; its product with
-the scale is rounded once.
+A code c becomes a number without a conversion: the bits of 1024 + c in float16 (128 + c in
+bfloat16) are those of 1024 with c in the last ones. The difference to 1024 + zero is exact; its
+product with the scale is rounded once.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ __all__ = ["w4a16_kernel", "w4a16_operation"]
 
 
 @triton.jit
-def numbers(code, zero, scale, TYPE: tl.constexpr):
+def numbers(code, zero, scale, dtype: tl.constexpr):
     """Return (code - zero) * scale; code [COLUMNS, PIECE], the others [COLUMNS]."""
-    if TYPE == tl.float16:
+    if dtype == tl.float16:
         whole = (code.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True)
         middle = (zero.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True)
-    elif TYPE == tl.bfloat16:
+    elif dtype == tl.bfloat16:
         whole = (code.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True)
         middle = (zero.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True)
     else:
-        whole = code.to(TYPE)
-        middle = zero.to(TYPE)
-    return (whole - middle[:, None]) * scale.to(TYPE)[:, None]
+        whole = code.to(dtype)
+        middle = zero.to(dtype)
+    return (whole - middle[:, None]) * scale.to(dtype)[:, None]
 
 
 @triton.jit
@@ -162,10 +162,12 @@ def w4a16_operation(
 def _candidates(
     product: Product, group_size: int, architecture: Architecture
 ) -> tuple[Configuration, ...]:
-    element = product.x.element_size()
+    element: int = product.x.element_size()
 
     def shared(tiles: Mapping[str, int]) -> int:
-        return tiles["PIECE"] * (tiles["COLUMNS"] + 2 * element * tiles["ROWS"]) + 5 * tiles["COLUMNS"]
+        return (
+            tiles["PIECE"] * (tiles["COLUMNS"] + 2 * element * tiles["ROWS"]) + 5 * tiles["COLUMNS"]
+        )
 
     def registers(tiles: Mapping[str, int], warps: int) -> int:
         # The codes of both groups and the numbers of one of them.
@@ -180,9 +182,7 @@ def _candidates(
             "COLUMNS": (64, 128, 256),
             "PIECE": tuple(size for size in (64, 32) if size <= group_size),
         },
-        steps=lambda tiles: (
-            -(-product.depth // (2 * group_size)) * (group_size // tiles["PIECE"])
-        ),
+        steps=lambda tiles: -(-product.depth // (2 * group_size)) * (group_size // tiles["PIECE"]),
         shared=shared,
         registers=registers,
     )
