@@ -6,7 +6,9 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +96,13 @@ def compile_ahead(launch: Launch, architecture: Architecture) -> Compiled:
     source = ASTSource(launch.kernel, signature, constants, attributes)
     target = GPUTarget("cuda", architecture.capability, 32)
     try:
-        compiled = triton.compile(source, target=target, options=launch.options)
+        with redirect_stdout(StringIO()):  # Triton prints the whole PTX that ptxas refuses
+            compiled = triton.compile(source, target=target, options=launch.options)
     except (RuntimeError, triton.TritonError) as error:
-        reason = str(error).strip().splitlines()
+        reasons = [line for line in str(error).splitlines() if "fatal" in line or "rror" in line]
         raise LwcError(
-            f"{launch.name} does not compile for {architecture.target}: {reason[-1:]}"
+            f"{launch.name} does not compile for {architecture.target}: "
+            f"{(reasons or [type(error).__name__])[0].strip()}"
         ) from error
     ptx = compiled.asm["ptx"]
     registers, spills = _usage(compiled.asm["cubin"])

@@ -7,7 +7,15 @@ from typing import Any
 from lwc.backends.triton.availability import require_runnable, require_triton
 from lwc.core.errors import UsageError
 
-__all__ = ["attention", "attention_packed", "gated_activation", "layer_norm", "rms_norm", "rotary"]
+__all__ = [
+    "attention",
+    "attention_packed",
+    "decode_attention",
+    "gated_activation",
+    "layer_norm",
+    "rms_norm",
+    "rotary",
+]
 
 
 def rms_norm(x: Any, weight: Any | None, *, residual: Any | None = None, eps: float = 1e-6) -> Any:
@@ -238,21 +246,87 @@ def attention_packed(
     return found.squeeze(0).transpose(0, 1)
 
 
+def decode_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    key_lengths: Any | None = None,
+    left: int | None = None,
+    mask: Any | None = None,
+    scale: float | None = None,
+    cap: float = 0.0,
+) -> Any:
+    """Return causal attention of the newest tokens over a cache that has their keys already.
+
+    Args:
+        q: [batch, heads, queries, size]: the last tokens of each sequence.
+        k: The cache, [batch, groups, keys, size]; `groups` divides `heads`.
+        v: [batch, groups, keys, value size].
+        key_lengths: Keys of each sequence that count, [batch], the new ones among them; all when
+            None.
+        left: How many keys before a token's own position it attends to; None is all.
+        mask: As in `attention`.
+        scale: As in `attention`.
+        cap: As in `attention`.
+
+    Returns:
+        [batch, heads, queries, value size], tokens outside heads in memory.
+
+    Raises:
+        UsageError: Shapes or types do not fit, or there are more new tokens than one tile holds.
+        LwcError: No kernel runs where the tensors are.
+    """
+    require_triton()
+    from lwc.backends.triton.kernels.decode_attention import MOST_ROWS, decode_operation
+    from lwc.backends.triton.run import architecture_of, run
+
+    batch, heads, queries, _ = _shape_of("q", q, 4)
+    _check_heads(q, k, v)
+    _check_shape("key_lengths", key_lengths, (batch,))
+    if k.shape[0] != batch:
+        raise UsageError(f"k is of batch {k.shape[0]} and q of {batch}")
+    rows = heads // k.shape[1] * queries
+    if rows > MOST_ROWS:
+        raise UsageError(
+            f"{queries} tokens of {heads // k.shape[1]} heads a group are {rows} rows, more than "
+            f"{MOST_ROWS}",
+            remedy="use `attention`",
+        )
+    require_runnable(q, k, v, mask, key_lengths)
+    operation = decode_operation(
+        _lined_up(q), _lined_up(k), _lined_up(v),
+        architecture_of(q),
+        mask=_mask_for(mask, (batch, heads, queries, k.shape[2])),
+        key_lengths=None if key_lengths is None else key_lengths.contiguous(),
+        left=left, scale=scale, cap=cap,
+    )  # fmt: skip
+    return run(operation)[0].to(q.dtype)
+
+
 def _attend(
     q: Any, k: Any, v: Any, *, causal: bool, window: tuple[int | None, int | None],
     offset: int | None, **rest: Any,
 ) -> Any:  # fmt: skip
     from lwc.backends.triton.kernels.flash_attention import Attended, flash_operation
-    from lwc.backends.triton.run import architecture_of, computable, run
+    from lwc.backends.triton.run import architecture_of, run
 
     left, right = window
     if causal:
         right = 0 if right is None else min(right, 0)
     attended = Attended(left, right, offset)
-    given = (computable(tensor) for tensor in (q, k, v))
-    laid_out = [t if t.stride(-1) == 1 else t.contiguous() for t in given]
-    operation = flash_operation(*laid_out, attended, architecture_of(q), **rest)
+    operation = flash_operation(
+        _lined_up(q), _lined_up(k), _lined_up(v), attended, architecture_of(q), **rest
+    )
     return run(operation)[0].to(q.dtype)
+
+
+def _lined_up(tensor: Any) -> Any:
+    """Return a tensor whose heads have their elements side by side."""
+    from lwc.backends.triton.run import computable
+
+    found = computable(tensor)
+    return found if found.stride(-1) == 1 else found.contiguous()
 
 
 def _mask_for(mask: Any | None, shape: tuple[int, ...]) -> Any:
@@ -277,6 +351,8 @@ def _mask_for(mask: Any | None, shape: tuple[int, ...]) -> Any:
 
 def _check_heads(q: Any, k: Any, v: Any) -> None:
     """Check [batch, heads, tokens, size] of `q` against those of `k` and `v`."""
+    from lwc.backends.triton.kernels.flash_attention import LARGEST
+
     _check_float(q)
     for name, tensor in (("k", k), ("v", v)):
         _shape_of(name, tensor, 4)
@@ -284,6 +360,9 @@ def _check_heads(q: Any, k: Any, v: Any) -> None:
             raise UsageError(f"{name} is of type {tensor.dtype} and q of {q.dtype}")
     if k.shape[:3] != v.shape[:3]:
         raise UsageError(f"k has shape {list(k.shape)}, which does not fit v's {list(v.shape)}")
+    largest = max(q.shape[3], v.shape[3])
+    if largest > LARGEST:
+        raise UsageError(f"heads of {largest} elements are larger than {LARGEST}")
     if q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
         raise UsageError(f"k has shape {list(k.shape)}, which does not fit q's {list(q.shape)}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import hypothesis.strategies as st
@@ -47,7 +48,7 @@ def test_rotary_equals_torch(
     angle = numbers(1, *((batch, length) if angles == "by token" else (17,)), half) * 3
     cos, sin = angle.cos(), angle.sin()
     positions = torch.arange(batch * length).view(batch, length) * 7 % 17
-    rows = {
+    rows: dict[str, Callable[[Any], Any]] = {
         "by index": lambda table: table[:length].expand(batch, -1, -1),
         "by token": lambda table: table,
         "by position": lambda table: table[positions],
@@ -72,16 +73,13 @@ def test_activations_equal_torch(
     gate, up = both[:, :columns], both[:, columns:]
     if not packed:
         gate, up = gate.contiguous(), up.contiguous()
-    wide = gate.double()
-    expected = (
-        up.double()
-        * {
-            "silu": lambda: torch.nn.functional.silu(wide),
-            "gelu": lambda: torch.nn.functional.gelu(wide),
-            "gelu-tanh": lambda: torch.nn.functional.gelu(wide, approximate="tanh"),
-            "relu": lambda: torch.relu(wide),
-        }[function]()
-    )
+    plain: dict[str, Callable[[Any], Any]] = {
+        "silu": torch.nn.functional.silu,
+        "gelu": torch.nn.functional.gelu,
+        "gelu-tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+        "relu": torch.relu,
+    }
+    expected = up.double() * plain[function](gate.double())
     found = launch.gated_activation(gate, up, function)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=ROUNDING[dtype])

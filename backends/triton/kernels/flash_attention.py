@@ -21,9 +21,20 @@ import triton.language as tl
 from lwc.backends.triton.architectures import Architecture
 from lwc.backends.triton.operation import Access, Configuration, Launch, Least, Operation, Work
 
-__all__ = ["Attended", "flash_kernel", "flash_operation", "tilings"]
+__all__ = [
+    "LOG2_E",
+    "Attended",
+    "flash_kernel",
+    "flash_operation",
+    "mask_access",
+    "scan",
+    "tilings",
+]
 
 LOG2_E = 1.4426950408889634
+
+LARGEST = 256
+"""Size of the largest head: of a larger one the sums of a tile find no registers."""
 
 
 @triton.jit
@@ -306,7 +317,7 @@ def flash_operation(
 
     return Operation(
         name="attention, prefill",
-        candidates=tilings(q.dtype, size, value_size, queries, architecture),
+        candidates=tilings(q.dtype, size, value_size, queries, batch * heads, architecture),
         prepare=prepare,
         results=(out,),
         least=_least(q, k, v, mask, attended, batch, queries, keys),
@@ -315,31 +326,63 @@ def flash_operation(
     )  # fmt: skip
 
 
+# Queries, keys, warps and stages of tiles by the oldest architecture they are for, the bytes of an
+# element and the size of a head: as tall as they compile without spills, since what is loaded falls
+# with the height, then some that leave room for a second block.
+_TILINGS: dict[tuple[int, int, int], tuple[tuple[int, int, int, int], ...]] = {
+    (80, 2, 64): ((256, 32, 8, 3), (256, 64, 8, 2), (128, 64, 8, 3)),
+    (80, 2, 128): ((128, 64, 8, 3), (128, 32, 8, 3)),
+    (80, 2, 256): ((64, 64, 8, 2), (64, 32, 8, 2)),
+    (90, 2, 64): ((256, 64, 16, 2), (256, 64, 8, 2), (128, 128, 8, 2), (128, 64, 8, 3)),
+    (90, 2, 128): ((256, 32, 16, 2), (256, 32, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3)),
+    (90, 2, 256): ((128, 32, 8, 2), (128, 64, 8, 2)),
+    (100, 2, 64): ((256, 32, 8, 3), (256, 64, 8, 2), (128, 64, 8, 4)),
+    (100, 2, 128): ((128, 64, 8, 3), (128, 32, 8, 3)),
+    (100, 2, 256): ((64, 64, 8, 2), (128, 32, 8, 2)),
+    (80, 4, 64): ((64, 32, 8, 2), (64, 16, 8, 2)),
+    (80, 4, 128): ((64, 32, 8, 2), (32, 32, 4, 2)),
+    (80, 4, 256): ((32, 16, 8, 2),),
+    (90, 4, 128): ((64, 16, 8, 2), (32, 32, 4, 2)),
+}
+_SHORT = (64, 32, 4, 2)
+
+
 def tilings(
-    dtype: Any, size: int, value_size: int, queries: int, architecture: Architecture
+    dtype: Any, size: int, value_size: int, queries: int, others: int, architecture: Architecture
 ) -> tuple[Configuration, ...]:
-    """Return the tilings that fit an architecture, the best guess first.
+    """Return the tilings for an architecture, the best guess first.
+
+    Where tall tiles are too few for the GPU's multiprocessors, lower ones come first.
 
     Args:
         dtype: Element type.
         size: Of a head of queries and keys.
         value_size: Of a head of values.
         queries: How many there are.
+        others: Heads times batch: what multiplies the tiles.
         architecture: What they are chosen for.
     """
     widths = {
         "SIZE": max(triton.next_power_of_2(size), 16),
         "VALUE_SIZE": max(triton.next_power_of_2(value_size), 16),
     }
-    rows = max(triton.next_power_of_2(queries), 16)
-    found = []
-    for tile, keys, warps, stages in ((128, 64, 8, 2), (64, 64, 4, 2)):
-        found.append(
-            Configuration(
-                {"QUERIES": min(tile, rows), "KEYS": keys, **widths}, warps=warps, stages=stages
-            )
+    widest = max(*widths.values(), 64)
+    known = [key for key in _TILINGS if key[0] <= architecture.capability]
+    listed = _TILINGS[max(key for key in known if key[1:] == (dtype.itemsize, widest))]
+    found: list[Configuration] = []
+    for rows, keys, warps, stages in (*listed, _SHORT):
+        if queries <= rows // 2 and (rows, keys) != _SHORT[:2]:
+            continue
+        tall = min(rows, max(triton.next_power_of_2(queries), 16))
+        found.append(Configuration({"QUERIES": tall, "KEYS": keys, **widths}, warps, stages))
+    return tuple(
+        sorted(
+            found,
+            key=lambda tiling: (
+                -(-queries // tiling["QUERIES"]) * others < architecture.multiprocessors
+            ),
         )
-    return tuple(found)
+    )
 
 
 def _strides(name: str, tensor: Any) -> dict[str, int]:
@@ -385,7 +428,7 @@ def _work(
         for name, width in (("k", k.shape[3]), ("v", v.shape[3]))
     ]
     if mask is not None:
-        accesses.append(_mask_access(mask, batch * heads * masked))
+        accesses.append(mask_access(mask, batch * heads * masked))
     padded = configuration["SIZE"] + configuration["VALUE_SIZE"]
     return Work(
         tuple(accesses),
@@ -394,7 +437,8 @@ def _work(
     )
 
 
-def _mask_access(mask: Any, loaded: int) -> Access:
+def mask_access(mask: Any, loaded: int) -> Access:
+    """Return the access to a mask, broadcast by strides 0, of which `loaded` elements are read."""
     own = prod(extent for extent, stride in zip(mask.shape, mask.stride(), strict=True) if stride)
     return Access("mask", own * mask.element_size(), loaded * mask.element_size())
 
@@ -418,5 +462,5 @@ def _least(
     touched = _touched(attended, queries, keys)
     nbytes = batch * element * width * (heads * queries + groups * touched)
     if mask is not None:
-        nbytes += _mask_access(mask, 0).once
+        nbytes += mask_access(mask, 0).once
     return Least(nbytes, 2 * batch * heads * pairs * width)
