@@ -206,8 +206,9 @@ def test_a_dense_tile_is_written_without_conflicts() -> None:
 
 
 def test_in_nearly_empty_tiles_the_order_of_the_matrix_can_be_better() -> None:
-    """Of eight nonzeros, three in one bank, two threads get two of the three at once."""
-    matrix = one_tile({(8 * row, 0): 1 for row in range(3)} | {(1, 2 * n): 1 for n in range(5)})
+    """Of eight nonzeros, three in one bank, two threads write two of the three at once."""
+    places = [(0, 0), (0, 2), (0, 4), (8, 0), (8, 4), (8, 6), (16, 0), (16, 6)]
+    matrix = one_tile(dict.fromkeys(places, 1.0))
     assert bank_conflicts(encode(matrix)) == 1
     assert bank_conflicts(encode(matrix, reorder=False)) == 0
 
