@@ -76,6 +76,20 @@ def test_a_few_nonzeros_by_hand() -> None:
     assert encoded.tile_offsets.dtype == np.int32
 
 
+def test_the_example_of_the_page() -> None:
+    """docs/tiled_csl.md works it out step by step."""
+    matrix = one_tile({(0, 0): 1, (0, 1): -2, (0, 2): 0.5, (9, 3): 4, (9, 60): -1})
+    encoded = encode(matrix)
+    assert [f"{word:08x}" for word in encoded.nonzeros] == [
+        *("024b4400", "00060000", "00023800", "0001c000"),
+        *("0274bc00", "00080000", "00040000", "00003c00"),
+    ]
+    assert encoded.tile_offsets.tolist() == [0, 2, 2]
+    packed = pack(matrix)
+    assert [hex(word) for word in packed.bits[0, 0, [0, 9]]] == ["0x7", "0x1000000000000008"]
+    assert packed.values.tolist() == [1, -2, 0.5, 4, -1, 0, 0, 0]
+
+
 def test_places_are_permuted_by_the_row() -> None:
     """Row 9 exchanges column 3 with column 3 ^ 8."""
     (*_, word) = encode(one_tile({(9, 3): 1}), reorder=False).nonzeros

@@ -30,6 +30,12 @@ GROUP = 8
 MOST_ACCUMULATORS = 128
 """32-bit accumulators of a thread."""
 
+MOST_REGISTERS = 208
+"""Registers of a thread by the estimate of a tiling; addresses and the like need the others."""
+
+ERF_REGISTERS = 24
+"""What the polynomials of erf need beside the sums."""
+
 MOST_PARTS = 16
 
 SUMMED = 512
@@ -302,7 +308,8 @@ def tilings(
                 tiles = {"ROWS": rows, "COLUMNS": columns, **others}
                 warps = 4 if rows * columns <= 64 * 128 else 8
                 used = registers(tiles, warps) + rows * columns // (32 * warps)
-                if rows * columns > MOST_ACCUMULATORS * 32 * warps or used > 208:
+                used += ERF_REGISTERS if product.function == "gelu" else 0
+                if rows * columns > MOST_ACCUMULATORS * 32 * warps or used > MOST_REGISTERS:
                     continue
                 depth = [n for n in stages if n * shared(tiles) <= architecture.shared_per_block]
                 if not depth:

@@ -186,7 +186,7 @@ def _candidates(
         return tiles["COLUMNS"] // TILE_ROWS * sparse + dense + capacity
 
     # Hopper takes the second operand from shared memory, Blackwell keeps sums in its own.
-    kept = {80: 1.0, 90: 0.6, 100: 0.5}[min(architecture.capability // 10 * 10, 100)]
+    kept = 1.0 if architecture.capability < 90 else 0.6
 
     def registers(tiles: Mapping[str, int], warps: int) -> int:
         # Numbers and values of a tile's elements.
