@@ -115,11 +115,11 @@ def sparse_matmul(
     _check(x, weights, bias, activation)
     if x.dtype == torch.bfloat16:
         raise UsageError("sparse weights are float16 and activations bfloat16: convert them")
-    require_runnable(x, weights.bits, weights.values, weights.offsets, bias)
+    require_runnable(x, weights.bits, weights.pairs, weights.offsets, bias)
     if prod(x.shape) == 0:
         return _nothing(x, weights, bias, activation)
     operation = tiled_bitmap_operation(
-        _flat(x), weights.bits, weights.values, weights.offsets, _vector(bias), architecture_of(x),
+        _flat(x), weights.bits, weights.pairs, weights.offsets, _vector(bias), architecture_of(x),
         columns=weights.columns, fullest=weights.fullest, function=activation,
     )  # fmt: skip
     return _result(operation, x, weights)

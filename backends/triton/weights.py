@@ -164,27 +164,27 @@ class SparseWeights(_Weights):
     Attributes:
         columns: Columns of the result: rows of the packed matrix.
         depth: What is summed over.
-        fullest: Values of the tile that has most.
-        bits: uint8 [tiles of columns, tiles of the depth, 1024].
-        values: float16.
+        fullest: Pairs of the tile that has most.
+        bits: uint8 [tiles of columns, tiles of the depth, 512].
+        pairs: int32, the first value of a pair in the low half.
         offsets: int32 [tiles + 1].
     """
 
     fullest: int
     bits: Any
-    values: Any
+    pairs: Any
     offsets: Any
 
     @classmethod
     def of(cls, packed: TiledBitmap) -> SparseWeights:
         """Take a packed matrix [columns, depth]."""
-        octets = packed.bits.astype("<u8").view(np.uint8)
+        octets = packed.bits.astype("<u4").view(np.uint8)
         return cls(
             packed.rows,
             packed.columns,
             packed.fullest,
             _tensor(octets),
-            _tensor(packed.values),
+            _tensor(packed.pairs.view(np.int32).reshape(-1)),
             _tensor(packed.offsets),
         )
 

@@ -228,7 +228,7 @@ def test_sparse_products_equal_torch(
     wanted = x.double() @ torch.from_numpy(matrix).double().T
     wanted = FUNCTIONS[activation](wanted if bias is None else wanted + bias.double())
     operation = tiled_bitmap_operation(
-        x, weights.bits, weights.values, weights.offsets, bias, GPU, columns=columns,
+        x, weights.bits, weights.pairs, weights.offsets, bias, GPU, columns=columns,
         fullest=weights.fullest, function=activation,
     )  # fmt: skip
     near(run_with(operation, ROWS=16, COLUMNS=width, SPLIT=split), wanted, 1e-5)
@@ -245,7 +245,7 @@ def test_sparse_tiles_of_all_kinds() -> None:
     assert found.dtype == torch.float16
     near(found, x.double() @ torch.from_numpy(matrix).double().T, 2.0**-10)
     matrix[:] = 0
-    matrix[:16, :64] = 1  # 1024 nonzeros: zeros after them look behind the last
+    matrix[:16, :64] = 1  # 512 pairs: zeros after them look behind the last
     found = sparse_matmul(x, SparseWeights.of(pack(matrix)))
     near(found, x.double() @ torch.from_numpy(matrix).double().T, 2.0**-10)
 

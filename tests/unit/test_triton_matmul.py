@@ -48,11 +48,12 @@ def w4a16(rows: int, gpu: Architecture, group_size: int = 128) -> Operation:
 
 def sparse(rows: int, gpu: Architecture, sparsity: float = 0.8) -> Operation:
     tiles = COLUMNS // 128, DEPTH // 64
-    share = 1 - sparsity
+    share = 1 - sparsity**2
+    pairs = meta(int(COLUMNS * DEPTH // 2 * share), dtype=torch.int32)
     return tiled_bitmap_operation(
-        meta(rows, DEPTH), meta(*tiles, 1024, dtype=torch.uint8),
-        meta(int(COLUMNS * DEPTH * share)), meta(tiles[0] * tiles[1] + 1, dtype=torch.int32),
-        meta(COLUMNS), gpu, columns=COLUMNS, fullest=int(8192 * share) + 150,
+        meta(rows, DEPTH), meta(*tiles, 512, dtype=torch.uint8), pairs,
+        meta(tiles[0] * tiles[1] + 1, dtype=torch.int32), meta(COLUMNS), gpu,
+        columns=COLUMNS, fullest=int(4096 * share) + 150,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from lwc.backends.triton.operation import Access, Configuration, Launch, Least, 
 __all__ = ["LONGEST", "quantize_rows_kernel", "quantize_rows_operation"]
 
 LONGEST = 32768
-"""Elements of the longest row: 64 in the registers of each of 512 threads."""
+"""Elements of the longest row: 32 in the registers of each of 1024 threads."""
 
 
 @triton.jit
@@ -72,8 +72,8 @@ def quantize_rows_operation(x: Any) -> Operation:
         name="rows to int8",
         candidates=tuple(
             Configuration({"COLUMNS": width}, warps=warps, stages=1)
-            for warps in (4, 8, 16)
-            if 128 <= width // warps <= 2048 or (warps == 4 and width < 512)
+            for warps in (4, 8, 16, 32)
+            if 128 <= width // warps <= 1024 or (warps == 4 and width < 512)
         ),
         prepare=prepare,
         results=(codes, scales),

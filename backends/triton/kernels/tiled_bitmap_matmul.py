@@ -1,10 +1,13 @@
 """Products with sparse weights: loaded as sparse, multiplied as dense (Flash-LLM, Xia et al. 2023).
 
 Weights lie as `lwc.core.tiled_bitmap` packs them. While the tensor cores multiply a tile, the bits
-and nonzeros of the next ones are copied to shared memory. An element of a tile takes the nonzero
+and pairs of the next ones are copied to shared memory. A pair of elements of a tile is the one
 whose number is that of the bits set before it. A thread has whole bytes of bits: their counts are
 summed over the tile, and within a byte it goes from bit to bit, so that neighbouring threads take
-neighbouring nonzeros, which lie in different banks.
+neighbouring pairs, which lie in different banks.
+
+With a bit for each element there would be less to load, but expanding takes twice the instructions,
+and then they, and not memory, bound the product.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from lwc.backends.triton.kernels.product import (
     tilings,
 )
 from lwc.backends.triton.operation import Configuration, Launch, Operation
-from lwc.core.tiled_bitmap import UNIT
+from lwc.core.tiled_bitmap import PAIRS
 from lwc.core.tiled_csl import TILE_COLUMNS, TILE_ROWS
 
 __all__ = ["tiled_bitmap_kernel", "tiled_bitmap_operation"]
@@ -41,11 +44,11 @@ def in_turn(a, b, c, d, e, f, g, h):
 
 
 @triton.jit
-def expanded(bits, values, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """Return a tile [HEIGHT, WIDTH] of its bits, in bytes, and nonzeros."""
+def expanded(bits, pairs, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """Return a tile [HEIGHT, WIDTH] of its bits, in bytes, and the pairs they stand for."""
     byte = bits.to(tl.uint32)
-    pairs = byte - ((byte >> 1) & 0x55)
-    fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    twos = byte - ((byte >> 1) & 0x55)
+    fours = (twos & 0x33) + ((twos >> 2) & 0x33)
     count = ((fours + (fours >> 4)) & 15).to(tl.int32)
     a, b, c, d = (byte & 1) != 0, (byte & 2) != 0, (byte & 4) != 0, (byte & 8) != 0
     e, f, g, h = (byte & 16) != 0, (byte & 32) != 0, (byte & 64) != 0, (byte & 128) != 0
@@ -57,30 +60,32 @@ def expanded(bits, values, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
     n5 = n4 + e.to(tl.int32)
     n6 = n5 + f.to(tl.int32)
     n7 = n6 + g.to(tl.int32)
-    found = tl.gather(values, in_turn(n0, n1, n2, n3, n4, n5, n6, n7), 0)
-    tile = tl.where(in_turn(a, b, c, d, e, f, g, h), found, 0.0)
-    return tl.reshape(tile, [HEIGHT, WIDTH])
+    found = tl.gather(pairs, in_turn(n0, n1, n2, n3, n4, n5, n6, n7), 0)
+    found = tl.where(in_turn(a, b, c, d, e, f, g, h), found, 0)
+    even = found.to(tl.uint16).to(tl.float16, bitcast=True)
+    odd = (found >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
+    return tl.reshape(tl.interleave(even, odd), [HEIGHT, WIDTH])
 
 
 @triton.jit
 def tile_of(
-    bits, values, offsets, tile,
+    bits, pairs, offsets, tile,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
     """Load a tile and expand it."""
-    octets: tl.constexpr = HEIGHT * WIDTH // 8
+    octets: tl.constexpr = HEIGHT * WIDTH // 16
     start = tl.load(offsets + tile)
     count = (tl.load(offsets + tile + 1) - start) * UNIT
     own = tl.load(bits + tile.to(tl.int64) * octets + tl.arange(0, octets))
     number = tl.arange(0, CAPACITY)
-    here = values + start.to(tl.int64) * UNIT
-    nonzeros = tl.load(here + number, mask=number < count, other=0.0)
-    return expanded(own, nonzeros, HEIGHT, WIDTH)
+    here = pairs + start.to(tl.int64) * UNIT
+    filled = tl.load(here + number, mask=number < count, other=0)
+    return expanded(own, filled, HEIGHT, WIDTH)
 
 
 @triton.jit
 def tiled_bitmap_kernel(
-    x, bits, values, offsets, bias, out, rows, columns, depth, stride_x,
+    x, bits, pairs, offsets, bias, out, rows, columns, depth, stride_x,
     WHOLE: tl.constexpr, IEEE: tl.constexpr, FUNCTION: tl.constexpr, HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr, UNIT: tl.constexpr, CAPACITY: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
@@ -101,10 +106,10 @@ def tiled_bitmap_kernel(
         if not WHOLE:
             mask = mask & (k < depth)[:, None]
         numbers = tl.load(x_at + k[:, None], mask=mask, other=0.0)
-        w = tile_of(bits, values, offsets, upper * tiles + step, HEIGHT, WIDTH, UNIT, CAPACITY)
+        w = tile_of(bits, pairs, offsets, upper * tiles + step, HEIGHT, WIDTH, UNIT, CAPACITY)
         total = tl.dot(w.to(numbers.dtype), numbers, total, input_precision=precision)
         if COLUMNS > HEIGHT:
-            w = tile_of(bits, values, offsets, lower * tiles + step, HEIGHT, WIDTH, UNIT, CAPACITY)
+            w = tile_of(bits, pairs, offsets, lower * tiles + step, HEIGHT, WIDTH, UNIT, CAPACITY)
             below = tl.dot(w.to(numbers.dtype), numbers, below, input_precision=precision)
     column = column_tile * COLUMNS + tl.arange(0, HEIGHT)
     finish(total, out, None, None, bias, row, column, rows, columns, FUNCTION, SPLIT)
@@ -116,7 +121,7 @@ def tiled_bitmap_kernel(
 def tiled_bitmap_operation(
     x: Any,
     bits: Any,
-    values: Any,
+    pairs: Any,
     offsets: Any,
     bias: Any | None,
     architecture: Architecture,
@@ -129,18 +134,18 @@ def tiled_bitmap_operation(
 
     Args:
         x: Activations, [rows, depth], the depth side by side.
-        bits: uint8 [tiles of columns, tiles of the depth, 1024]: the bytes of the bitmap.
-        values: float16, the nonzeros.
+        bits: uint8 [tiles of columns, tiles of the depth, 512]: the bytes of the bitmap.
+        pairs: int32, pairs of values, the first in the low half.
         offsets: int32 [tiles + 1].
         bias: [columns] or None.
         architecture: What the tilings are chosen for.
         columns: Columns of the result.
-        fullest: Values of the tile that has most.
+        fullest: Pairs of the tile that has most.
         function: An activation, or "none".
     """
     rows, depth = x.shape
     out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
-    weights = {"bits": bits, "values": values, "offsets": offsets}
+    weights = {"bits": bits, "pairs": pairs, "offsets": offsets}
     product = Product(
         x,
         out,
@@ -149,8 +154,8 @@ def tiled_bitmap_operation(
         bias=bias,
         function=function,
     )
-    # A zero after the last nonzero of a tile looks at the next place.
-    capacity = min(max(triton.next_power_of_2(fullest + 1), 1024), TILE_ROWS * TILE_COLUMNS)
+    # A zero after the last pair of a tile looks at the next place.
+    capacity = min(max(triton.next_power_of_2(fullest + 1), 512), TILE_ROWS * TILE_COLUMNS // 2)
 
     def prepare(configuration: Configuration) -> tuple[Launch, ...]:
         return product.launches(
@@ -158,7 +163,7 @@ def tiled_bitmap_operation(
             weights,
             {
                 "WHOLE": depth % TILE_COLUMNS == 0, "IEEE": x.dtype == torch.float32,
-                "HEIGHT": TILE_ROWS, "WIDTH": TILE_COLUMNS, "UNIT": UNIT, "CAPACITY": capacity,
+                "HEIGHT": TILE_ROWS, "WIDTH": TILE_COLUMNS, "UNIT": PAIRS, "CAPACITY": capacity,
             },
             configuration,
             -(-depth // TILE_COLUMNS) * TILE_COLUMNS,
@@ -180,10 +185,10 @@ def _candidates(
     element: int = product.x.element_size()
 
     def shared(tiles: Mapping[str, int]) -> int:
-        sparse = 2 * capacity + TILE_ROWS * TILE_COLUMNS // 8
+        sparse = 4 * capacity + TILE_ROWS * TILE_COLUMNS // 16
         dense = tiles["ROWS"] * TILE_COLUMNS * element
-        # The nonzeros and the dense tile once more, not for each stage, but counted so.
-        return tiles["COLUMNS"] // TILE_ROWS * sparse + dense + capacity
+        # The pairs once more, not for each stage, but counted so.
+        return tiles["COLUMNS"] // TILE_ROWS * sparse + dense + 2 * capacity
 
     # Hopper takes the second operand from shared memory, Blackwell keeps sums in its own.
     kept = 1.0 if architecture.capability < 90 else 0.6
