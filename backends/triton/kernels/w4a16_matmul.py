@@ -170,8 +170,8 @@ def _candidates(
         )
 
     def registers(tiles: Mapping[str, int], warps: int) -> int:
-        # The codes of both groups and the numbers of one of them.
-        weights = tiles["COLUMNS"] * tiles["PIECE"] * (1 + element) // 4
+        # The codes of both groups and their numbers.
+        weights = tiles["COLUMNS"] * tiles["PIECE"] * (1 + 2 * element) // 4
         return 40 + weights // (32 * warps)
 
     return tilings(
