@@ -48,11 +48,12 @@ def test_rotary_equals_torch(
     angle = numbers(1, *((batch, length) if angles == "by token" else (17,)), half) * 3
     cos, sin = angle.cos(), angle.sin()
     positions = torch.arange(batch * length).view(batch, length) * 7 % 17
-    rows: dict[str, Callable[[Any], Any]] = {
+    ways: dict[str, Callable[[Any], Any]] = {
         "by index": lambda table: table[:length].expand(batch, -1, -1),
         "by token": lambda table: table,
         "by position": lambda table: table[positions],
-    }[angles]
+    }
+    rows = ways[angles]
     found = launch.rotary(
         x, cos, sin, positions if angles == "by position" else None, interleaved=interleaved
     )

@@ -132,13 +132,13 @@ def _fewest(operation: Operation, gpu: Architecture, asked: int) -> int:
         if name not in {"QUERIES", "KEYS"}
     }
     for rows in (512, 256, 128):
-        for columns, warps, stages in itertools.product((16, 32, 64), (8, 16), (2, 3)):
-            configuration = Configuration(
-                {"QUERIES": rows, "KEYS": columns, **widths}, warps=warps, stages=stages
-            )
-            # Sums and scores of a tile are float32 in registers, or in tensor memory.
-            if rows * (widths["VALUE_SIZE"] + columns) > gpu.registers:
+        for columns, warps in itertools.product((16, 32, 64), (8, 16)):
+            # Sums, scores and weights of a tile are in registers, or go through them.
+            if rows * (widths["VALUE_SIZE"] + columns * 3 // 2) > gpu.registers * 0.9:
                 continue
+            configuration = Configuration(
+                {"QUERIES": rows, "KEYS": columns, **widths}, warps=warps, stages=2
+            )
             (launch,) = operation.prepare(configuration)
             if launch.work.requested >= asked:
                 continue
@@ -157,7 +157,7 @@ def _row(row: dict[str, Any]) -> list[str]:
     return [
         row["case"],
         row["gpu"],
-        row["tiling"],
+        " ".join(part for part in row["tiling"].split() if "size=" not in part),
         "+".join(str(launch["registers"]) for launch in row["launches"]),
         str(sum(launch["spills"] for launch in row["launches"])),
         f"{first['shared'] / 1024:.0f}",

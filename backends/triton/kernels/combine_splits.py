@@ -64,6 +64,8 @@ def combine_launch(partial: Any, logarithm: Any, out: Any) -> Launch:
         "SPLITS": triton.next_power_of_2(splits),
         "VALUE_SIZE": triton.next_power_of_2(value_size),
     }
+    # 32 partial results a thread, 64 where that would be too many threads.
+    warps = min(max(tiles["SPLITS"] * tiles["VALUE_SIZE"] // 1024, 1), 16)
     return Launch(
         kernel=combine_kernel,
         grid=(rows,),
@@ -73,7 +75,7 @@ def combine_launch(partial: Any, logarithm: Any, out: Any) -> Launch:
             "out_batch": out_batch, "out_head": out_head, "out_token": out_token,
         },
         constants={},
-        configuration=Configuration(tiles, warps=4, stages=1),
+        configuration=Configuration(tiles, warps=warps, stages=1),
         work=Work(
             tuple(Access(name, size, size) for name, size in sizes.items()),
             2 * rows * splits * value_size,

@@ -18,10 +18,13 @@ from lwc.backends.triton.kernels.combine_splits import combine_launch
 from lwc.backends.triton.kernels.flash_attention import LOG2_E, mask_access, scan
 from lwc.backends.triton.operation import Access, Configuration, Launch, Least, Operation, Work
 
-__all__ = ["MOST_ROWS", "decode_kernel", "decode_operation"]
+__all__ = ["MOST_ROWS", "MOST_SPLITS", "decode_kernel", "decode_operation"]
 
 MOST_ROWS = 64
 """Rows of the tile: heads of a group times new tokens."""
+
+MOST_SPLITS = 128
+"""Parts of the keys: their results are joined by one program for each row."""
 
 
 @triton.jit
@@ -207,9 +210,11 @@ def _candidates(
     found: list[Configuration] = []
     for block, stages, factor in ((columns, 3, 1), (half, 4, 1), (columns, 3, 2), (half, 4, 2)):
         most = max(int(attended / max(shortest, block)), 1)
-        splits = max(min(round(wanted * factor), most, 128), 1)
+        splits = max(min(round(wanted * factor), most, MOST_SPLITS), 1)
         tiles = {"ROWS": max(triton.next_power_of_2(rows), 16), "KEYS": block, **widths}
-        found.append(Configuration({**tiles, "SPLITS": splits}, warps=4, stages=stages))
+        candidate = Configuration({**tiles, "SPLITS": splits}, warps=4, stages=stages)
+        if str(candidate) not in map(str, found):
+            found.append(candidate)
     return tuple(found)
 
 
