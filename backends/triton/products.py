@@ -26,18 +26,16 @@ def quantize_rows(x: Any) -> tuple[Any, Any]:
         to even. The scale of a row with NaN or infinities is NaN.
 
     Raises:
-        UsageError: The type is another one, or rows are too long.
+        UsageError: The type is another one.
         LwcError: No kernel runs where the tensor is.
     """
     require_triton()
-    from lwc.backends.triton.kernels import quantize_rows as kernel
+    from lwc.backends.triton.kernels.quantize_rows import quantize_rows_operation
     from lwc.backends.triton.run import computable, run
 
     flat = _flat(x)
-    if flat.shape[1] > kernel.LONGEST:
-        raise UsageError(f"rows of {flat.shape[1]} elements are longer than {kernel.LONGEST}")
     require_runnable(x)
-    codes, scales = run(kernel.quantize_rows_operation(computable(flat)))
+    codes, scales = run(quantize_rows_operation(computable(flat)))
     return codes.view(x.shape), scales.view(x.shape[:-1])
 
 

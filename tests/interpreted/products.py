@@ -114,6 +114,12 @@ def test_rounding_is_that_of_the_dialect() -> None:
     codes, scales = quantize_rows(x)
     assert scales.isnan().tolist() == [False, False, False, True, True]
     assert torch.equal(codes[3:], torch.zeros_like(codes[3:]))
+    long = numbers(1, 2, 40000)  # three parts
+    codes, scales = quantize_rows(long)
+    assert torch.equal(scales, long.abs().amax(1) / 127)
+    assert torch.equal(codes, torch.round(long / scales[:, None]).to(torch.int8))
+    long[1, 39999] = float("nan")
+    assert quantize_rows(long)[1].isnan().tolist() == [False, True]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

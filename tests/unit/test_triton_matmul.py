@@ -17,6 +17,7 @@ from lwc.backends.triton.ahead import compile_ahead  # noqa: E402
 from lwc.backends.triton.architectures import ARCHITECTURES, Architecture, architecture  # noqa: E402
 from lwc.backends.triton.kernels.quantize_rows import quantize_rows_operation  # noqa: E402
 from lwc.backends.triton.kernels.tiled_bitmap_matmul import tiled_bitmap_operation  # noqa: E402
+from lwc.backends.triton.kernels.tiled_csl_matmul import tiled_csl_launch  # noqa: E402
 from lwc.backends.triton.kernels.w4a16_matmul import w4a16_operation  # noqa: E402
 from lwc.backends.triton.kernels.w8a8_matmul import w8a8_operation  # noqa: E402
 from lwc.backends.triton.operation import Configuration, Operation  # noqa: E402
@@ -92,6 +93,28 @@ def test_rows_are_rounded_in_registers(gpu: Any, depth: int) -> None:
         (launch,) = operation.prepare(candidate)
         assert compile_ahead(launch, gpu).spills == 0
         assert launch.work.from_memory(gpu.l2) == operation.least.nbytes
+
+
+@EVERY
+@pytest.mark.parametrize("rows", [16, 64])
+def test_tiled_csl_is_scattered_to_shared_memory(gpu: Any, rows: int) -> None:
+    """Compiled only: Gluon has no interpreter."""
+    configuration = Configuration({"ROWS": rows, "SPLIT": 4}, warps=4, stages=1)
+    launch = tiled_csl_launch(
+        meta(rows, DEPTH), meta(COLUMNS * DEPTH // 5, dtype=torch.int32),
+        meta(32 * 64 + 2, dtype=torch.int32), meta(4, rows, COLUMNS, dtype=torch.float32),
+        fullest=1780, configuration=configuration,
+    )  # fmt: skip
+    kernel = compile_ahead(launch, gpu)
+    assert kernel.spills == 0
+    assert kernel.resident >= 2
+    (loop,) = [block for block in kernel.ptx.split("$L__BB0_") if "mma.sync" in block]
+    assert all(name.startswith("mma.sync.aligned.m16n8k16") for name in kernel.tensor_core)
+    assert loop.index("ld.global.v4.b32") < loop.index("mma.sync")  # the next tile's nonzeros
+    assert loop.count("ld.global.v4.b32") == 2048 // 128 // 4
+    assert "cp.async.cg" in loop
+    # Each of 16 nonzeros of a thread is a store of its own: before the loop, and in it.
+    assert kernel.ptx.count("st.shared.b16") == 2 * 2048 // 128
 
 
 def test_bytes_are_counted_from_the_tiling() -> None:

@@ -17,6 +17,7 @@ from lwc.backends.triton.ahead import Compiled, compile_ahead
 from lwc.backends.triton.architectures import Architecture
 from lwc.backends.triton.kernels.quantize_rows import quantize_rows_operation
 from lwc.backends.triton.kernels.tiled_bitmap_matmul import tiled_bitmap_operation
+from lwc.backends.triton.kernels.tiled_csl_matmul import tiled_csl_launch
 from lwc.backends.triton.kernels.w4a16_matmul import w4a16_operation
 from lwc.backends.triton.kernels.w8a8_matmul import w8a8_operation
 from lwc.backends.triton.operation import Configuration, Launch, Least, Operation
@@ -168,6 +169,39 @@ def _sparse(rows: int, depth: int, columns: int, percent: int) -> Case:
     )  # fmt: skip
 
 
+def _tiled_csl(rows: int, depth: int, columns: int, percent: int) -> Case:
+    """Flash-LLM's layout in Gluon, which was never run; without the sum of the parts."""
+
+    def make(gpu: Architecture) -> Operation:
+        tiles = -(-columns // 128) * -(-depth // 64)
+        mean = 8192 * (1 - percent / 100)
+        fullest = int(mean + 4 * (mean * percent / 100) ** 0.5) + 4
+        x = meta(rows, depth, dtype=torch.float16)
+        nonzeros = meta(int(tiles * (mean + 1.5)), dtype=torch.int32)
+        offsets = meta(tiles + 2, dtype=torch.int32)
+        parts = 8
+        out = meta(parts, rows, columns, dtype=torch.float32)
+        nbytes = x.numel() * 2 + 4 * (nonzeros.numel() + offsets.numel()) + 2 * rows * columns
+        return Operation(
+            name="product with tiled CSL",
+            candidates=(Configuration({"ROWS": max(16, rows), "SPLIT": parts}, warps=4, stages=1),),
+            prepare=lambda configuration: (
+                tiled_csl_launch(
+                    x, nonzeros, offsets, out, fullest=fullest, configuration=configuration
+                ),
+            ),
+            results=(out,),
+            least=Least(nbytes, 2 * rows * depth * columns),
+            key=(),
+        )
+
+    return Case(
+        f"tiled CSL, Gluon {percent}% {rows}x{depth}x{columns}", make, TILING_BAR, tiled=True,
+        fewest=lambda _operation, _gpu, asked: asked, dense=dense_least(rows, depth, columns),
+        steps=-(-depth // 64),
+    )  # fmt: skip
+
+
 def _quantize(rows: int, columns: int) -> Case:
     def make(gpu: Architecture) -> Operation:
         return quantize_rows_operation(meta(rows, columns))
@@ -188,4 +222,5 @@ PRODUCTS: list[Any] = [
     *(_sparse(rows, 4096, 14336, percent) for rows in (1, 16) for percent in SPARSITIES),
     _sparse(64, 4096, 14336, 80),
     _sparse(2048, 4096, 4096, 80),
+    *(_tiled_csl(rows, 4096, 14336, percent) for rows in (1, 16) for percent in SPARSITIES),
 ]

@@ -1,6 +1,7 @@
 """Rounding of activations to int8, each row by its largest magnitude.
 
-A program holds a row in registers: one read, one write of a quarter or half of it.
+A program holds a row in registers: one read, one write of a quarter or half of it. Rows that are
+too long for that are read twice, in parts.
 """
 
 from __future__ import annotations
@@ -13,27 +14,48 @@ import triton.language as tl
 
 from lwc.backends.triton.operation import Access, Configuration, Launch, Least, Operation, Work
 
-__all__ = ["LONGEST", "quantize_rows_kernel", "quantize_rows_operation"]
+__all__ = ["quantize_rows_kernel", "quantize_rows_operation"]
 
-LONGEST = 32768
-"""Elements of the longest row: 32 in the registers of each of 1024 threads."""
+HELD = 16384
+"""Elements of a row that registers hold: 32 in those of each of 512 threads."""
 
 
 @triton.jit
-def quantize_rows_kernel(x, codes, scales, columns, stride_x, COLUMNS: tl.constexpr):
+def largest(value):
+    """Return the largest magnitude of a part of a row, infinite where one is no number."""
+    magnitude = tl.abs(value)
+    return tl.max(tl.where(magnitude < float("inf"), magnitude, float("inf")), 0)
+
+
+@triton.jit
+def rounded(value, step, broken):
+    """Return value / step, half to even: adding 1.5 * 2^23 leaves no bits for fractions."""
+    steps = tl.div_rn(value, tl.where(step == 0.0, 1.0, step))
+    whole = (steps + 12582912.0) - 12582912.0
+    return tl.where(broken, 0.0, whole).to(tl.int8)
+
+
+@triton.jit
+def quantize_rows_kernel(
+    x, codes, scales, columns, stride_x, PARTS: tl.constexpr, COLUMNS: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)
-    inside = column < columns
-    value = tl.load(x + row * stride_x + column, mask=inside, other=0.0).to(tl.float32)
-    magnitude = tl.abs(value)
-    top = tl.max(magnitude, 0)
+    here = x + row * stride_x + column
+    value = tl.load(here, mask=column < columns, other=0.0).to(tl.float32)
+    top = largest(value)
+    for part in tl.range(1, PARTS):
+        left = columns - part * COLUMNS
+        other = tl.load(here + part * COLUMNS, mask=column < left, other=0.0)
+        top = tl.maximum(top, largest(other.to(tl.float32)))
+    broken = top == float("inf")
     step = tl.div_rn(top, 127.0)
-    steps = tl.div_rn(value, tl.where(step == 0.0, 1.0, step))
-    # Adding 1.5 * 2^23 leaves no bits for fractions: it rounds half to even.
-    whole = (steps + 12582912.0) - 12582912.0
-    broken = tl.max((magnitude < float("inf")).to(tl.int32) ^ 1, 0) != 0
-    whole = tl.where(broken, 0.0, whole)
-    tl.store(codes + row * columns + column, whole.to(tl.int8), mask=inside)
+    to = codes + row * columns + column
+    tl.store(to, rounded(value, step, broken), mask=column < columns)
+    for part in tl.range(1, PARTS):
+        left = columns - part * COLUMNS
+        other = tl.load(here + part * COLUMNS, mask=column < left, other=0.0).to(tl.float32)
+        tl.store(to + part * COLUMNS, rounded(other, step, broken), mask=column < left)
     tl.store(scales + row, tl.where(broken, float("nan"), step))
 
 
@@ -46,12 +68,13 @@ def quantize_rows_operation(x: Any) -> Operation:
     rows, columns = x.shape
     codes = torch.empty((rows, columns), dtype=torch.int8, device=x.device)
     scales = torch.empty((rows,), dtype=torch.float32, device=x.device)
-    width = triton.next_power_of_2(columns)
+    width = min(triton.next_power_of_2(columns), HELD)
     size = rows * columns * x.element_size()
+    again = rows * max(columns - width, 0) * x.element_size()
 
     def prepare(configuration: Configuration) -> tuple[Launch, ...]:
         accesses = (
-            Access("x", size, size),
+            Access("x", size, size + again, columns * x.element_size()),
             Access("codes", rows * columns, rows * columns),
             Access("scales", 4 * rows, 4 * rows),
         )
@@ -62,7 +85,7 @@ def quantize_rows_operation(x: Any) -> Operation:
                 "x": x, "codes": codes, "scales": scales, "columns": columns,
                 "stride_x": x.stride(0),
             },
-            constants={},
+            constants={"PARTS": -(-columns // width)},
             configuration=configuration,
             work=Work(accesses, 6 * rows * columns, "float32"),
         )  # fmt: skip
@@ -72,7 +95,7 @@ def quantize_rows_operation(x: Any) -> Operation:
         name="rows to int8",
         candidates=tuple(
             Configuration({"COLUMNS": width}, warps=warps, stages=1)
-            for warps in (4, 8, 16, 32)
+            for warps in (4, 8, 16)
             if 128 <= width // warps <= 1024 or (warps == 4 and width < 512)
         ),
         prepare=prepare,
