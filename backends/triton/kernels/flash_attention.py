@@ -28,7 +28,6 @@ __all__ = [
     "flash_operation",
     "mask_access",
     "scan",
-    "tilings",
 ]
 
 LOG2_E = 1.4426950408889634
@@ -317,7 +316,9 @@ def flash_operation(
 
     return Operation(
         name="attention, prefill",
-        candidates=tilings(q.dtype, size, value_size, queries, batch * heads, architecture),
+        candidates=_candidates(
+            q, value_size, queries, batch, architecture, window=attended.left is not None
+        ),
         prepare=prepare,
         results=(out,),
         least=_least(q, k, v, mask, attended, batch, queries, keys),
@@ -331,58 +332,62 @@ def flash_operation(
 # with the height, then some that leave room for a second block.
 _TILINGS: dict[tuple[int, int, int], tuple[tuple[int, int, int, int], ...]] = {
     (80, 2, 64): ((256, 32, 8, 3), (256, 64, 8, 2), (128, 64, 8, 3)),
-    (80, 2, 128): ((128, 64, 8, 3), (128, 32, 8, 3)),
+    (80, 2, 128): ((128, 64, 8, 3), (128, 32, 8, 3), (256, 16, 8, 2)),
     (80, 2, 256): ((64, 64, 8, 2), (64, 32, 8, 2)),
     (90, 2, 64): ((256, 64, 16, 2), (256, 64, 8, 2), (128, 128, 8, 2), (128, 64, 8, 3)),
     (90, 2, 128): ((256, 32, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3)),
     (90, 2, 256): ((128, 32, 8, 2), (128, 64, 8, 2)),
     (100, 2, 64): ((256, 32, 8, 3), (256, 64, 8, 2), (128, 64, 8, 4)),
-    (100, 2, 128): ((128, 64, 8, 3), (128, 32, 8, 3)),
-    (100, 2, 256): ((64, 64, 8, 2), (128, 32, 8, 2)),
+    (100, 2, 128): ((256, 32, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3)),
+    (100, 2, 256): ((128, 32, 8, 2), (64, 64, 8, 2)),
     (80, 4, 64): ((64, 32, 8, 2), (64, 16, 8, 2)),
     (80, 4, 128): ((64, 32, 8, 2), (32, 32, 4, 2)),
     (80, 4, 256): ((32, 16, 8, 2),),
     (90, 4, 128): ((64, 16, 8, 2), (32, 32, 4, 2)),
 }
-_SHORT = (64, 32, 4, 2)
+# A window's edge is one more loop in the kernel, which takes registers.
+_WINDOWED = {
+    (80, 2, 256): ((64, 32, 8, 2),),
+    (90, 2, 256): ((128, 32, 8, 2),),
+    (100, 2, 128): ((128, 64, 8, 3), (128, 32, 8, 3)),
+}
+_SHORT = (64, 32, 8, 2)
 
 
-def tilings(
-    dtype: Any, size: int, value_size: int, queries: int, others: int, architecture: Architecture
+def _candidates(
+    q: Any, value_size: int, queries: int, batch: int, architecture: Architecture, *, window: bool
 ) -> tuple[Configuration, ...]:
     """Return the tilings for an architecture, the best guess first.
 
     Where tall tiles are too few for the GPU's multiprocessors, lower ones come first.
-
-    Args:
-        dtype: Element type.
-        size: Of a head of queries and keys.
-        value_size: Of a head of values.
-        queries: How many there are.
-        others: Heads times batch: what multiplies the tiles.
-        architecture: What they are chosen for.
     """
+    heads, size, element = q.shape[1], q.shape[3], q.element_size()
     widths = {
         "SIZE": max(triton.next_power_of_2(size), 16),
         "VALUE_SIZE": max(triton.next_power_of_2(value_size), 16),
     }
     widest = max(*widths.values(), 64)
-    known = [key for key in _TILINGS if key[0] <= architecture.capability]
-    listed = _TILINGS[max(key for key in known if key[1:] == (dtype.itemsize, widest))]
-    found: list[Configuration] = []
-    for rows, keys, warps, stages in (*listed, _SHORT):
-        if queries <= rows // 2 and (rows, keys) != _SHORT[:2]:
-            continue
-        tall = min(rows, max(triton.next_power_of_2(queries), 16))
-        found.append(Configuration({"QUERIES": tall, "KEYS": keys, **widths}, warps, stages))
-    return tuple(
-        sorted(
-            found,
-            key=lambda tiling: (
-                -(-queries // tiling["QUERIES"]) * others < architecture.multiprocessors
-            ),
-        )
+    key = max(
+        known
+        for known in _TILINGS
+        if known[0] <= architecture.capability and known[1:] == (element, widest)
     )
+    listed = _WINDOWED.get(key, _TILINGS[key]) if window else _TILINGS[key]
+    short = () if element == 4 or _SHORT in listed else (_SHORT,)
+    found: list[Configuration] = []
+    for rows, keys, warps, stages in (*listed, *short):
+        tall = min(rows, max(triton.next_power_of_2(queries), 16))
+        found.append(
+            Configuration(
+                {"QUERIES": tall, "KEYS": keys, **widths}, warps if tall > 32 else 4, stages
+            )
+        )
+
+    def too_few(tiling: Configuration) -> int:
+        programs = -(-queries // tiling["QUERIES"]) * heads * batch
+        return tiling["QUERIES"] if programs < architecture.multiprocessors else 0
+
+    return tuple(sorted(found, key=too_few))
 
 
 def _strides(name: str, tensor: Any) -> dict[str, int]:

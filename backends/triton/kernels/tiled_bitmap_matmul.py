@@ -69,14 +69,15 @@ def expanded(bits, pairs, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def tile_of(
-    bits, pairs, offsets, tile,
+    bits, pairs, offsets, tile, present,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
-    """Load a tile and expand it."""
+    """Load a tile and expand it; zeros, and no load, where `present` is 0."""
     octets: tl.constexpr = HEIGHT * WIDTH // 16
-    start = tl.load(offsets + tile)
-    count = (tl.load(offsets + tile + 1) - start) * UNIT
-    own = tl.load(bits + tile.to(tl.int64) * octets + tl.arange(0, octets))
+    start = tl.load(offsets + tile, mask=present > 0, other=0)
+    count = (tl.load(offsets + tile + 1, mask=present > 0, other=0) - start) * UNIT
+    octet = tl.arange(0, octets)
+    own = tl.load(bits + tile.to(tl.int64) * octets + octet, mask=octet < present * octets, other=0)
     number = tl.arange(0, CAPACITY)
     here = pairs + start.to(tl.int64) * UNIT
     filled = tl.load(here + number, mask=number < count, other=0)
@@ -95,7 +96,7 @@ def tiled_bitmap_kernel(
     x_at = x + row.to(tl.int64)[None, :] * stride_x
     tiles = tl.cdiv(depth, WIDTH)
     upper = column_tile * (COLUMNS // HEIGHT)
-    lower = tl.minimum(upper + 1, tl.cdiv(columns, HEIGHT) - 1)
+    below_too = tl.minimum(tl.cdiv(columns, HEIGHT) - upper - 1, 1)
     first, last = steps_of(depth, WIDTH, SPLIT)
     precision: tl.constexpr = "ieee" if IEEE else None
     total = tl.zeros([HEIGHT, ROWS], tl.float32)
@@ -106,10 +107,20 @@ def tiled_bitmap_kernel(
         if not WHOLE:
             mask = mask & (k < depth)[:, None]
         numbers = tl.load(x_at + k[:, None], mask=mask, other=0.0)
-        w = tile_of(bits, pairs, offsets, upper * tiles + step, HEIGHT, WIDTH, UNIT, CAPACITY)
+        w = tile_of(bits, pairs, offsets, upper * tiles + step, 1, HEIGHT, WIDTH, UNIT, CAPACITY)
         total = tl.dot(w.to(numbers.dtype), numbers, total, input_precision=precision)
         if COLUMNS > HEIGHT:
-            w = tile_of(bits, pairs, offsets, lower * tiles + step, HEIGHT, WIDTH, UNIT, CAPACITY)
+            w = tile_of(
+                bits,
+                pairs,
+                offsets,
+                (upper + 1) * tiles + step,
+                below_too,
+                HEIGHT,
+                WIDTH,
+                UNIT,
+                CAPACITY,
+            )
             below = tl.dot(w.to(numbers.dtype), numbers, below, input_precision=precision)
     column = column_tile * COLUMNS + tl.arange(0, HEIGHT)
     finish(total, out, None, None, bias, row, column, rows, columns, FUNCTION, SPLIT)
@@ -149,7 +160,11 @@ def tiled_bitmap_operation(
     product = Product(
         x,
         out,
-        {name: tensor.numel() * tensor.element_size() for name, tensor in weights.items()},
+        {
+            "bits": bits.numel(),
+            "pairs": pairs.numel() * 4,
+            "offsets": offsets.numel() * 4 - 4,
+        },
         str(x.dtype).removeprefix("torch."),
         bias=bias,
         function=function,
@@ -167,6 +182,7 @@ def tiled_bitmap_operation(
             },
             configuration,
             -(-depth // TILE_COLUMNS) * TILE_COLUMNS,
+            again={"offsets": 2},
         )  # fmt: skip
 
     return Operation(
