@@ -58,14 +58,16 @@ def w8a8_matmul(
         LwcError: No kernel runs where the tensors are.
     """
     require_triton()
+    from lwc.backends.triton.kernels.quantize_rows import quantize_rows_operation
     from lwc.backends.triton.kernels.w8a8_matmul import w8a8_operation
-    from lwc.backends.triton.run import architecture_of, computable
+    from lwc.backends.triton.run import architecture_of, computable, run
 
     _check(x, weights, bias, activation)
     require_runnable(x, weights.codes, weights.scales, bias)
     if prod(x.shape) == 0:
         return _nothing(x, weights, bias, activation)
-    codes, scales = quantize_rows(_flat(x))
+    rounding = quantize_rows_operation(computable(_flat(x)), weights.codes.shape[1])
+    codes, scales = run(rounding)
     operation = w8a8_operation(
         codes, scales, weights.codes, weights.scales, _vector(bias), architecture_of(x),
         dtype=computable(x[:0]).dtype, function=activation,

@@ -44,7 +44,8 @@ class W8Weights(_Weights):
     Attributes:
         columns: Columns of the result.
         depth: What is summed over.
-        codes: int8 [columns, depth].
+        codes: int8 [columns, width]: zeros fill the depth up to a multiple of 16, so that rows are
+            copied in units of 16 bytes.
         scales: float32 [columns].
     """
 
@@ -58,7 +59,8 @@ class W8Weights(_Weights):
         if scales.shape != codes.shape[:1]:
             raise LwcError(f"scales have shape {list(scales.shape)}, not {[len(codes)]}")
         columns, depth = codes.shape
-        return cls(columns, depth, _tensor(codes), _tensor(scales.astype(np.float32)))
+        whole = np.pad(codes, [(0, 0), (0, -depth % 16)])
+        return cls(columns, depth, _tensor(whole), _tensor(scales.astype(np.float32)))
 
     @classmethod
     def from_dialect(cls, node: DynamicQuantMatMul, codes: Array, scales: Array) -> W8Weights:

@@ -164,4 +164,6 @@ def test_products_with_sparse_weights(split: int, width: int) -> None:
 
 @pytest.mark.parametrize("columns", [70, 20000])
 def test_rounding_of_rows(columns: int) -> None:
-    check(quantize_rows_operation(torch.ones(3, columns, dtype=torch.float16)))
+    x = torch.ones(3, columns, dtype=torch.float16)
+    check(quantize_rows_operation(x))
+    check(quantize_rows_operation(x, columns + 10))

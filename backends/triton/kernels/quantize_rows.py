@@ -37,7 +37,7 @@ def rounded(value, step, broken):
 
 @triton.jit
 def quantize_rows_kernel(
-    x, codes, scales, columns, stride_x, PARTS: tl.constexpr, COLUMNS: tl.constexpr
+    x, codes, scales, columns, width, stride_x, PARTS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)
@@ -50,42 +50,44 @@ def quantize_rows_kernel(
         top = tl.maximum(top, largest(other.to(tl.float32)))
     broken = top == float("inf")
     step = tl.div_rn(top, 127.0)
-    to = codes + row * columns + column
-    tl.store(to, rounded(value, step, broken), mask=column < columns)
+    to = codes + row * width + column
+    tl.store(to, rounded(value, step, broken), mask=column < width)
     for part in tl.range(1, PARTS):
         left = columns - part * COLUMNS
         other = tl.load(here + part * COLUMNS, mask=column < left, other=0.0).to(tl.float32)
-        tl.store(to + part * COLUMNS, rounded(other, step, broken), mask=column < left)
+        inside = column < width - part * COLUMNS
+        tl.store(to + part * COLUMNS, rounded(other, step, broken), mask=inside)
     tl.store(scales + row, tl.where(broken, float("nan"), step))
 
 
-def quantize_rows_operation(x: Any) -> Operation:
-    """Describe rounding of x [rows, columns] to int8 codes and float32 scales [rows].
+def quantize_rows_operation(x: Any, width: int | None = None) -> Operation:
+    """Describe rounding of x [rows, columns] to int8 codes [rows, width] and scales [rows].
 
     With `scale = max|x| / 127`, a code is `round(x / scale)`, half to even. The scale of a row with
-    NaN or infinities is NaN.
+    NaN or infinities is NaN. Zeros fill codes up to the width, which is that of `x` when None.
     """
     rows, columns = x.shape
-    codes = torch.empty((rows, columns), dtype=torch.int8, device=x.device)
+    width = columns if width is None else width
+    codes = torch.empty((rows, width), dtype=torch.int8, device=x.device)
     scales = torch.empty((rows,), dtype=torch.float32, device=x.device)
-    width = min(triton.next_power_of_2(columns), HELD)
+    held = min(triton.next_power_of_2(width), HELD)
     size = rows * columns * x.element_size()
-    again = rows * max(columns - width, 0) * x.element_size()
+    again = rows * max(columns - held, 0) * x.element_size()
 
     def prepare(configuration: Configuration) -> tuple[Launch, ...]:
         accesses = (
             Access("x", size, size + again, columns * x.element_size()),
-            Access("codes", rows * columns, rows * columns),
+            Access("codes", rows * width, rows * width),
             Access("scales", 4 * rows, 4 * rows),
         )
         launch = Launch(
             kernel=quantize_rows_kernel,
             grid=(rows,),
             arguments={
-                "x": x, "codes": codes, "scales": scales, "columns": columns,
+                "x": x, "codes": codes, "scales": scales, "columns": columns, "width": width,
                 "stride_x": x.stride(0),
             },
-            constants={"PARTS": -(-columns // width)},
+            constants={"PARTS": -(-width // held)},
             configuration=configuration,
             work=Work(accesses, 6 * rows * columns, "float32"),
         )  # fmt: skip
@@ -94,12 +96,12 @@ def quantize_rows_operation(x: Any) -> Operation:
     return Operation(
         name="rows to int8",
         candidates=tuple(
-            Configuration({"COLUMNS": width}, warps=warps, stages=1)
+            Configuration({"COLUMNS": held}, warps=warps, stages=1)
             for warps in (4, 8, 16)
-            if 128 <= width // warps <= 1024 or (warps == 4 and width < 512)
+            if 128 <= held // warps <= 1024 or (warps == 4 and held < 512)
         ),
         prepare=prepare,
         results=(codes, scales),
-        least=Least(size + rows * columns + 4 * rows, 6 * rows * columns),
-        key=(x.dtype, columns, min(rows, 4096)),
+        least=Least(size + rows * width + 4 * rows, 6 * rows * columns),
+        key=(x.dtype, columns, width, min(rows, 4096)),
     )

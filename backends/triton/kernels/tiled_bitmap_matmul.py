@@ -6,8 +6,8 @@ whose number is that of the bits set before it. A thread has whole bytes of bits
 summed over the tile, and within a byte it goes from bit to bit, so that neighbouring threads take
 neighbouring pairs, which lie in different banks.
 
-With a bit for each element there would be less to load, but expanding takes twice the instructions,
-and then they, and not memory, bound the product.
+With a bit for each element there would be less to load, but expanding takes a quarter more
+instructions, and they, not memory, bound the product.
 """
 
 from __future__ import annotations
