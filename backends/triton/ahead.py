@@ -17,7 +17,7 @@ from lwc.backends.triton.availability import require_triton
 from lwc.backends.triton.operation import Launch
 from lwc.core.errors import LwcError
 
-__all__ = ["Compiled", "compile_ahead"]
+__all__ = ["Compiled", "compile_ahead", "performance_losses"]
 
 _TENSOR_CORE = re.compile(
     r"^\s*(?:@\S+\s+)?((?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)[\w.:]*)", re.MULTILINE
@@ -123,6 +123,22 @@ def compile_ahead(launch: Launch, architecture: Architecture) -> Compiled:
         asynchronous=Counter(_ASYNCHRONOUS.findall(ptx)),
         ptx=ptx,
     )
+
+
+def performance_losses(kernel: Compiled) -> list[str]:
+    """Return what the assembler says makes a kernel slow, such as `wgmma` taken one at a time."""
+    from triton import knobs
+
+    newer = kernel.architecture.capability >= 90
+    tool = knobs.nvidia.ptxas_blackwell if newer else knobs.nvidia.ptxas
+    target = kernel.architecture.target + ("a" if newer else "")
+    with tempfile.TemporaryDirectory() as folder:
+        source, result = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(kernel.ptx)
+        command = [tool.path, "-v", f"--gpu-name={target}", str(source), "-o", str(result)]
+        ended = subprocess.run(command, check=True, capture_output=True, text=True)
+    said = (ended.stdout + ended.stderr).splitlines()
+    return [line.strip() for line in said if "Performance Loss" in line]
 
 
 def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:

@@ -18,7 +18,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are for Triton's interpreter here", allow_module_level=True)
 
 from lwc.backends.triton import launch  # noqa: E402
-from lwc.backends.triton.ahead import Compiled, compile_ahead  # noqa: E402
+from lwc.backends.triton.ahead import (  # noqa: E402
+    Compiled,
+    compile_ahead,
+    performance_losses,
+)
 from lwc.backends.triton.architectures import ARCHITECTURES, architecture  # noqa: E402
 from lwc.backends.triton.kernels.activation import (  # noqa: E402
     ACTIVATIONS,
@@ -127,6 +131,7 @@ def test_prompts_use_tensor_cores_and_load_ahead(
         kind = "bf16" if dtype == torch.bfloat16 else "f16"
         assert all(f".f32.{kind}.{kind}" in name for name in kernel.tensor_core)
     assert "tf32" not in kernel.ptx
+    assert performance_losses(kernel) == []
 
 
 @pytest.mark.slow

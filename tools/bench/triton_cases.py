@@ -150,6 +150,7 @@ CASES = [
     _prefill("16/8", 4096, 128, batch=2, window=1024, cap=50.0),
     _prefill("8/4", 4096, 256, batch=2, window=1024),
     _prefill("12/12", 512, 64, batch=32, causal=False, masked=True),
+    _prefill("32/8", 2048, 128, masked=True),
     _prefill("9/3", 2048, 64, dtype=FLOAT32),
     _decode("32/8", 4096, 128),
     _decode("32/8", 4096, 128, batch=16),

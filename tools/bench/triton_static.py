@@ -36,7 +36,7 @@ from rich.table import Table
 from triton_cases import CASES, Case
 from triton_products import PRODUCTS, issue_seconds
 
-from lwc.backends.triton.ahead import Compiled, compile_ahead
+from lwc.backends.triton.ahead import Compiled, compile_ahead, performance_losses
 from lwc.backends.triton.architectures import ARCHITECTURES, Architecture, architecture
 from lwc.backends.triton.operation import Configuration, Launch, Least, Operation
 from lwc.core.errors import LwcError
@@ -113,6 +113,7 @@ def _facts(launch: Launch, kernel: Compiled) -> dict[str, Any]:
         "waves": programs / slots if slots else None,
         "tensor core": dict(kernel.tensor_core),
         "asynchronous": dict(kernel.asynchronous),
+        "performance losses": performance_losses(kernel) if kernel.tensor_core else [],
     }
 
 
@@ -134,8 +135,8 @@ def _fewest(operation: Operation, gpu: Architecture, asked: int) -> int:
     }
     for rows in (512, 256, 128):
         for columns, warps in itertools.product((32, 64), (8, 16)):
-            # Sums, scores and weights of a tile are in registers, or go through them.
-            if rows * (widths["VALUE_SIZE"] + columns * 3 // 2) > gpu.registers * 0.9:
+            # Sums, scores and weights of a tile go through registers, and addresses need some.
+            if rows * (widths["VALUE_SIZE"] + columns * 3 // 2) > gpu.registers * 0.8:
                 continue
             configuration = Configuration(
                 {"QUERIES": rows, "KEYS": columns, **widths}, warps=warps, stages=2
@@ -214,12 +215,18 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         for row in rows
         if any(launch["spills"] for launch in row["launches"])
     ]
+    slowed = [
+        f"{row['case']} on {row['gpu']}"
+        for row in rows
+        if any(launch["performance losses"] for launch in row["launches"])
+    ]
     return {
         "what this is": "compiled ahead of time and costed; nothing was run on a GPU",
         "rows": len(rows),
         "with traffic judged": len(judged),
         "over their bar": over,
         "with spills": spilling,
+        "slowed by what the assembler says": slowed,
         "largest ratio of predicted time and bound": max(row["ratio"] for row in rows),
     }
 

@@ -181,12 +181,15 @@ def flash_kernel(
         norm = tl.zeros((QUERIES,), tl.float32)
         total = tl.zeros((QUERIES, VALUE_SIZE), tl.float32)
         if mask is not None:
-            total, highest, norm = scan(
-                total, highest, norm, query, k, v, rows_of_mask, known,
-                k_token, v_token, mask_key,
-                begin, end, keys, position, left, right, scale, cap, size, value_size,
-                True, LEFT, RIGHT, CAPPED, IEEE, WHOLE, VALUE_WHOLE, KEYS, SIZE, VALUE_SIZE,
-            )  # fmt: skip
+            # Inside of the branch the last product is waited for; behind it, wgmma would be
+            # taken one at a time, for the sums that come from where no key is.
+            if begin < end:
+                total, highest, norm = scan(
+                    total, highest, norm, query, k, v, rows_of_mask, known,
+                    k_token, v_token, mask_key,
+                    begin, end, keys, position, left, right, scale, cap, size, value_size,
+                    True, LEFT, RIGHT, CAPPED, IEEE, WHOLE, VALUE_WHOLE, KEYS, SIZE, VALUE_SIZE,
+                )  # fmt: skip
         else:
             if LEFT:
                 total, highest, norm = scan(
@@ -317,7 +320,8 @@ def flash_operation(
     return Operation(
         name="attention, prefill",
         candidates=_candidates(
-            q, value_size, queries, batch, architecture, window=attended.left is not None
+            q, value_size, queries, batch, architecture,
+            window=attended.left is not None and mask is None, masked=mask is not None,
         ),
         prepare=prepare,
         results=(out,),
@@ -345,18 +349,24 @@ _TILINGS: dict[tuple[int, int, int], tuple[tuple[int, int, int, int], ...]] = {
     (80, 4, 256): ((32, 16, 8, 2),),
     (90, 4, 128): ((64, 16, 8, 2), (32, 32, 4, 2)),
 }
-# A window's edge is one more loop in the kernel, which takes registers.
+# A window's edge is one more loop in the kernel and a mask is held beside the scores: where that
+# takes more registers than there are, other tiles take their place.
 _WINDOWED = {
     (80, 2, 256): ((64, 32, 8, 2),),
     (90, 2, 256): ((128, 32, 8, 2),),
+    (100, 2, 128): ((128, 64, 8, 3), (128, 32, 8, 3)),
+}
+_MASKED = {
+    (90, 2, 64): ((256, 64, 8, 2), (128, 128, 8, 2), (128, 64, 8, 3)),
     (100, 2, 128): ((128, 64, 8, 3), (128, 32, 8, 3)),
 }
 _SHORT = (64, 32, 8, 2)
 
 
 def _candidates(
-    q: Any, value_size: int, queries: int, batch: int, architecture: Architecture, *, window: bool
-) -> tuple[Configuration, ...]:
+    q: Any, value_size: int, queries: int, batch: int, architecture: Architecture, *,
+    window: bool, masked: bool,
+) -> tuple[Configuration, ...]:  # fmt: skip
     """Return the tilings for an architecture, the best guess first.
 
     Where tall tiles are too few for the GPU's multiprocessors, lower ones come first.
@@ -372,7 +382,9 @@ def _candidates(
         for known in _TILINGS
         if known[0] <= architecture.capability and known[1:] == (element, widest)
     )
-    listed = _WINDOWED.get(key, _TILINGS[key]) if window else _TILINGS[key]
+    listed = _TILINGS[key]
+    for asked, other in ((window, _WINDOWED), (masked, _MASKED)):
+        listed = other.get(key, listed) if asked else listed
     short = () if element == 4 or _SHORT in listed else (_SHORT,)
     found: list[Configuration] = []
     for rows, keys, warps, stages in (*listed, *short):
