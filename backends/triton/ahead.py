@@ -93,7 +93,12 @@ def compile_ahead(launch: Launch, architecture: Architecture) -> Compiled:
             remedy="unset TRITON_INTERPRET",
         )
     signature, constants, attributes = _specialise(launch)
-    source = ASTSource(launch.kernel, signature, constants, attributes)
+    kind = ASTSource
+    if launch.kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        kind = GluonASTSource
+    source = kind(launch.kernel, signature, constants, attributes)
     target = GPUTarget("cuda", architecture.capability, 32)
     try:
         with redirect_stdout(StringIO()):  # Triton prints the whole PTX that ptxas refuses

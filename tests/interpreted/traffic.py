@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,8 +17,14 @@ from lwc.backends.triton.kernels.activation import activation_operation
 from lwc.backends.triton.kernels.decode_attention import decode_operation
 from lwc.backends.triton.kernels.flash_attention import Attended, flash_operation
 from lwc.backends.triton.kernels.norm import norm_operation
+from lwc.backends.triton.kernels.quantize_rows import quantize_rows_operation
 from lwc.backends.triton.kernels.rotary import rotary_operation
+from lwc.backends.triton.kernels.tiled_bitmap_matmul import tiled_bitmap_operation
+from lwc.backends.triton.kernels.w4a16_matmul import w4a16_operation
+from lwc.backends.triton.kernels.w8a8_matmul import w8a8_operation
 from lwc.backends.triton.operation import Configuration, Operation
+from lwc.backends.triton.weights import SparseWeights, W4Weights
+from lwc.core.tiled_bitmap import pack
 
 GPU = architecture("A100")
 
@@ -115,3 +122,48 @@ def test_activations() -> None:
     both = numbers(0, 3, 4200, dtype=torch.float16)
     check(activation_operation(both[:, :2100], both[:, 2100:], "silu"))
     check(activation_operation(both, both, "relu"))
+
+
+SPLIT = pytest.mark.parametrize("split", [1, 2])
+
+
+@SPLIT
+def test_products_of_eight_bits(split: int) -> None:
+    x, w = torch.ones(37, 150, dtype=torch.int8), torch.ones(130, 150, dtype=torch.int8)
+    operation = w8a8_operation(
+        x, torch.ones(37), w, torch.ones(130), torch.ones(130), GPU, dtype=torch.float16
+    )
+    sizes = {"ROWS": 16, "COLUMNS": 64, "DEPTH": 32, "PIECES": 2, "GROUP": 8, "SPLIT": split}
+    check(operation, Configuration(sizes))
+
+
+@SPLIT
+def test_products_of_four_bits(split: int) -> None:
+    codes, scales = np.ones((130, 300), np.uint8), np.ones((130, 5))
+    weights = W4Weights.pack(codes, scales, scales.astype(np.uint8), 64)
+    operation = w4a16_operation(
+        torch.ones(37, 300), weights.codes, weights.scales, weights.zeros, None, GPU, columns=130,
+        group_size=64,
+    )  # fmt: skip
+    sizes = {"ROWS": 16, "COLUMNS": 64, "PIECE": 32, "GROUP": 8, "SPLIT": split}
+    check(operation, Configuration(sizes))
+
+
+@SPLIT
+@pytest.mark.parametrize("width", [128, 256])
+def test_products_with_sparse_weights(split: int, width: int) -> None:
+    """Three tiles of columns, of which two are taken together."""
+    matrix = (np.arange(300 * 200).reshape(300, 200) % 3 == 0).astype(np.float16)
+    weights = SparseWeights.of(pack(matrix))
+    operation = tiled_bitmap_operation(
+        torch.ones(37, 200), weights.bits, weights.pairs, weights.offsets, torch.ones(300), GPU,
+        columns=300, fullest=weights.fullest,
+    )  # fmt: skip
+    check(operation, Configuration({"ROWS": 16, "COLUMNS": width, "GROUP": 8, "SPLIT": split}))
+
+
+@pytest.mark.parametrize("columns", [70, 20000])
+def test_rounding_of_rows(columns: int) -> None:
+    x = torch.ones(3, columns, dtype=torch.float16)
+    check(quantize_rows_operation(x))
+    check(quantize_rows_operation(x, columns + 10))

@@ -14,7 +14,7 @@ from lwc.backends.triton.kernels.decode_attention import decode_operation
 from lwc.backends.triton.kernels.flash_attention import Attended, flash_operation
 from lwc.backends.triton.kernels.norm import norm_operation
 from lwc.backends.triton.kernels.rotary import rotary_operation
-from lwc.backends.triton.operation import Operation
+from lwc.backends.triton.operation import Least, Operation
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 MEMORY_BAR = 1.1
@@ -31,12 +31,19 @@ class Case:
         bar: Most of the bytes that must be moved; with `tiled`, of the bytes that the tiling with
             the fewest loads asks for.
         tiled: Elements are loaded more than once whatever the tiling.
+        fewest: Finds the fewest bytes that a tiling asks for, given those of the one taken; as for
+            attention when None.
+        dense: For sparse weights: what the product with dense ones must do.
+        steps: With `dense`, steps over the whole depth.
     """
 
     name: str
     make: Callable[[Architecture], Operation]
     bar: float = MEMORY_BAR
     tiled: bool = False
+    fewest: Callable[[Operation, Architecture, int], int] | None = None
+    dense: Least | None = None
+    steps: int = 0
 
 
 def meta(*shape: int, dtype: Any = BFLOAT16) -> Any:

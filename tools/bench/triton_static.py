@@ -13,7 +13,11 @@ kernel must move and compute. These times are predictions: nothing ran.
 Bars: operations that can load each element once move at most 1.1 of the bytes they must. Prefill
 asks for at most 1.15 of the bytes of the tiling that asks for the fewest, among those that compile
 without spills and fit (`--tilings` compiles them, which takes minutes). Blocks of 32 and 64 keys
-are tried. Those of 16 are left out: each block scales the sums anew.
+are tried. Those of 16 are left out: each block scales the sums anew. Products are compared with the
+tilings that give each SM a program.
+
+Sparse weights are compared with the bound of dense ones in float16 twice: by bytes, and by the time
+it takes to issue the instructions that expand them, counted in the machine code of the loop.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from triton_cases import CASES, Case
+from triton_products import PRODUCTS, issue_seconds
 
 from lwc.backends.triton.ahead import Compiled, compile_ahead, performance_losses
 from lwc.backends.triton.architectures import ARCHITECTURES, Architecture, architecture
@@ -48,7 +53,8 @@ def judge(case: Case, gpu: Architecture, *, tilings: bool) -> dict[str, Any]:
     seconds = sum(_seconds(launch, gpu) for launch in launches)
     bound = _bound(operation.least, launches[0].work.operands, gpu)
     if case.tiled:
-        fewest = _fewest(operation, gpu, asked) if tilings else None
+        find = case.fewest or _fewest
+        fewest = find(operation, gpu, asked) if tilings else None
         traffic = None if fewest is None else asked / fewest
     else:
         traffic = moved / operation.least.nbytes
@@ -67,6 +73,25 @@ def judge(case: Case, gpu: Architecture, *, tilings: bool) -> dict[str, Any]:
         "predicted seconds": seconds,
         "bound seconds": bound,
         "ratio": seconds / bound,
+        **_against_dense(case, gpu, launches, kernels, seconds),
+    }
+
+
+def _against_dense(
+    case: Case, gpu: Architecture, launches: tuple[Launch, ...], kernels: list[Compiled],
+    seconds: float,
+) -> dict[str, float]:  # fmt: skip
+    """Compare sparse weights with the bound of a product with dense ones in float16."""
+    if case.dense is None:
+        return {}
+    split = launches[0].configuration["SPLIT"]
+    issue = issue_seconds(launches[0], kernels[0], -(-case.steps // split))
+    dense = _bound(case.dense, "float16", gpu)
+    return {
+        "dense bound seconds": dense,
+        "issue seconds": issue,
+        "speed against dense by bytes": dense / seconds,
+        "speed against dense": dense / max(seconds, issue),
     }
 
 
@@ -150,6 +175,29 @@ def _row(row: dict[str, Any]) -> list[str]:
     ]
 
 
+def _sparse_table(rows: list[dict[str, Any]]) -> Table:
+    """Lay out sparse products beside the bound of dense ones."""
+    table = Table(
+        title="Sparse weights against the bound of dense float16 (predictions): by bytes moved, "
+        "and where issuing the loop's instructions takes longer"
+    )
+    columns = {
+        "us by bytes": ("predicted seconds", 1e6),
+        "us by instructions": ("issue seconds", 1e6),
+        "dense us": ("dense bound seconds", 1e6),
+        "speed by bytes": ("speed against dense by bytes", 1),
+        "speed": ("speed against dense", 1),
+    }
+    table.add_column("case")
+    table.add_column("GPU")
+    for heading in columns:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        numbers = [f"{row[key] * scale:.2f}" for key, scale in columns.values()]
+        table.add_row(row["case"], row["gpu"], *numbers)
+    return table
+
+
 def _instructions(found: dict[str, int]) -> str:
     """Shorten instructions to their family and count."""
     families: Counter[str] = Counter()
@@ -193,7 +241,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", type=Path)
     arguments = parser.parse_args()
     console = Console(width=None if os.isatty(1) else 230)
-    chosen = [case for case in CASES if arguments.only in case.name]
+    chosen = [case for case in (*CASES, *PRODUCTS) if arguments.only in case.name]
     work = [(case, gpu) for case in chosen for gpu in arguments.gpu]
     progress = Console(stderr=True)
     rows = [
@@ -212,6 +260,8 @@ def main() -> None:
     for row in rows:
         table.add_row(*_row(row))
     console.print(table)
+    if sparse := [row for row in rows if "dense bound seconds" in row]:
+        console.print(_sparse_table(sparse))
     summary = _summary(rows)
     for name, value in summary.items():
         console.print(f"{name}: {value if value != [] else 'none'}")
