@@ -53,12 +53,15 @@ class Grid:
         codebook: `uniform` has the integers; `nf4` the 16 levels of NormalFloat, which span
             `±max|w|`. Their codes have no zero points and count as symmetric; the search also tries
             them mirrored, by a negative scale.
+        short_scales: Whether scales have the 11 bits of float16 whatever their type is, for a form
+            that stores them so where their exponents allow it.
     """
 
     bits: Literal[2, 3, 4, 7, 8]
     symmetric: bool
     search: Literal["none", "mse"]
     codebook: Literal["uniform", "nf4"] = "uniform"
+    short_scales: bool = False
 
     @property
     def top(self) -> int:
@@ -246,6 +249,8 @@ class TileRounder:
     def _choice(self, scales: Array, zeros: Array | None = None) -> _Choice:
         """Round non-negative scales up to the storage type; a block of zeros gets one."""
         dropped = _DROPPED_BITS[self._scale_dtype]
+        if self._grid.short_scales:
+            dropped = max(dropped, _DROPPED_BITS[np.dtype(np.float16)])
         mask = np.uint32((1 << dropped) - 1)
         stored = ((scales.view(np.uint32) + mask) & ~mask).view(np.float32)
         if self._scale_dtype == np.float16:

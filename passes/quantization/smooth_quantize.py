@@ -103,8 +103,12 @@ class SmoothQuantize(Pass):
         if layer.spec.layout not in ("tiles", "qdq"):
             return layer
         dynamic = self.activations == "per-token" or layer.weight.tied
-        grid = replace(layer.spec.grid, bits=self.weight_bits or (8 if dynamic else 7))
         layout = layer.spec.layout if dynamic else "qdq"
+        grid = replace(
+            layer.spec.grid,
+            bits=self.weight_bits or (8 if dynamic else 7),
+            short_scales=layout == "tiles",
+        )
         return layer._replace(spec=replace(layer.spec, grid=grid, layout=layout))
 
     def _activations(self, module: Module, layers: list[Layer], ctx: PassContext) -> Activations:

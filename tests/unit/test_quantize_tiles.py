@@ -159,6 +159,42 @@ def test_scales_are_float16_where_they_fit() -> None:
         assert np.abs(found).max() > 0
 
 
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("small", [1.0, 1e-3, 1e-6])
+def test_a_small_column_is_as_precise_as_a_large_one(method: Any, small: float) -> None:
+    """Its scale is no normal number of float16: 8 bits leave 2 % of a column, GPTQ a bit more."""
+    module = stack()
+    real = weight(module, "a").copy()
+    real[:, ::3] *= np.float32(small)
+    module.replace_initializer(module.graph.initializers["a"], ir.Tensor(real))
+    result = calibrated(module, method=method, bits=8, block_size=0, format="lwc")
+    case = case_of(module, "a")
+    assert case.scales.dtype == (np.float16 if small == 1 else np.float32)
+    off = np.linalg.norm(case.weight() - real, axis=0) / np.linalg.norm(real, axis=0)
+    assert off.max() < 0.03
+    if method == "gptq":
+        assert result.statistics["weights quantized"] == 4
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_the_reported_error_is_that_of_the_scales_as_stored(method: Any) -> None:
+    """A weight of ±127 steps is exact but for its scale, which float16 rounds."""
+    module = stack()
+    codes = np.random.default_rng(0).integers(-127, 128, (96, 96))
+    codes[0] = 127
+    steps = np.linspace(0.001, 0.0011, 96)
+    real = (codes * steps).astype(np.float32)
+    module.replace_initializer(module.graph.initializers["a"], ir.Tensor(real))
+    result = calibrated(
+        module, method=method, bits=8, block_size=0, symmetric=True, format="lwc",
+        exclude=("b", "c", "d"),
+    )  # fmt: skip
+    case = case_of(module, "a")
+    assert case.scales.dtype == np.float16
+    off = np.linalg.norm(case.weight().astype(np.float64) - real) / np.linalg.norm(real)
+    assert result.statistics["worst relative error"] == pytest.approx(off, rel=1e-3)
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 @pytest.mark.parametrize("bits", [3, 8])
 def test_calibrated_methods(method: Any, bits: Any) -> None:
