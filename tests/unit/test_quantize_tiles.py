@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -245,6 +246,13 @@ def test_the_module_gets_what_overloads_need() -> None:
         ({"format": "lwc", "accuracy_level": 1}, "accuracy-level=1"),
         ({"format": "lwc", "codebook": "nf4"}, "nf4"),
         ({"format": "matmulnbits", "block_size": 0}, "power of two from 16"),
+        ({"format": "lwc", "block_size": 1 << 16}, "block-size=65536 is more than 32768"),
+        ({"format": "auto", "block_size": 1 << 40}, "is more than 32768"),
+        ({"format": "qdq", "block_size": 1 << 40}, "is more than 32768"),
+        *(
+            ({"method": "gptq", "damping": each}, "damping=")
+            for each in (0.0, -0.01, 1.5, math.inf, math.nan)
+        ),
     ],
 )
 def test_impossible_options(options: dict[str, Any], message: str) -> None:
@@ -297,6 +305,26 @@ def test_three_bits_have_one_operator_and_unmeasured_ones_none() -> None:
     assert choose_operator(machine, 3, INPUTS, 160)[0] is None
     machine = replace(machine, tables={**machine.tables, "lwc_matmul3": machine.tables["matmul"]})
     assert choose_operator(machine, 3, INPUTS, 160)[0] == "lwc"
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_a_tied_table_may_take_another_operator_than_layers_of_three_bits(bits: Any) -> None:
+    machine = target(
+        matmul=PLAIN, matmul_nbits4=(3e-10, 3e-11), lwc_matmul3=(2e-10, 2e-11),
+        lwc_matmul4=(2e-10, 2e-11), matmul_nbits8=(1e-10, 1e-11), lwc_matmul8=(2e-10, 2e-11),
+    )  # fmt: skip
+    module = module_of(TIED)
+    feed = feed_of(module)
+    wanted = outputs(module, feed)
+    context = PassContext(
+        AnalysisManager(module), source="quantize-weights", find_target=lambda: machine
+    )
+    QuantizeWeights(bits=bits, format="auto").run(module, context)
+    used = kinds(module)
+    assert (used.count("MatMulNBits"), used.count("DynamicQuantMatMul")) == (1, 1)
+    assert variant_of(next(node for node in module.graph if variant_of(node))).bits == bits  # type: ignore[union-attr]
+    for found, each in zip(outputs(module, feed), wanted, strict=True):
+        assert np.linalg.norm(found - each) < 0.35 * np.linalg.norm(each)
 
 
 def test_a_machine_that_was_not_measured_is_refused() -> None:
