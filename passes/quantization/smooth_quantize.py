@@ -119,6 +119,7 @@ class SmoothQuantize(Pass):
             Static,
             measured,
             observe,
+            step_as_stored,
         )
 
         static = self.activations == "static"
@@ -128,7 +129,14 @@ class SmoothQuantize(Pass):
         if values and (static or ctx.calibration is not None):
             samples = observe(module, values, ctx, histograms)
         if static:
-            return Static(samples, {v: self._step(each) for v, each in histograms.items()})
+            # The operands of a product have one type.
+            types = {use.node.inputs[0]: layer.weight.tensor.dtype
+                     for layer in layers for use in layer.weight.uses}  # fmt: skip
+            steps = {
+                value: step_as_stored(self._step(each), types[value])
+                for value, each in histograms.items()
+            }
+            return Static(samples, steps)
         return (PerTensor if self.activations == "per-tensor" else Activations)(samples)
 
     def _step(self, histogram: Histogram) -> float:

@@ -258,6 +258,30 @@ def test_static_scales_come_from_the_data() -> None:
         assert 0.5 * largest < 127 * float(scale) <= bound * largest * (1 + 2 / 2048)
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-4, 1e-5, 1e-6])
+def test_static_scales_are_such_as_half_precision_stores(size: float) -> None:
+    """Small float16 activations are whole steps of 2**-24, which is the least scale."""
+    text = """g (float16[s, 64] x) => (float16[s, 96] y) <float16[1] w = {0}>
+        { r = Relu (x) y = MatMul (r, w) }"""
+    module = module_of(text, opset=19)
+    random = np.random.default_rng(0)
+    value = module.graph.initializers["w"]
+    module.replace_initializer(
+        value, ir.Tensor(random.standard_normal((64, 96)).astype(np.float16))
+    )
+    data = [{"x": (random.standard_normal((20, 64)) * size).astype(np.float16)}]
+    (wanted,) = run_plain(module, data[0])
+    result = run(SmoothQuantize(None, activations="static", clip="max"), module, data)
+    (found,) = run_plain(module, data[0])
+    node = next(node for node in module.nodes() if node.op_type == "QuantizeLinear")
+    assert float(node.inputs[1].const_value.numpy()) > 0  # type: ignore[union-attr]
+    off = relative_error(found.astype(np.float32), wanted.astype(np.float32))
+    # Sums near the least float16 are off by as much again.
+    assert off < 0.05
+    told = float(result.statistics["mean relative error of outputs"])
+    assert told == pytest.approx(off, rel=0.3)
+
+
 def test_an_activation_of_zeros_gets_a_scale() -> None:
     module = gemm()
     data = [{"x": np.zeros((4, WIDTH), np.float32)}]
