@@ -182,10 +182,8 @@ def step_as_stored(step: float, kind: ir.DataType) -> float:
 
     That one loses nothing: all numbers of the type are its multiples.
     """
-    import ml_dtypes
-
-    dtype = kind.numpy()
-    return max(float(dtype.type(step)), float(ml_dtypes.finfo(dtype).smallest_subnormal))
+    number = kind.numpy().type
+    return max(float(number(step)), float(np.nextafter(number(0), number(1))))
 
 
 def first_readers(module: Module, layers: Iterable[Layer]) -> dict[ir.Value, ir.Node]:

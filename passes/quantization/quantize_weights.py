@@ -240,7 +240,11 @@ class QuantizeWeights(Pass):
             node = weight.uses[0].node
             if result is None:
                 tally.skipped += 1
-                ctx.missed(f"'{weight.value.name}' stays: it holds infinities or NaN", node)
+                ctx.missed(
+                    f"'{weight.value.name}' stays: it holds infinities or NaN, or magnitudes "
+                    "above 1e19",
+                    node,
+                )
                 continue
             # In this thread, so that the order in the file is that of the graph.
             done.append((layer, result.spill(module.store)))

@@ -118,7 +118,8 @@ class QuantizedWeight:
 def quantize(tensor: ir.TensorProtocol, spec: WeightSpec) -> QuantizedWeight | None:
     """Quantize a matrix of floats tile by tile.
 
-    The matrix is read once, in the order of its file. Returns None if it holds infinities or NaN.
+    The matrix is read once, in the order of its file. Returns None if it holds infinities, NaN,
+    or magnitudes from 2**100 on.
     """
     with reading_once(tensor) as array:
         rows, columns = array.shape
