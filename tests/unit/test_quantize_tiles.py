@@ -118,6 +118,18 @@ def test_gemm(scaled: bool) -> None:
     assert np.linalg.norm(after - before) < 0.01 * np.linalg.norm(before)
 
 
+@pytest.mark.parametrize(("alpha", "beta"), [(0.5, 1.0), (1.0, 2.0)])
+@pytest.mark.parametrize("format_", ["lwc", "matmulnbits"])
+def test_each_factor_of_gemm_alone(alpha: float, beta: float, format_: Any) -> None:
+    module = module_of(GEMM.replace("alpha = 0.5, beta = 2.0", f"alpha = {alpha}, beta = {beta}"))
+    feed = feed_of(module)
+    (before,) = outputs(module, feed)
+    quantized(module, bits=8, format=format_)
+    assert (kinds(module).count("Mul"), kinds(module).count("Add")) == (1, 1)
+    (after,) = outputs(module, feed)
+    assert np.linalg.norm(after - before) < 0.01 * np.linalg.norm(before)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("block", [0, 32, 64])

@@ -147,12 +147,14 @@ def test_per_tensor_is_what_the_operator_does() -> None:
 
 def test_a_sample_is_even_and_repeatable() -> None:
     rows = np.arange(1000, dtype=np.float32)[:, None]
-    samples = [Sample(100, 5) for _ in range(3)]
+    samples = [Sample(100, 5) for _ in range(4)]
     for sample in samples[:2]:
         for start in range(0, 1000, 125):
             sample.update(rows[start : start + 125])
     samples[2].update(rows[:60].reshape(3, 20, 1))
+    samples[3].update(rows)
     assert np.array_equal(samples[0].value, samples[1].value)
+    assert np.array_equal(samples[0].value, samples[3].value), "whatever the batches"
     assert samples[0].value.shape == (100, 1)
     assert len(np.unique(samples[0].value)) == 100
     # 100 of 1000 without repeats: the mean's deviation is 27; four of them.
@@ -258,6 +260,23 @@ def test_static_scales_come_from_the_data() -> None:
         assert 0.5 * largest < 127 * float(scale) <= bound * largest * (1 + 2 / 2048)
 
 
+def test_static_clips_outliers_where_that_costs_least() -> None:
+    """One number of 25 among 256000 normal ones: the step for it would cost twice as much."""
+    module = gemm()
+    x = np.random.default_rng(0).standard_normal((4000, WIDTH)).astype(np.float32)
+    x[7, 7] = 25
+    run(SmoothQuantize(None, activations="static", clip="mse"), module, [{"x": x}])
+    node = next(node for node in module.nodes() if node.op_type == "QuantizeLinear")
+    step = float(node.inputs[1].const_value.numpy())  # type: ignore[union-attr]
+
+    def lost(step: float) -> float:
+        return float(np.square(static(x, step) - x, dtype=np.float64).sum())
+
+    tried = [lost(limit / 127) for limit in np.linspace(2, 25, 100)]
+    assert lost(step) < 1.02 * min(tried)
+    assert lost(step) < 0.7 * lost(25 / 127)
+
+
 @pytest.mark.parametrize("size", [1.0, 1e-4, 1e-5, 1e-6])
 def test_static_scales_are_such_as_half_precision_stores(size: float) -> None:
     """Small float16 activations are whole steps of 2**-24, which is the least scale."""
@@ -357,6 +376,15 @@ def test_only_the_large_channels_are_masked() -> None:
     run(LlmInt8(50.0), module, data)
     where = next(node for node in module.nodes() if node.op_type == "Where")
     assert where.inputs[0].const_value.numpy().sum() == 2  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("threshold", "channels"), [(6.0, 1), (6.0000005, 0)])
+def test_a_channel_that_reaches_the_threshold_exactly(threshold: float, channels: int) -> None:
+    module = gemm()
+    x = np.random.default_rng(0).uniform(-1, 1, (9, WIDTH)).astype(np.float32)
+    x[3, 5] = -6
+    result = run(LlmInt8(threshold), module, [{"x": x}])
+    assert result.statistics["channels in float"] == channels
 
 
 def test_one_weight_of_two_activations() -> None:
