@@ -26,9 +26,9 @@ from lwc.pipeline.passes import PassContext
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
-@pytest.mark.parametrize("size", [1e15, 1e19, 1e36])
+@pytest.mark.parametrize("size", [1e15, 8e17, 1e19, 1e36])
 def test_activations_whose_squares_float32_does_not_hold(method: Any, size: float) -> None:
-    """The layer is rounded to nearest; one whose squares it does hold is not."""
+    """The layer is rounded to nearest; not at 8e17, where only the sum over feeds is beyond."""
     text = """<ir_version: 10, opset_import: ["" : 21]>
         scaled (float[rows,96] x) => (float[rows,64] y) <float[96] s, float[96,64] w>
         { n = Mul(x, s) y = MatMul(n, w) }"""
@@ -42,8 +42,8 @@ def test_activations_whose_squares_float32_does_not_hold(method: Any, size: floa
     quantized(plain, search="mse")
     same = np.array_equal(weight(module, "w_q4"), weight(plain, "w_q4"))
     noted = [each.message for each in module.remarks if each.kind == "note"]
-    assert same == any("'w' is rounded to nearest" in each for each in noted) == (size > 1e15)
-    assert ("mean relative error of outputs" in result.statistics) == (size == 1e15)
+    assert same == any("'w' is rounded to nearest" in each for each in noted) == (size > 1e18)
+    assert ("mean relative error of outputs" in result.statistics) == (size < 1e18)
     assert all(math.isfinite(each) for each in result.statistics.values() if type(each) is float)
 
 
