@@ -128,6 +128,12 @@ def test_int8_golden_vector() -> None:
     assert static(np.array([9.0, -9.0]), step).tolist() == pytest.approx([127 * step, -128 * step])
 
 
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_an_error_does_not_depend_on_the_unit(size: float) -> None:
+    wanted = (np.arange(1, 9, dtype=np.float32) * np.float32(size)).reshape(2, 4)
+    assert relative_error(wanted * np.float32(1.25), wanted) == pytest.approx(0.25, rel=1e-5)
+
+
 def test_a_row_of_zeros_stays() -> None:
     zeros = np.zeros((2, 3), np.float32)
     for found in (per_token(zeros), per_channel(zeros), per_tensor(zeros)):
