@@ -82,7 +82,8 @@ class Gram(Statistic):
 
     Batches are summed in float64. Products of a batch are float32, in half the time, of its rows
     less their mean, which is put back in the end: the rounding of channels whose mean is a thousand
-    times their spread would leave a matrix that is not positive.
+    times their spread would leave a matrix that is not positive. Magnitudes from about 1e18 on have
+    products beyond float32, and leave one that is not finite.
     """
 
     def __init__(self) -> None:
@@ -98,9 +99,10 @@ class Gram(Statistic):
             self._centred = np.zeros((rows.shape[1],) * 2)
         if not len(rows):
             return
-        means = rows.mean(axis=0)
-        centred = rows - means
-        self._centred += centred.T @ centred
+        with np.errstate(over="ignore", invalid="ignore"):
+            means = rows.mean(axis=0)
+            centred = rows - means
+            self._centred += centred.T @ centred
         # With y = x - m and s = Σ y: Σ x·xᵀ = Σ y·yᵀ + m·(s + n/2 m)ᵀ + (s + n/2 m)·mᵀ.
         self._means.append(means.astype(np.float64))
         self._sums.append(centred.sum(axis=0, dtype=np.float64) + len(rows) / 2 * self._means[-1])

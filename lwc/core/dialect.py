@@ -43,7 +43,7 @@ class DynamicQuantMatMul:
         K: Inputs.
         N: Outputs, before gating.
         bits: Bits of a code: 2, 3, 4 or 8.
-        block_size: Inputs that share a scale, a multiple of 32; 0 is one block for all.
+        block_size: Inputs that share a scale, a multiple of 32 up to 32768; 0 is one block for all.
         x_block: 1 gives each block of a row of `x` a scale of its own, 0 each row.
         zero_points: Whether there are zero points.
         bias: Whether there is a bias.

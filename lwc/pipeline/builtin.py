@@ -371,7 +371,7 @@ BUILTIN: tuple[PassInfo, ...] = (
                 name="block-size",
                 type="int or none",
                 default="none",
-                help="Weights that share a scale; a power of two from 16. With `format=qdq`, 0 or `lwc` gives each output channel one scale. By default 32, with `codebook=nf4` 64, but 16 for 8-bit weights of MatMulNBits whose layer reads a product of activations, as after a gate: its spread within a block decides the error at accuracy level 4.",
+                help="Weights that share a scale; a power of two from 16 to 32768. With `format=qdq` or `lwc`, 0 gives each output channel one scale. By default 32, with `codebook=nf4` 64, but 16 for 8-bit weights of MatMulNBits whose layer reads a product of activations, as after a gate: its spread within a block decides the error at accuracy level 4.",
             ),
             OptionInfo(
                 name="symmetric",
@@ -389,7 +389,7 @@ BUILTIN: tuple[PassInfo, ...] = (
                 name="damping",
                 type="float",
                 default="0.01",
-                help="Of GPTQ: added to the diagonal of X·Xᵀ, as a share of its mean.",
+                help="Of GPTQ: added to the diagonal of X·Xᵀ, as a share of its mean, up to 1.",
             ),
             OptionInfo(
                 name="act-order",

@@ -31,6 +31,7 @@ __all__ = [
     "measured",
     "observe",
     "seen",
+    "step_as_stored",
 ]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
@@ -140,7 +141,7 @@ class Static(Activations):
 
     Args:
         samples: See `Activations`.
-        steps: The scale of each activation.
+        steps: The scale of each activation; see `step_as_stored`.
     """
 
     def __init__(self, samples: Mapping[ir.Value, Array], steps: Mapping[ir.Value, float]) -> None:
@@ -174,6 +175,15 @@ class Static(Activations):
         zeros = editor.constant(np.zeros(packed.outputs, np.int8), "zero_points")
         lower_to_standard(editor, layer.weight, replace(packed, zero_points=zeros))
         return True
+
+
+def step_as_stored(step: float, kind: ir.DataType) -> float:
+    """Return a scale in the type of its activation, at least the smallest number above zero.
+
+    That one loses nothing: all numbers of the type are its multiples.
+    """
+    number = kind.numpy().type
+    return max(float(number(step)), float(np.nextafter(number(0), number(1))))
 
 
 def first_readers(module: Module, layers: Iterable[Layer]) -> dict[ir.Value, ir.Node]:

@@ -149,9 +149,9 @@ def _inverse_factor(gram: Array, damping: float) -> Array:
     """
     matrix = gram.astype(np.float64)
     diagonal = np.diag(matrix)
-    dead = diagonal <= 0
-    mean = 1.0 if dead.all() else float(diagonal[~dead].mean())
-    np.fill_diagonal(matrix, np.where(dead, mean, diagonal) + damping * mean)
+    active = diagonal[diagonal > 0]
+    mean = float(active.mean()) if active.size else 1.0
+    np.fill_diagonal(matrix, diagonal + damping * mean)
     while True:
         try:
             upper = np.linalg.cholesky(matrix[::-1, ::-1])[::-1, ::-1]

@@ -49,5 +49,6 @@ def static(x: Array, step: float) -> Array:
 
 def relative_error(found: Array, wanted: Array) -> float:
     """Return the Frobenius norm of a difference over that of what was wanted; 0 where that is 0."""
-    whole = float(np.linalg.norm(wanted))
-    return float(np.linalg.norm(found - wanted)) / whole if whole else 0.0
+    wide = wanted.astype(np.float64)
+    whole = float(np.linalg.norm(wide))
+    return float(np.linalg.norm(found - wide)) / whole if whole else 0.0

@@ -6,6 +6,7 @@ rounded and put back as floats before the next group's activation is computed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
@@ -17,8 +18,9 @@ from lwc.calibration.checkpoint import Entry, Trail
 from lwc.calibration.stages import Stages
 from lwc.calibration.statistics import Gram, MeanAbs, Statistic
 from lwc.passes.quantization.awq import clipped, input_factors
-from lwc.passes.quantization.gptq import Rounded, gptq, output_error
+from lwc.passes.quantization.gptq import Rounded, gptq, output_error, round_to_nearest
 from lwc.passes.quantization.migration import Pair, edits, find_pairs, put, shared, spread
+from lwc.passes.quantization.rounding import LARGEST
 from lwc.passes.quantization.streaming import WeightSpec
 from lwc.passes.quantization.weight_uses import WeightUses, matrix
 
@@ -45,12 +47,13 @@ class LayerResult:
     Attributes:
         rounded: Codes, scales and zero points.
         weight_error: Frobenius norm of the weight's change over that of the weight.
-        output_error: The same of the layer's outputs on the calibration data.
+        output_error: The same of the layer's outputs on the calibration data; None where sums of
+            squares of its activation are beyond float32, and the layer is rounded to nearest.
     """
 
     rounded: Rounded
     weight_error: float
-    output_error: float
+    output_error: float | None
 
 
 def activation_of(weight: WeightUses) -> ir.Value | None:
@@ -110,7 +113,8 @@ class LayerwiseQuantizer:
         self.scaled = 0
 
     def run(self) -> Iterator[tuple[Layer, LayerResult | None]]:
-        """Yield the layers on their grids, in the order of the graph; None for infinite weights.
+        """Yield the layers on their grids, in the order of the graph; None for weights that are not
+        rounded.
 
         While this runs, weights that were yielded hold the values of their grids.
 
@@ -165,6 +169,7 @@ class LayerwiseQuantizer:
             for statistic in wanted:
                 statistic.update(batch)
         products, factors = gram.value, None
+        products = products / _unit(products)
         if pair is not None:
             if scaling is None:
                 found = self._factors(pair, group, products, means.value)
@@ -187,9 +192,11 @@ class LayerwiseQuantizer:
         read = {use.node for layer in group for use in layer.weight.uses}
         if {place.node for place in pair.weights} != read:
             return None  # some layer behind the activation keeps its weights
+        if not np.isfinite(gram).all():
+            return None
         sharing = pair.source.sharing
         matrices = [_present(layer) for layer in group]
-        if not all(np.isfinite(m).all() for m in matrices):
+        if not all(map(_roundable, matrices)):
             return None
         sizes = [layer.spec.block_size or len(m) for layer, m in zip(group, matrices, strict=True)]
         alike = spread(shared(means, sharing), sharing)
@@ -215,24 +222,28 @@ class LayerwiseQuantizer:
         return factors
 
     def _rounded(self, layer: Layer, gram: Array) -> Entry:
-        """Return what makes the layer's result; nothing for infinite weights."""
+        """Return what makes the layer's result; nothing for weights that are not rounded."""
         spec = layer.spec
         weights = _present(layer)
-        if not np.isfinite(weights).all():
+        if not _roundable(weights):
             return {}
         size = spec.block_size or len(weights)
-        if self._method == "awq":
+        known = bool(np.isfinite(gram).all())
+        if not known:
+            rounded = round_to_nearest(weights, spec.grid, size)
+        elif self._method == "awq":
             rounded = clipped(weights, gram, spec.grid, size)
         else:
             rounded = gptq(
                 weights, gram, spec.grid, size,
                 damping=self._damping, by_activation=self._by_activation,
             )  # fmt: skip
-        plain = weights.astype(np.float32, copy=False)
-        difference = plain - rounded.values(spec.grid, size)
+        unit = np.float32(_unit(weights))
+        plain = weights.astype(np.float32) / unit
+        difference = plain - rounded.values(spec.grid, size) / unit
         errors = (
             _ratio(float(np.vdot(difference, difference)), float(np.vdot(plain, plain))),
-            _ratio(output_error(difference, gram), output_error(plain, gram)),
+            _ratio(output_error(difference, gram), output_error(plain, gram)) if known else np.nan,
         )
         return {**rounded._asdict(), "errors": np.asarray(errors)}
 
@@ -247,7 +258,14 @@ class LayerwiseQuantizer:
         tensor = ir.Tensor(np.ascontiguousarray(values.astype(weight.tensor.dtype.numpy())))
         self._module.replace_initializer(weight.value, self._module.spilled(tensor))
         weight_error, output_error = map(float, entry["errors"])
-        return LayerResult(rounded, weight_error, output_error)
+        if np.isnan(output_error):
+            value = activation_of(weight)
+            self._ctx.note(
+                f"'{weight.value.name}' is rounded to nearest: sums of squares of "
+                f"'{value.name if value else ''}' over the calibration data are beyond float32",
+                weight.uses[0].node,
+            )
+        return LayerResult(rounded, weight_error, None if np.isnan(output_error) else output_error)
 
 
 def _present(layer: Layer) -> Array:
@@ -255,6 +273,19 @@ def _present(layer: Layer) -> Array:
     tensor = layer.weight.value.const_value
     assert tensor is not None
     return matrix(tensor, layer.spec.transposed)
+
+
+def _roundable(weights: Array) -> bool:
+    return bool((np.abs(weights) < LARGEST).all())
+
+
+def _unit(array: Array) -> float:
+    """Return the power of two near the largest magnitude, 1 where that is zero or not finite.
+
+    In that unit float32 holds the squares, and the digits stay.
+    """
+    largest = float(np.abs(array).max(initial=0.0))
+    return math.ldexp(1.0, math.frexp(largest)[1]) if 0 < largest < math.inf else 1.0
 
 
 def _ratio(change: float, whole: float) -> float:

@@ -25,6 +25,9 @@ __all__ = ["Bits", "QuantizeWeights"]
 
 Bits: TypeAlias = Literal[2, 3, 4, 8]
 
+_LARGEST_BLOCK = 1 << 15
+"""Sums over a block of lwc's operator fit 32 bits; and a block is never cut short in memory."""
+
 
 @dataclass(frozen=True)
 class QuantizeWeights(Pass):
@@ -48,17 +51,18 @@ class QuantizeWeights(Pass):
             for each error (Frantar et al. 2023); `awq` scales up inputs that see large activations,
             where what makes the activation can take the factor, and clips blocks (Lin et al. 2024).
         embeddings: Bits of tables read by Gather; none leaves them, and what is tied to them.
-        block_size: Weights that share a scale; a power of two from 16. With `format=qdq`, 0
-            or `lwc` gives each output channel one scale. By default 32, with `codebook=nf4` 64, but
-            16 for 8-bit weights of MatMulNBits whose layer reads a product of activations, as after
-            a gate: its spread within a block decides the error at accuracy level 4.
+        block_size: Weights that share a scale; a power of two from 16 to 32768. With
+            `format=qdq` or `lwc`, 0 gives each output channel one scale. By default 32, with
+            `codebook=nf4` 64, but 16 for 8-bit weights of MatMulNBits whose layer reads a product
+            of activations, as after a gate: its spread within a block decides the error at
+            accuracy level 4.
         symmetric: Whether the zero point is fixed in the middle. That saves a byte or half a
             byte per block.
         search: How scales are chosen: `mse` tries a few grids per block (of nf4, the levels and
             their mirror image) and keeps the one of least squared error, `none` takes the block's
             range.
         ops: Operators whose weights are quantized.
-        damping: Of GPTQ: added to the diagonal of X·Xᵀ, as a share of its mean.
+        damping: Of GPTQ: added to the diagonal of X·Xᵀ, as a share of its mean, up to 1.
         act_order: Of GPTQ: round the inputs of the largest activations first.
         exclude: Patterns (`*`, `?`, `[...]`) of names of nodes or weights to leave alone.
         format: `matmulnbits` lowers to ONNX Runtime's MatMulNBits (of nf4, MatMulBnb4) and
@@ -98,6 +102,15 @@ class QuantizeWeights(Pass):
             raise UsageError(
                 f"block-size={size} is no power of two from {least}",
                 remedy="use 32; 0, one block per channel, needs format=qdq or lwc",
+            )
+        if size is not None and size > _LARGEST_BLOCK:
+            raise UsageError(
+                f"block-size={size} is more than {_LARGEST_BLOCK}",
+                remedy="use 32; 0, one block per channel, needs format=qdq or lwc",
+            )
+        if not 0 < self.damping <= 1:
+            raise UsageError(
+                f"damping={self.damping:g} is no share above 0 and up to 1", remedy="use 0.01"
             )
         if self.bits == 3 and self.format not in ("lwc", "auto"):
             raise UsageError(
@@ -227,7 +240,11 @@ class QuantizeWeights(Pass):
             node = weight.uses[0].node
             if result is None:
                 tally.skipped += 1
-                ctx.missed(f"'{weight.value.name}' stays: it holds infinities or NaN", node)
+                ctx.missed(
+                    f"'{weight.value.name}' stays: it holds infinities or NaN, or magnitudes "
+                    "above 1e19",
+                    node,
+                )
                 continue
             # In this thread, so that the order in the file is that of the graph.
             done.append((layer, result.spill(module.store)))
@@ -336,4 +353,4 @@ class QuantizeWeights(Pass):
             )
         bits = self._forms(editor, assigned).bits(weight)
         operator, objection = choose_operator(target, bits, *weight.extents)
-        return objection if operator is None else replace(self, format=operator)
+        return objection if operator is None else replace(self, bits=bits, format=operator)

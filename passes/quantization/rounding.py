@@ -20,9 +20,15 @@ import numpy as np
 
 from lwc.passes.quantization.codebook import nearest_levels, nf4_levels
 
-__all__ = ["Codes", "Grid", "TileRounder", "widen"]
+__all__ = ["LARGEST", "Codes", "Grid", "TileRounder", "widen"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
+
+_IMMENSE = 2.0**100
+"""Weights of this magnitude and more are not rounded: ranges of blocks might leave float32."""
+
+LARGEST = np.float32(2.0**64)
+"""The same for methods that change weights before they round them."""
 
 _MAGIC = np.float32(1.5 * 2.0**23)
 """Added to a float32 of magnitude below 2**22, it leaves the nearest integer in the low bits."""
@@ -53,12 +59,15 @@ class Grid:
         codebook: `uniform` has the integers; `nf4` the 16 levels of NormalFloat, which span
             `±max|w|`. Their codes have no zero points and count as symmetric; the search also tries
             them mirrored, by a negative scale.
+        short_scales: Whether scales have the 11 bits of float16 whatever their type is, for a form
+            that stores them so where their exponents allow it.
     """
 
     bits: Literal[2, 3, 4, 7, 8]
     symmetric: bool
     search: Literal["none", "mse"]
     codebook: Literal["uniform", "nf4"] = "uniform"
+    short_scales: bool = False
 
     @property
     def top(self) -> int:
@@ -160,10 +169,10 @@ class TileRounder:
         return self._view(self._weights, blocks)
 
     def round(self, weights: Array) -> Codes | None:
-        """Round the tile that was put into `weights`; None if it holds infinities or NaN."""
+        """Round the tile that was put into `weights`; None if some are immense or NaN."""
         low, high = np.minimum.reduce(weights, axis=0), np.maximum.reduce(weights, axis=0)
         bound = max(float(high.max()), -float(low.min()))
-        if not bound < (65536 if self._scale_dtype == np.float16 else np.inf):
+        if not bound < (65536 if self._scale_dtype == np.float16 else _IMMENSE):
             return None
         best, error = self._best_choice(weights, low, high)
         real = self._view(self._real, weights.shape[1])
@@ -176,7 +185,9 @@ class TileRounder:
             if self._clips:
                 np.minimum(real, np.float32(self._grid.top) + _MAGIC, out=real)
             np.copyto(codes, real.view(np.int32), casting="unsafe")
-        squared_weight = float(np.einsum("kn,kn->", weights, weights))
+        # Squares that float32 does not hold take twice the time.
+        wide = None if 1e-15 < bound < 1e15 else np.float64
+        squared_weight = float(np.einsum("kn,kn->", weights, weights, dtype=wide))
         return Codes(codes, best.scales, best.zeros.astype(np.uint8), error, squared_weight)
 
     def _best_choice(self, weights: Array, low: Array, high: Array) -> tuple[_Choice, float]:
@@ -246,6 +257,8 @@ class TileRounder:
     def _choice(self, scales: Array, zeros: Array | None = None) -> _Choice:
         """Round non-negative scales up to the storage type; a block of zeros gets one."""
         dropped = _DROPPED_BITS[self._scale_dtype]
+        if self._grid.short_scales:
+            dropped = max(dropped, _DROPPED_BITS[np.dtype(np.float16)])
         mask = np.uint32((1 << dropped) - 1)
         stored = ((scales.view(np.uint32) + mask) & ~mask).view(np.float32)
         if self._scale_dtype == np.float16:
@@ -253,13 +266,14 @@ class TileRounder:
             if small.any():
                 steps = np.ceil(scales * np.float32(2.0**24)) * np.float32(2.0**-24)
                 np.copyto(stored, steps, where=small)
-        np.copyto(stored, np.float32(1), where=stored < _FLOAT32_NORMAL)
+        np.copyto(stored, _FLOAT32_NORMAL, where=stored < _FLOAT32_NORMAL)
+        np.copyto(stored, np.float32(1), where=scales == 0)
         return _Choice(
             stored, np.float32(1) / stored, np.empty_like(stored) if zeros is None else zeros
         )
 
     def _squared_errors(self, weights: Array, choice: _Choice) -> Array:
-        """Return the sum of squared differences of each block, `[blocks]`."""
+        """Return the sum of squared differences of each block, float64 `[blocks]`."""
         real = self._view(self._real, weights.shape[1])
         whole = self._view(self._whole, weights.shape[1])
         np.multiply(weights, choice.inverses, out=real)
@@ -277,7 +291,7 @@ class TileRounder:
             kept = (rows + 1) // 2
             real[: rows - kept] += real[kept:rows]
             rows = kept
-        errors: Array = real[0] * (choice.scales * choice.scales)
+        errors: Array = real[0] * np.square(choice.scales, dtype=np.float64)
         return errors
 
     def _view(self, buffer: Array, blocks: int) -> Array:

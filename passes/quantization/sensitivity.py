@@ -19,6 +19,7 @@ from lwc.core.diagnostics import describe
 from lwc.core.errors import LwcError, PassError
 from lwc.core.weights import reading
 from lwc.passes.quantization.gptq import round_to_nearest
+from lwc.passes.quantization.rounding import LARGEST
 from lwc.passes.quantization.weight_uses import WeightUses, find_weights, matrix
 
 if TYPE_CHECKING:
@@ -172,9 +173,9 @@ def measure(
 
 def _check_weight(weight: WeightUses) -> None:
     with reading(weight.tensor) as array:
-        if not np.isfinite(array).all():
+        if not (np.abs(array) < LARGEST).all():
             raise PassError(
-                f"'{weight.value.name}' holds infinities or NaN",
+                f"'{weight.value.name}' holds infinities or NaN, or magnitudes above 1e19",
                 node=describe(weight.uses[0].node),
                 remedy="exclude it",
             )

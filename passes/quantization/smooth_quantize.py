@@ -104,8 +104,12 @@ class SmoothQuantize(Pass):
         if layer.spec.layout not in ("tiles", "qdq"):
             return layer
         dynamic = self.activations == "per-token" or layer.weight.tied
-        grid = replace(layer.spec.grid, bits=self.weight_bits or (8 if dynamic else 7))
         layout = layer.spec.layout if dynamic else "qdq"
+        grid = replace(
+            layer.spec.grid,
+            bits=self.weight_bits or (8 if dynamic else 7),
+            short_scales=layout == "tiles",
+        )
         return layer._replace(spec=replace(layer.spec, grid=grid, layout=layout))
 
     def _activations(self, module: Module, layers: list[Layer], ctx: PassContext) -> Activations:
@@ -116,6 +120,7 @@ class SmoothQuantize(Pass):
             Static,
             measured,
             observe,
+            step_as_stored,
         )
 
         static = self.activations == "static"
@@ -125,7 +130,14 @@ class SmoothQuantize(Pass):
         if values and (static or ctx.calibration is not None):
             samples = observe(module, values, ctx, histograms)
         if static:
-            return Static(samples, {v: self._step(each) for v, each in histograms.items()})
+            # The operands of a product have one type.
+            types = {use.node.inputs[0]: layer.weight.tensor.dtype
+                     for layer in layers for use in layer.weight.uses}  # fmt: skip
+            steps = {
+                value: step_as_stored(self._step(each), types[value])
+                for value, each in histograms.items()
+            }
+            return Static(samples, steps)
         return (PerTensor if self.activations == "per-tensor" else Activations)(samples)
 
     def _step(self, histogram: Histogram) -> float:

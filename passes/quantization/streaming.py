@@ -118,7 +118,8 @@ class QuantizedWeight:
 def quantize(tensor: ir.TensorProtocol, spec: WeightSpec) -> QuantizedWeight | None:
     """Quantize a matrix of floats tile by tile.
 
-    The matrix is read once, in the order of its file. Returns None if it holds infinities or NaN.
+    The matrix is read once, in the order of its file. Returns None if it holds infinities, NaN,
+    or magnitudes from 2**100 on.
     """
     with reading_once(tensor) as array:
         rows, columns = array.shape
@@ -379,13 +380,14 @@ class _Sink:
 
 
 def _small(scales: Array) -> Array:
-    """Return scales in float16, where the largest lies among its normal numbers.
+    """Return scales in float16, where that changes none by more than 2**-11 of itself.
 
-    That changes no code's value by more than 0.06 of the largest scale, which 8 bits make of the
-    fixed steps below the normal numbers, and most by 2**-11 of themselves.
+    Those of a grid with `short_scales` it does not change at all.
     """
-    largest = np.abs(scales).max(initial=0.0)
-    return scales.astype(np.float16) if 2.0**-14 <= largest <= 65504 else scales
+    with np.errstate(over="ignore"):
+        short = scales.astype(np.float16)
+    off = np.abs(short.astype(np.float32) - scales)
+    return short if np.all(off <= np.abs(scales) * np.float32(2.0**-11)) else scales
 
 
 _QDQ_TYPES = {

@@ -154,7 +154,10 @@ class WeightForms:
         bits, size = self.bits(weight), self._block(weight)
         layout = self._layout(weight)
         codebook: Literal["uniform", "nf4"] = "nf4" if self._is_nf4(weight) else "uniform"
-        grid = Grid(bits, self._is_symmetric(weight), self._options.search, codebook)
+        grid = Grid(
+            bits, self._is_symmetric(weight), self._options.search, codebook,
+            short_scales=layout == "tiles",
+        )  # fmt: skip
         if layout == "qdq":
             self._check_opset(weight, bits, size, self._editor.module.opset)
         return WeightSpec(grid, size, weight.uses[0].transposed, layout)

@@ -287,6 +287,18 @@ def test_any_change_is_another_key(change: Callable[[Run, int], object] | None, 
         assert trail.get("others", "k") is None
 
 
+@pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"])
+def test_threads_of_libraries_are_another_key(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They change the order of sums."""
+    found = []
+    for count in ("1", "2", None):
+        monkeypatch.delenv(name, raising=False)
+        if count is not None:
+            monkeypatch.setenv(name, count)
+        found.append(surroundings("b 1.0", 1))
+    assert len(set(map(repr, found))) == 3
+
+
 def test_keys_rest_on_contents_alone(tmp_path: Path) -> None:
     """Not on where the weights and feeds lie in memory, nor on the order of a feed's inputs."""
     first, second = module_of(MODEL), module_of(MODEL)

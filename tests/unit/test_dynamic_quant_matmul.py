@@ -165,6 +165,11 @@ for fill in (0, {(1 << bits) - 1}):
                 assert (y == wanted).all(), (y[0, 0], wanted)
 print(instruction_set())
 """
+    run_with(name, code)
+
+
+def run_with(name: str, code: str) -> None:
+    """Run code that prints the instruction set in a process with the kernels of that name."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "LWC_ISA": name, "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -174,6 +179,71 @@ print(instruction_set())
     assert done.returncode == 0, done.stderr
     if done.stdout.strip() != name:
         pytest.skip(f"this processor has no {name}")
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["plain", "avx2", "avx512-vnni"])
+def test_sums_over_many_inputs_fit(name: str) -> None:
+    """255 * 127 times 70000 exceeds 31 bits; so do the products of codes and zero points."""
+    run_with(
+        name,
+        """
+import numpy as np
+from dialect import Case, expected, module_of
+from lwc.backends.onnxruntime.custom_operators import instruction_set
+from lwc.backends.onnxruntime.session import OnnxRuntimeBackend
+from lwc.core.dialect import DynamicQuantMatMul
+K, N = 70000, 16
+for code, zero in ((255, 0), (0, 255)):
+    variant = DynamicQuantMatMul(K, N, 8, zero_points=1)
+    case = Case(variant, np.full((K, N), code, np.uint8), np.full((1, N), 1e-3, np.float32),
+                np.full((1, N), zero, np.uint8), np.zeros(N, np.float32))
+    with OnnxRuntimeBackend().compile(module_of(case), threads=1) as executable:
+        for rows in (1, 5):
+            x = np.ones((rows, K), np.float32)
+            np.testing.assert_allclose(
+                executable.run({"x": x})["y"], expected(case, x), rtol=1e-5)
+print(instruction_set())
+""",
+    )
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["plain", "avx2", "avx512-vnni"])
+@pytest.mark.parametrize("block", [0, 32])
+def test_denormal_rows_keep_their_signs(name: str, block: int) -> None:
+    """127 steps of a denormal size may not reach the largest; codes of 64 and more are 1 % off."""
+    run_with(
+        name,
+        f"""
+import numpy as np
+from dialect import draw_case, expected, module_of
+from lwc.backends.onnxruntime.custom_operators import instruction_set
+from lwc.backends.onnxruntime.session import OnnxRuntimeBackend
+from lwc.core.dialect import DynamicQuantMatMul
+variant = DynamicQuantMatMul(32, 16, 8, {block}, int({block} > 0))
+case = draw_case(np.random.default_rng(0), variant, np.float32)
+case.scales[...] *= np.float32(1e32)
+x = np.zeros((8, 32), np.float32)
+# In steps of the smallest number.
+for row, top in enumerate((127, 150, 190, 191, 317, 1000, 16129, 1 << 22)):
+    x.view(np.uint32)[row, :2] = top, top // 2 | 1 << 31
+with OnnxRuntimeBackend().compile(module_of(case), threads=1) as executable:
+    y, wanted = executable.run({{"x": x}})["y"], expected(case, x)
+off = np.abs(y - wanted).max(axis=1) / np.abs(wanted).max(axis=1)
+assert (off < 0.01).all(), off
+print(instruction_set())
+""",
+    )
+
+
+@needs_native
+def test_blocks_of_more_than_their_sums_hold_are_refused() -> None:
+    case = draw_case(
+        np.random.default_rng(7), DynamicQuantMatMul(64, 16, 4, 1 << 16, 1), np.float32
+    )
+    with pytest.raises(LwcError, match="multiple of 32 up to 32768"):
+        BACKEND.compile(module_of(case), threads=1)
 
 
 @needs_native

@@ -54,6 +54,20 @@ def test_it_is_optimal_brain_surgeon_on_a_grid() -> None:
     np.testing.assert_array_equal(found.codes, column_by_column(weights, gram, found, 0.01))
 
 
+@pytest.mark.parametrize("damping", [1e-4, 0.1, 1.0])
+@pytest.mark.parametrize("dead", [0, 24])
+def test_damping_is_a_share_of_the_mean_of_active_inputs(damping: float, dead: int) -> None:
+    """Those that are never active have no part in it, and are rounded to nearest."""
+    weights, gram = layer(0)
+    gram[:dead] = gram[:, :dead] = 0
+    found = gptq(weights, gram, Grid(4, False, "none"), 48, damping=damping)
+    live = found._replace(codes=found.codes[dead:])
+    wanted = column_by_column(weights[dead:], gram[dead:, dead:], live, damping)
+    np.testing.assert_array_equal(live.codes, wanted)
+    nearest = round_to_nearest(weights, Grid(4, False, "none"), 48)
+    np.testing.assert_array_equal(found.codes[:dead], nearest.codes[:dead])
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("size", [16, 32, 48])
 @pytest.mark.parametrize("act_order", [False, True])

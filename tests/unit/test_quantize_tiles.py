@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -118,6 +119,18 @@ def test_gemm(scaled: bool) -> None:
     assert np.linalg.norm(after - before) < 0.01 * np.linalg.norm(before)
 
 
+@pytest.mark.parametrize(("alpha", "beta"), [(0.5, 1.0), (1.0, 2.0)])
+@pytest.mark.parametrize("format_", ["lwc", "matmulnbits"])
+def test_each_factor_of_gemm_alone(alpha: float, beta: float, format_: Any) -> None:
+    module = module_of(GEMM.replace("alpha = 0.5, beta = 2.0", f"alpha = {alpha}, beta = {beta}"))
+    feed = feed_of(module)
+    (before,) = outputs(module, feed)
+    quantized(module, bits=8, format=format_)
+    assert (kinds(module).count("Mul"), kinds(module).count("Add")) == (1, 1)
+    (after,) = outputs(module, feed)
+    assert np.linalg.norm(after - before) < 0.01 * np.linalg.norm(before)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("block", [0, 32, 64])
@@ -163,6 +176,42 @@ def test_scales_are_float16_where_they_fit() -> None:
         assert case_of(module).scales.dtype == kind
         (found,) = outputs(module, feed_of(module))
         assert np.abs(found).max() > 0
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("small", [1.0, 1e-3, 1e-6])
+def test_a_small_column_is_as_precise_as_a_large_one(method: Any, small: float) -> None:
+    """Its scale is no normal number of float16: 8 bits leave 2 % of a column, GPTQ a bit more."""
+    module = stack()
+    real = weight(module, "a").copy()
+    real[:, ::3] *= np.float32(small)
+    module.replace_initializer(module.graph.initializers["a"], ir.Tensor(real))
+    result = calibrated(module, method=method, bits=8, block_size=0, format="lwc")
+    case = case_of(module, "a")
+    assert case.scales.dtype == (np.float16 if small == 1 else np.float32)
+    off = np.linalg.norm(case.weight() - real, axis=0) / np.linalg.norm(real, axis=0)
+    assert off.max() < 0.03
+    if method == "gptq":
+        assert result.statistics["weights quantized"] == 4
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_the_reported_error_is_that_of_the_scales_as_stored(method: Any) -> None:
+    """A weight of ±127 steps is exact but for its scale, which float16 rounds."""
+    module = stack()
+    codes = np.random.default_rng(0).integers(-127, 128, (96, 96))
+    codes[0] = 127
+    steps = np.linspace(0.001, 0.0011, 96)
+    real = (codes * steps).astype(np.float32)
+    module.replace_initializer(module.graph.initializers["a"], ir.Tensor(real))
+    result = calibrated(
+        module, method=method, bits=8, block_size=0, symmetric=True, format="lwc",
+        exclude=("b", "c", "d"),
+    )  # fmt: skip
+    case = case_of(module, "a")
+    assert case.scales.dtype == np.float16
+    off = np.linalg.norm(case.weight().astype(np.float64) - real) / np.linalg.norm(real)
+    assert result.statistics["worst relative error"] == pytest.approx(off, rel=1e-3)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
@@ -215,6 +264,13 @@ def test_the_module_gets_what_overloads_need() -> None:
         ({"format": "lwc", "accuracy_level": 1}, "accuracy-level=1"),
         ({"format": "lwc", "codebook": "nf4"}, "nf4"),
         ({"format": "matmulnbits", "block_size": 0}, "power of two from 16"),
+        ({"format": "lwc", "block_size": 1 << 16}, "block-size=65536 is more than 32768"),
+        ({"format": "auto", "block_size": 1 << 40}, "is more than 32768"),
+        ({"format": "qdq", "block_size": 1 << 40}, "is more than 32768"),
+        *(
+            ({"method": "gptq", "damping": each}, "damping=")
+            for each in (0.0, -0.01, 1.5, math.inf, math.nan)
+        ),
     ],
 )
 def test_impossible_options(options: dict[str, Any], message: str) -> None:
@@ -267,6 +323,26 @@ def test_three_bits_have_one_operator_and_unmeasured_ones_none() -> None:
     assert choose_operator(machine, 3, INPUTS, 160)[0] is None
     machine = replace(machine, tables={**machine.tables, "lwc_matmul3": machine.tables["matmul"]})
     assert choose_operator(machine, 3, INPUTS, 160)[0] == "lwc"
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_a_tied_table_may_take_another_operator_than_layers_of_three_bits(bits: Any) -> None:
+    machine = target(
+        matmul=PLAIN, matmul_nbits4=(3e-10, 3e-11), lwc_matmul3=(2e-10, 2e-11),
+        lwc_matmul4=(2e-10, 2e-11), matmul_nbits8=(1e-10, 1e-11), lwc_matmul8=(2e-10, 2e-11),
+    )  # fmt: skip
+    module = module_of(TIED)
+    feed = feed_of(module)
+    wanted = outputs(module, feed)
+    context = PassContext(
+        AnalysisManager(module), source="quantize-weights", find_target=lambda: machine
+    )
+    QuantizeWeights(bits=bits, format="auto").run(module, context)
+    used = kinds(module)
+    assert (used.count("MatMulNBits"), used.count("DynamicQuantMatMul")) == (1, 1)
+    assert variant_of(next(node for node in module.graph if variant_of(node))).bits == bits  # type: ignore[union-attr]
+    for found, each in zip(outputs(module, feed), wanted, strict=True):
+        assert np.linalg.norm(found - each) < 0.35 * np.linalg.norm(each)
 
 
 def test_a_machine_that_was_not_measured_is_refused() -> None:

@@ -529,6 +529,16 @@ def test_awq_takes_factors_back_from_codes_before(format_: Any) -> None:
         assert np.linalg.norm(found - wanted) < 0.02 * np.linalg.norm(wanted)
 
 
+def test_damping_reaches_the_layers() -> None:
+    codes = []
+    for damping in (0.01, 0.01, 1.0):
+        module = stack()
+        calibrated(module, method="gptq", damping=damping)
+        codes.append(weight(module, "a_q4"))
+    assert np.array_equal(codes[0], codes[1])
+    assert not np.array_equal(codes[0], codes[2])
+
+
 def codes_of_c(front: Module) -> np.ndarray[Any, Any]:
     """GPTQ of `c` on the inputs that it has in `front`."""
     gram = np.zeros((96, 96))

@@ -128,6 +128,12 @@ def test_int8_golden_vector() -> None:
     assert static(np.array([9.0, -9.0]), step).tolist() == pytest.approx([127 * step, -128 * step])
 
 
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_an_error_does_not_depend_on_the_unit(size: float) -> None:
+    wanted = (np.arange(1, 9, dtype=np.float32) * np.float32(size)).reshape(2, 4)
+    assert relative_error(wanted * np.float32(1.25), wanted) == pytest.approx(0.25, rel=1e-5)
+
+
 def test_a_row_of_zeros_stays() -> None:
     zeros = np.zeros((2, 3), np.float32)
     for found in (per_token(zeros), per_channel(zeros), per_tensor(zeros)):
@@ -147,12 +153,14 @@ def test_per_tensor_is_what_the_operator_does() -> None:
 
 def test_a_sample_is_even_and_repeatable() -> None:
     rows = np.arange(1000, dtype=np.float32)[:, None]
-    samples = [Sample(100, 5) for _ in range(3)]
+    samples = [Sample(100, 5) for _ in range(4)]
     for sample in samples[:2]:
         for start in range(0, 1000, 125):
             sample.update(rows[start : start + 125])
     samples[2].update(rows[:60].reshape(3, 20, 1))
+    samples[3].update(rows)
     assert np.array_equal(samples[0].value, samples[1].value)
+    assert np.array_equal(samples[0].value, samples[3].value), "whatever the batches"
     assert samples[0].value.shape == (100, 1)
     assert len(np.unique(samples[0].value)) == 100
     # 100 of 1000 without repeats: the mean's deviation is 27; four of them.
@@ -259,6 +267,47 @@ def test_static_scales_come_from_the_data() -> None:
         assert 0.5 * largest < 127 * float(scale) <= bound * largest * (1 + 2 / 2048)
 
 
+def test_static_clips_outliers_where_that_costs_least() -> None:
+    """One number of 25 among 256000 normal ones: the step for it would cost twice as much."""
+    module = gemm()
+    x = np.random.default_rng(0).standard_normal((4000, WIDTH)).astype(np.float32)
+    x[7, 7] = 25
+    run(SmoothQuantize(None, activations="static", clip="mse"), module, [{"x": x}])
+    node = next(node for node in module.nodes() if node.op_type == "QuantizeLinear")
+    step = float(node.inputs[1].const_value.numpy())  # type: ignore[union-attr]
+
+    def lost(step: float) -> float:
+        return float(np.square(static(x, step) - x, dtype=np.float64).sum())
+
+    tried = [lost(limit / 127) for limit in np.linspace(2, 25, 100)]
+    assert lost(step) < 1.02 * min(tried)
+    assert lost(step) < 0.7 * lost(25 / 127)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-4, 1e-5, 1e-6])
+def test_static_scales_are_such_as_half_precision_stores(size: float) -> None:
+    """Small float16 activations are whole steps of 2**-24, which is the least scale."""
+    text = """g (float16[s, 64] x) => (float16[s, 96] y) <float16[1] w = {0}>
+        { r = Relu (x) y = MatMul (r, w) }"""
+    module = module_of(text, opset=19)
+    random = np.random.default_rng(0)
+    value = module.graph.initializers["w"]
+    module.replace_initializer(
+        value, ir.Tensor(random.standard_normal((64, 96)).astype(np.float16))
+    )
+    data = [{"x": (random.standard_normal((20, 64)) * size).astype(np.float16)}]
+    (wanted,) = run_plain(module, data[0])
+    result = run(SmoothQuantize(None, activations="static", clip="max"), module, data)
+    (found,) = run_plain(module, data[0])
+    node = next(node for node in module.nodes() if node.op_type == "QuantizeLinear")
+    assert float(node.inputs[1].const_value.numpy()) > 0  # type: ignore[union-attr]
+    off = relative_error(found.astype(np.float32), wanted.astype(np.float32))
+    # Sums near the least float16 are off by as much again.
+    assert off < 0.05
+    told = float(result.statistics["mean relative error of outputs"])
+    assert told == pytest.approx(off, rel=0.3)
+
+
 def test_an_activation_of_zeros_gets_a_scale() -> None:
     module = gemm()
     data = [{"x": np.zeros((4, WIDTH), np.float32)}]
@@ -334,6 +383,15 @@ def test_only_the_large_channels_are_masked() -> None:
     run(LlmInt8(50.0), module, data)
     where = next(node for node in module.nodes() if node.op_type == "Where")
     assert where.inputs[0].const_value.numpy().sum() == 2  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("threshold", "channels"), [(6.0, 1), (6.0000005, 0)])
+def test_a_channel_that_reaches_the_threshold_exactly(threshold: float, channels: int) -> None:
+    module = gemm()
+    x = np.random.default_rng(0).uniform(-1, 1, (9, WIDTH)).astype(np.float32)
+    x[3, 5] = -6
+    result = run(LlmInt8(threshold), module, [{"x": x}])
+    assert result.statistics["channels in float"] == channels
 
 
 def test_one_weight_of_two_activations() -> None:

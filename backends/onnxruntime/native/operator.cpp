@@ -64,7 +64,8 @@ Options options_of(const ort::Api* api, const ort::KernelInfo* info) {
   const int64_t bits = options.bits, size = options.block_size;
   if (bits != 2 && bits != 3 && bits != 4 && bits != 8) fail(api, "bits must be 2, 3, 4 or 8");
   if (options.inputs <= 0 || options.columns <= 0) fail(api, "K and N must be positive");
-  if (size < 0 || size % kStep || size > kSpan) fail(api, "block_size must be 0 or a multiple of 32");
+  if (size < 0 || size % kStep || size > kSpan)
+    fail(api, "block_size must be 0 or a multiple of 32 up to " + std::to_string(kSpan));
   if (options.gated && options.columns % (2 * kTile))
     fail(api, "a gated product needs whole pairs of tiles of 16 columns");
   return options;
