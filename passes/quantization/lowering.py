@@ -290,9 +290,12 @@ def _gather(editor: Editor, node: ir.Node, packed: PackedWeight, *, shared: bool
 def lower_to_standard(editor: Editor, weight: WeightUses, packed: PackedWeight) -> None:
     """Put DequantizeLinear between the codes and what read the weight, or its like for a codebook.
 
-    An embedding looks up codes and scales first and dequantizes only the rows it found.
+    An embedding looks up codes and scales first and dequantizes only the rows it found. What
+    subgraphs read is dequantized once, in the main graph: ONNX Runtime fails where a
+    DequantizeLinear lies in another graph than its codes.
     """
     transposed = weight.uses[0].transposed
+    shared: ir.Value | None = None
     for user, index in list(weight.value.uses()):
         editor.root = user
         if user.op_type == "Gather":
@@ -302,17 +305,25 @@ def lower_to_standard(editor: Editor, weight: WeightUses, packed: PackedWeight) 
             attributes = {"axis": -1, "block_size": packed.block_size}
             _replace(editor, user, editor.op("DequantizeLinear", _trim(found), attributes))
             continue
-        if packed.grid.levels is not None:
-            shape = [packed.inputs, packed.outputs]
-            found_levels = _levels(editor, packed, shape[::-1] if transposed else shape)
-            editor.set_input(user, index, found_levels)
+        if user.graph is editor.module.graph:
+            editor.set_input(user, index, _dequantized(editor, packed, transposed))
             continue
-        inputs = _trim([packed.codes, packed.scales, packed.zero_points])
-        if packed.block_size:
-            attributes = {"axis": int(transposed), "block_size": packed.block_size}
-        else:
-            attributes = {"axis": int(not transposed)}
-        editor.set_input(user, index, editor.op("DequantizeLinear", inputs, attributes))
+        if shared is None:
+            editor.root = editor.module.graph[0]
+            shared = _dequantized(editor, packed, transposed)
+        editor.set_input(user, index, shared)
+
+
+def _dequantized(editor: Editor, packed: PackedWeight, transposed: bool) -> ir.Value:
+    if packed.grid.levels is not None:
+        shape = [packed.inputs, packed.outputs]
+        return _levels(editor, packed, shape[::-1] if transposed else shape)
+    inputs = _trim([packed.codes, packed.scales, packed.zero_points])
+    if packed.block_size:
+        attributes = {"axis": int(transposed), "block_size": packed.block_size}
+    else:
+        attributes = {"axis": int(not transposed)}
+    return editor.op("DequantizeLinear", inputs, attributes)
 
 
 def _levels(editor: Editor, packed: PackedWeight, shape: list[int]) -> ir.Value:
