@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lwc.calibration.collect import check_any, check_finite, on_feed
+from lwc.calibration.inputs import fed_inputs
 from lwc.core.errors import InputError
 from lwc.core.module import Module
 from lwc.core.walk import values_read
@@ -17,7 +18,7 @@ from lwc.core.walk import values_read
 if TYPE_CHECKING:
     from lwc.pipeline.passes import Feed, PassContext
 
-__all__ = ["Stages", "between", "filed", "leading_to", "varying"]
+__all__ = ["Stages", "between", "data_values", "filed", "leading_to", "varying"]
 
 Array = np.ndarray[Any, Any]
 
@@ -117,6 +118,14 @@ class Stages:
         for kept in self._kept:
             if value in kept:
                 kept[value] = self._put((kept[value] / factors).astype(kept[value].dtype))
+
+
+def data_values(module: Module) -> set[ir.Value]:
+    """Return the values of the main graph that calibration data decides about.
+
+    Those of inputs with defaults are none: data need not have them.
+    """
+    return varying(module, fed_inputs(module))
 
 
 def varying(module: Module, fed: Container[ir.Value]) -> set[ir.Value]:

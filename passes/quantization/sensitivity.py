@@ -14,6 +14,7 @@ from lwc.calibration.collect import check_any, check_finite
 from lwc.calibration.divergence import Reference
 from lwc.calibration.inputs import input_role
 from lwc.calibration.replay import Replay
+from lwc.calibration.stages import data_values
 from lwc.calibration.text import id_input, token_feed
 from lwc.core.diagnostics import describe
 from lwc.core.errors import LwcError, PassError
@@ -111,8 +112,8 @@ def measure(
 
     Args:
         module: The model; it is not changed.
-        candidates: What to measure; a weight that is no initializer, or that nodes of subgraphs
-            read, is left out.
+        candidates: What to measure; a weight that is no initializer, that nodes of subgraphs
+            read, or that multiplies a constant, is left out.
         ctx: Gives calibration data and the runner.
         samples: Feeds of the data to use.
         window: Tokens of a feed to use, where feeds are plain token ids.
@@ -127,7 +128,12 @@ def measure(
     outputs = [v for v in module.graph.outputs if v.dtype is not None and _is_float(v.dtype)]
     if not outputs:
         raise PassError("no output holds floats, so nothing tells how good the model is")
-    inside = [each for each in candidates if each.weight.belongs_to(module.graph)]
+    values = data_values(module)
+    inside = [
+        each
+        for each in candidates
+        if each.weight.belongs_to(module.graph) and each.weight.multiplies(values)
+    ]
     for each in inside:
         _check_weight(each.weight)
     weights = {each.weight.value: each for each in inside}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -67,6 +67,10 @@ class WeightUses:
     def read_in(self, graph: ir.Graph) -> bool:
         """Tell whether nodes of this graph alone read it, and none of its subgraphs."""
         return all(use.node.graph is graph for use in self.uses)
+
+    def multiplies(self, values: Container[ir.Value]) -> bool:
+        """Tell whether all its products have one of these values on the left."""
+        return all(use.role == "Gather" or use.node.inputs[0] in values for use in self.uses)
 
     def belongs_to(self, graph: ir.Graph) -> bool:
         """Tell whether it is an initializer, and nodes of this graph alone read it."""

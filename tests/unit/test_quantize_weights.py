@@ -602,6 +602,26 @@ def test_what_has_no_activation_of_its_own_is_rounded_to_nearest() -> None:
     assert any("'table' is rounded to nearest" in note for note in notes)
 
 
+QUERIES = """<ir_version: 10, opset_import: ["" : 21]>
+queries (float[rows,96] x) => (float[rows,64] y) <float[1,96] k, float[96,64] w, float[96,64] v>
+{ a = MatMul(k, w) z = MatMul(x, v) y = Add(a, z) }"""
+
+
+@pytest.mark.parametrize(
+    "text", [QUERIES, QUERIES.replace("{ a = MatMul(k", "{ r = Relu(k) a = MatMul(r")]
+)
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_what_multiplies_a_constant_is_rounded_to_nearest(text: str, method: Any) -> None:
+    module = module_of(text)
+    assert calibrated(module, method=method).statistics["weights quantized"] == 2
+    notes = [each.message for each in module.remarks if each.kind == "note"]
+    assert [note.split(" is")[0] for note in notes] == ["'w'"]
+    plain = module_of(text)
+    quantized(plain)
+    for name in ("w_q4", "w_scales", "w_zero_points"):
+        assert np.array_equal(weight(module, name), weight(plain, name))
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_a_calibrated_method_needs_data(method: Any) -> None:
     with pytest.raises(PassError, match="there is no calibration data"):

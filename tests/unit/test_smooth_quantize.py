@@ -442,6 +442,18 @@ def test_what_stays_is_said() -> None:
     assert "Gemm is not among ops" in said(module, "missed")
 
 
+@pytest.mark.parametrize("left", ["k", "r"])
+def test_what_multiplies_a_constant_stays(left: str) -> None:
+    text = f"""g (float[s, 64] x) => (float[s, 96] y) <> {{
+        r = Relu (k) a = MatMul ({left}, w) z = MatMul (x, v) y = Add (a, z) }}"""
+    for chosen in (SmoothQuantize(None, activations="static"), LlmInt8()):
+        module = weighted(text, k=(1, 64), w=(64, 96), v=(64, 96))
+        result = run(chosen, module, feeds(module))
+        assert result.statistics["weights quantized"] == 1
+        assert "'w' stays: it multiplies a constant" in said(module, "missed")
+        assert "w" in module.graph.initializers
+
+
 def test_embeddings_are_left_by_static_only() -> None:
     text = """g (int64[s] ids) => (float[s, 96] y) <>
         { x = Gather (table, ids) y = MatMul (x, w) }"""
