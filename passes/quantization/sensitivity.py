@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 import onnx_ir as ir
 
-from lwc.calibration.collect import check_any, check_finite
+from lwc.calibration.collect import check_any, check_finite, check_rows, checked_feeds, has_rows
 from lwc.calibration.divergence import Reference
 from lwc.calibration.inputs import input_role
 from lwc.calibration.replay import Replay
@@ -121,7 +121,8 @@ def measure(
     Raises:
         PassError: There is no calibration data, no backend, or no float output, or a weight is
             not finite.
-        InputError: The data has no feeds, or an output is not finite.
+        InputError: The data has no feeds, or one that does not fit the inputs, or an output is
+            not finite or has no rows.
         LwcError: The backend cannot run the model, or an output is no number.
     """
     feeds = _sample(module, ctx, samples, window)
@@ -145,6 +146,7 @@ def measure(
     for count, given in enumerate(before, 1):
         for name, array in given.items():
             check_finite(array, name, count, module)
+    check_rows(chosen, {name for each in before for name in each if has_rows(each[name])}, module)
     reference = Reference(before, frozenset(chosen if logits else ()))
     costs: dict[ir.Value, dict[Bits, float]] = {
         value: dict.fromkeys(each.forms, 0.0) for value, each in weights.items()
@@ -202,7 +204,7 @@ def _rounded(candidate: Candidate, bits: Bits) -> tuple[Array, float]:
 
 def _sample(module: Module, ctx: PassContext, samples: int, window: int) -> list[Feed]:
     """Return the first feeds, cut to their first tokens if they are nothing but token ids."""
-    feeds = list(itertools.islice(ctx.calibration_feeds(module), samples))
+    feeds = list(itertools.islice(checked_feeds(module, ctx), samples))
     check_any(len(feeds), module)
     return [_cut(module, feed, window) for feed in feeds]
 
