@@ -280,11 +280,14 @@ def _gather(editor: Editor, node: ir.Node, packed: PackedWeight, *, shared: bool
     )
     rank = editor.rank(indices)
     if rank is None:
-        width = editor.constant([packed.inputs], "embedding_width")
-        shape = editor.op("Concat", [editor.op("Shape", [indices]), width], {"axis": 0})
-    else:
-        shape = editor.constant([0] * rank + [packed.inputs], "embedding_shape")
+        return editor.op("Reshape", [rows, _shape_of_rows(editor, indices, packed)])
+    shape = editor.constant([0] * rank + [packed.inputs], "embedding_shape")
     return editor.op("Reshape", [rows, shape])
+
+
+def _shape_of_rows(editor: Editor, indices: ir.Value | None, packed: PackedWeight) -> ir.Value:
+    width = editor.constant([packed.inputs], "embedding_width")
+    return editor.op("Concat", [editor.op("Shape", [indices]), width], {"axis": 0})
 
 
 def lower_to_standard(editor: Editor, weight: WeightUses, packed: PackedWeight) -> None:
@@ -299,11 +302,7 @@ def lower_to_standard(editor: Editor, weight: WeightUses, packed: PackedWeight) 
     for user, index in list(weight.value.uses()):
         editor.root = user
         if user.op_type == "Gather":
-            indices = user.inputs[1]
-            tensors = (packed.codes, packed.scales, packed.zero_points)
-            found = [v if v is None else editor.op("Gather", [v, indices]) for v in tensors]
-            attributes = {"axis": -1, "block_size": packed.block_size}
-            _replace(editor, user, editor.op("DequantizeLinear", _trim(found), attributes))
+            _replace(editor, user, _dequantized_rows(editor, user.inputs[1], packed))
             continue
         if user.graph is editor.module.graph:
             editor.set_input(user, index, _dequantized(editor, packed, transposed))
@@ -312,6 +311,20 @@ def lower_to_standard(editor: Editor, weight: WeightUses, packed: PackedWeight) 
             editor.root = editor.module.graph[0]
             shared = _dequantized(editor, packed, transposed)
         editor.set_input(user, index, shared)
+
+
+def _dequantized_rows(editor: Editor, indices: ir.Value | None, packed: PackedWeight) -> ir.Value:
+    # One row of one block has one scale, and ONNX Runtime refuses blocks then, unless it is a
+    # matrix.
+    flat = packed.block_size == packed.inputs and not editor.rank(indices)
+    tensors = (packed.codes, packed.scales, packed.zero_points)
+    places = editor.op("Reshape", [indices, editor.constant([-1])]) if flat else indices
+    found = [v if v is None else editor.op("Gather", [v, places]) for v in tensors]
+    attributes = {"axis": -1, "block_size": packed.block_size}
+    rows = editor.op("DequantizeLinear", _trim(found), attributes)
+    if not flat:
+        return rows
+    return editor.op("Reshape", [rows, _shape_of_rows(editor, indices, packed)])
 
 
 def _dequantized(editor: Editor, packed: PackedWeight, transposed: bool) -> ir.Value:

@@ -115,6 +115,8 @@ def find_weights(module: Module) -> Iterator[WeightUses]:
             obstacle = "its uses disagree on which axis is the layer's input"
         if len(tensor.shape) != 2:
             obstacle = f"it has rank {len(tensor.shape)}"
+        elif 0 in tensor.shape.numpy():
+            obstacle = "it holds no numbers"
         yield WeightUses(value, tensor, tuple(uses), obstacle)
 
 

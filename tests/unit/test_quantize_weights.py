@@ -34,6 +34,7 @@ from lwc.backends.onnxruntime.session import make_runner
 from lwc.core.errors import PassError, UsageError
 from lwc.core.module import Module
 from lwc.frontend.onnx_writer import save
+from lwc.optimizer import optimize
 from lwc.passes.quantization import streaming
 from lwc.passes.quantization.gptq import gptq
 from lwc.passes.quantization.packing import unpack_rows
@@ -390,6 +391,53 @@ def test_weights_in_subgraphs_and_constant_nodes(options: dict[str, Any]) -> Non
     allowed = 0.02 if options.get("bits") == 8 else 0.12  # half a step of 4 bits is a tenth
     for feed, old in zip(feeds, before, strict=True):
         assert np.linalg.norm(outputs(module, feed)[0] - old) < allowed * np.linalg.norm(old)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2, None])
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_standard_embedding_of_any_rank_of_indices(rank: int | None, blocks: int) -> None:
+    """ONNX Runtime has no blocks where a DequantizeLinear has one scale, as of a single row."""
+    module = module_of("""<ir_version: 10, opset_import: ["" : 21]>
+        rows (int64 ids) => (float y) <float[50,64] table> { y = Gather(table, ids) }""")
+    dims = None if rank is None else ir.Shape(["a", "b"][:rank])
+    module.graph.inputs[0].shape, module.graph.outputs[0].shape = dims, None
+    plain = weight(module, "table")
+    quantized(module, format="qdq", block_size=64 // blocks)
+    for ids in (np.array(7), np.array([7]), np.array([7, 49]), np.array([[7], [0]])):
+        if rank in (None, ids.ndim):
+            (found,) = outputs(module, {"ids": ids})
+            assert found.shape == plain[ids].shape
+            np.testing.assert_allclose(found, plain[ids], atol=np.ptp(plain) / 255)
+
+
+@pytest.mark.parametrize("shape", [(0, 160), (96, 0)])
+@pytest.mark.parametrize(
+    "passes",
+    [
+        "quantize-weights",
+        "quantize-weights{bits=8 format=qdq block-size=0}",
+        "quantize-weights{format=lwc}",
+        "quantize-weights{method=gptq}",
+        "smooth-quantize{0.5}",
+        "smooth-quantize{auto products=true}",
+        "smooth-quantize{none activations=static}",
+        "llm-int8",
+        "mixed-precision{6}",
+        "rotate",
+        "convert-dtype{float16}",
+    ],
+)
+def test_a_weight_without_numbers_stays(shape: tuple[int, int], passes: str) -> None:
+    inputs, width = shape
+    module = module_of(f"""<ir_version: 10, opset_import: ["" : 21]>
+        g (float[rows,{inputs}] x) => (float[rows,{width}] y) <float[{inputs},{width}] w>
+        {{ y = MatMul(x, w) }}""")
+    feed = {"x": np.ones((2, inputs), np.float32)}
+    optimized = optimize(module, passes=passes, calibration=[feed])
+    if passes not in ("rotate", "convert-dtype{float16}"):
+        said = [remark.message for remark in optimized.module.remarks]
+        assert "'w' stays: it holds no numbers" in said or "no weight to quantize" in said
+        assert ops(optimized.module) == ["MatMul"]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
