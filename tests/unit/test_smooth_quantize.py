@@ -22,6 +22,7 @@ from lwc.passes.quantization.int8_rounding import (
     static,
 )
 from lwc.passes.quantization.llm_int8 import LlmInt8
+from lwc.passes.quantization.mixed_precision import MixedPrecision
 from lwc.passes.quantization.quantize_weights import QuantizeWeights
 from lwc.passes.quantization.smooth import Smooth
 from lwc.passes.quantization.smooth_quantize import SmoothQuantize
@@ -333,6 +334,42 @@ def test_only_the_large_channels_are_masked() -> None:
     run(LlmInt8(50.0), module, data)
     where = next(node for node in module.nodes() if node.op_type == "Where")
     assert where.inputs[0].const_value.numpy().sum() == 2  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        QuantizeWeights(),
+        QuantizeWeights(bits=8, format="lwc"),
+        QuantizeWeights(method="gptq"),
+        SmoothQuantize(None),
+        LlmInt8(1.5),
+        LlmInt8(50.0),
+        MixedPrecision(16.0, format="lwc"),
+    ],
+)
+def test_weights_of_large_channels_stay_in_floating_point(after: Pass) -> None:
+    scale = np.ones(WIDTH)
+    scale[::4] = 100.0
+    module = weighted(NORM, scale=scale, bias=np.zeros(WIDTH), w=(64, 96), v=(48, 64))
+    data = feeds(module)
+    run(LlmInt8(50.0), module, data)
+    text = module.fingerprint()
+    assert not run(after, module, data).changed
+    assert module.fingerprint() == text
+    said_of = "\n".join(each.message for each in module.remarks)
+    if not isinstance(after, MixedPrecision):
+        assert "'w_outliers' stays: it multiplies the channels that an int8 product" in said_of
+
+
+def test_other_choices_of_channels_are_quantized() -> None:
+    """The int8 product beside them has these channels too."""
+    text = """g (float[s, 64] x) => (float[s, 96] y) <> {
+        c = Constant <value_ints = [0, 5, 9, 11, 13, 14, 20, 22, 30, 31, 32, 33, 40, 50, 51, 52]> ()
+        a = Gather <axis = -1> (x, c) p = MatMul (a, w) q = MatMul (x, v) y = Add (p, q) }"""
+    module = weighted(text, w=(16, 96), v=(64, 96))
+    run(SmoothQuantize(None, exclude=("w",)), module, None)
+    assert run(QuantizeWeights(block_size=16), module, None).statistics["weights quantized"] == 1
 
 
 def test_one_weight_of_two_activations() -> None:
