@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from lwc.analysis.shapes import Shapes
 from lwc.calibration.checkpoint import Trail, feeds_digest
-from lwc.calibration.inputs import misfit
+from lwc.calibration.inputs import misfit, wanted
 from lwc.calibration.statistics import Statistic
 from lwc.core.dims import evaluate
 from lwc.core.errors import InputError, LwcError
@@ -135,20 +135,22 @@ def checked_feeds(module: Module, ctx: PassContext) -> Iterator[Feed]:
     """
     inputs = {value.name or "": value for value in module.graph.inputs}
     for count, feed in enumerate(ctx.calibration_feeds(module), 1):
-        wrong = None
+        wrong, remedy = None, f"the inputs are {', '.join(inputs)}"
         for name in (*feed, *inputs):
             if name not in inputs:
                 wrong = f"has '{name}', which is no input"
             elif name in feed:
                 unfit = misfit(inputs[name], feed[name])
-                wrong = None if unfit is None else f"gives input '{name}' an array {unfit}"
+                if unfit is not None:
+                    wrong = f"gives input '{name}' an array {unfit}"
+                    remedy = f"feed {wanted(inputs[name])}"
             elif inputs[name].const_value is None:
                 wrong = f"lacks input '{name}'"
             if wrong is not None:
                 raise InputError(
                     f"feed {count} of the calibration data {wrong}",
                     file=module.source.path,
-                    remedy=f"the inputs are {', '.join(inputs)}",
+                    remedy=remedy,
                 )
         yield feed
 

@@ -23,7 +23,7 @@ from lwc.core.weights import reading
 if TYPE_CHECKING:
     from lwc.core.module import Module
 
-__all__ = ["InputRole", "RoleKind", "fed_inputs", "input_role", "misfit"]
+__all__ = ["InputRole", "RoleKind", "fed_inputs", "input_role", "misfit", "wanted"]
 
 
 class RoleKind(Enum):
@@ -98,6 +98,15 @@ def misfit(value: ir.Value, array: object) -> str | None:
         for want, have in zip(value.shape, array.shape, strict=True)
     )
     return None if fits else f"of shape {list(array.shape)}"
+
+
+def wanted(value: ir.Value) -> str:
+    """Return the type and shape of a graph input, for people."""
+    kind = "an array" if value.dtype is None else f"{value.dtype.name.lower()}"
+    if value.shape is None:
+        return kind
+    dims = ", ".join(str(d) if isinstance(d, int) else str(d.value or "?") for d in value.shape)
+    return f"{kind} [{dims}]"
 
 
 def input_role(module: Module, value: ir.Value) -> InputRole:

@@ -91,9 +91,18 @@ def is_outlier_part(use: WeightUse, editor: Editor) -> bool:
         and index == 2
         and (mask := editor.tensor(node.inputs[0])) is not None
         and np.array_equal(np.flatnonzero(mask.numpy()), channels.numpy())
-        and any(op_name(reader) == MATMUL for reader, _ in node.outputs[0].uses())
+        and _feeds_int8(node.outputs[0])
         for node, index in value.uses()
     )
+
+
+def _feeds_int8(value: ir.Value) -> bool:
+    """Tell whether an int8 product reads a value, through a Cast at most."""
+    readers = [reader for reader, _ in value.uses()]
+    behind = [
+        use.node for each in readers if each.op_type == "Cast" for use in each.outputs[0].uses()
+    ]
+    return any(op_name(reader) == MATMUL for reader in (*readers, *behind))
 
 
 class OutlierColumns(Activations):

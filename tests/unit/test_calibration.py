@@ -375,7 +375,10 @@ MODEL = """g (int64[b, s] ids) => (float[b, s, 64] y) <float[1] table = {0}, flo
             {"ids": np.zeros((1, 0), np.int64)},
             "the calibration data holds no rows for value '[ey]'",
         ),
-        ({"ids": np.ones((1, 2), np.float32)}, "feed 2 .*input 'ids'.* of type float32"),
+        (
+            {"ids": np.ones((1, 2), np.float32)},
+            r"feed 2 .*'ids'.* of type float32 \(feed int64 \[b, s\]\)",
+        ),
         ({"ids": np.ones((1, 2), np.int32)}, "feed 2 .*input 'ids'.* of type int32"),
         ({"ids": np.ones(2, np.int64)}, r"feed 2 .*input 'ids'.* of shape \[2\]"),
         ({"ids": np.ones((1, 2), np.int64), "z": np.zeros(1)}, "feed 2 .*has 'z'.* no input"),

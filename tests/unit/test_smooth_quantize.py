@@ -14,6 +14,7 @@ from lwc.backends.onnxruntime.session import OnnxRuntimeBackend, make_runner
 from lwc.calibration.statistics import Sample
 from lwc.core.errors import PassError, UsageError
 from lwc.core.module import Module
+from lwc.passes.quantization.convert_dtype import ConvertDtype
 from lwc.passes.quantization.int8_rounding import (
     per_channel,
     per_tensor,
@@ -360,6 +361,15 @@ def test_weights_of_large_channels_stay_in_floating_point(after: Pass) -> None:
     said_of = "\n".join(each.message for each in module.remarks)
     if not isinstance(after, MixedPrecision):
         assert "'w_outliers' stays: it multiplies the channels that an int8 product" in said_of
+
+
+def test_weights_of_large_channels_stay_in_half_precision_too() -> None:
+    module = norm(100.0)
+    data = feeds(module)
+    run(LlmInt8(50.0), module, data)
+    run(ConvertDtype("float16"), module, None)
+    assert not run(QuantizeWeights(block_size=16), module, None).changed
+    assert "'w_outliers' stays: it multiplies" in said(module, "missed")
 
 
 def test_other_choices_of_channels_are_quantized() -> None:
