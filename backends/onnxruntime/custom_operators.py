@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lwc.core.diagnostics import Remark
 from lwc.core.dialect import DOMAIN
+from lwc.core.errors import UsageError
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -41,16 +42,28 @@ def is_native(module: Module) -> bool:
 
 
 def register(options: ort.SessionOptions) -> None:
-    """Make the native operators known to a session to come."""
+    """Make the native operators known to a session to come.
+
+    Raises:
+        UsageError: LWC_ISA names an instruction set that is not there.
+    """
     library = _library()
     assert library is not None
+    instruction_set()
     options.register_custom_ops_library(library.__file__)
 
 
 def instruction_set() -> str | None:
-    """Return the instruction set of the native kernels, or None where they were not built."""
+    """Return the instruction set of the native kernels, or None where they were not built.
+
+    Raises:
+        UsageError: LWC_ISA names one that is not there.
+    """
     library = _library()
-    return None if library is None else str(library.instruction_set())
+    try:
+        return None if library is None else str(library.instruction_set())
+    except ValueError as error:
+        raise UsageError(str(error), remedy="name one of them, or unset LWC_ISA") from error
 
 
 @cache

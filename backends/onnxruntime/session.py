@@ -15,6 +15,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from lwc.backends.base import NodeTime
 from lwc.backends.onnxruntime.custom_operators import is_native, register
 from lwc.backends.onnxruntime.packing import PackedModule, pack
+from lwc.calibration.inputs import misfit, wanted
 from lwc.core.errors import LwcError
 
 if TYPE_CHECKING:
@@ -269,7 +270,7 @@ class OnnxRuntimeExecutable:
                 raise LwcError(
                     f"the feed lacks input '{name}'",
                     file=self._file,
-                    remedy=f"it is {_wanted(value)}",
+                    remedy=f"it is {wanted(value)}",
                 )
         return dict(feed)
 
@@ -283,34 +284,13 @@ def _is_numeric(value: object) -> bool:
 
 
 def _check_input(value: ir.Value, array: object, file: str | None) -> None:
-    if value.dtype is None or not isinstance(array, np.ndarray):
-        return  # sequences, maps and optionals go to ONNX Runtime as they are
-    wrong = None
-    if array.dtype.kind in "OUS":
-        if value.dtype.name != "STRING":
-            wrong = "of strings"
-    elif array.dtype != value.dtype.numpy():
-        wrong = f"of type {array.dtype}"
-    if wrong is None and value.shape is not None:
-        fits = array.ndim == len(value.shape) and all(
-            not isinstance(want, int) or want < 0 or want == have
-            for want, have in zip(value.shape, array.shape, strict=True)
-        )
-        wrong = None if fits else f"of shape {list(array.shape)}"
+    wrong = misfit(value, array)
     if wrong is not None:
         raise LwcError(
             f"input '{value.name}' was fed an array {wrong}",
             file=file,
-            remedy=f"feed {_wanted(value)}",
+            remedy=f"feed {wanted(value)}",
         )
-
-
-def _wanted(value: ir.Value) -> str:
-    kind = "an array" if value.dtype is None else f"{value.dtype.name.lower()}"
-    if value.shape is None:
-        return kind
-    dims = ", ".join(str(d) if isinstance(d, int) else str(d.value or "?") for d in value.shape)
-    return f"{kind} [{dims}]"
 
 
 def translated(error: Exception, file: str | None) -> LwcError:

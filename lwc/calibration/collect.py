@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from lwc.analysis.shapes import Shapes
 from lwc.calibration.checkpoint import Trail, feeds_digest
+from lwc.calibration.inputs import misfit, wanted
 from lwc.calibration.statistics import Statistic
 from lwc.core.dims import evaluate
 from lwc.core.errors import InputError, LwcError
@@ -20,7 +21,15 @@ if TYPE_CHECKING:
     from lwc.core.module import Module
     from lwc.pipeline.passes import Feed, PassContext
 
-__all__ = ["check_any", "check_finite", "collect", "on_feed"]
+__all__ = [
+    "check_any",
+    "check_finite",
+    "check_rows",
+    "checked_feeds",
+    "collect",
+    "has_rows",
+    "on_feed",
+]
 
 
 def collect(
@@ -43,8 +52,9 @@ def collect(
 
     Raises:
         PassError: There is no calibration data, or no backend.
-        InputError: The data has no feeds, or an activation that is not finite.
-        LwcError: A feed does not fit the model.
+        InputError: The data has no feeds, one that does not fit the model's inputs, no rows for a
+            value, or an activation that is not finite.
+        LwcError: The backend cannot run a feed.
     """
     names = {value.name or "": statistics for value, statistics in wanted.items()}
     trail = Trail.begin(ctx, module, lambda: ctx.calibration_feeds(module))
@@ -60,18 +70,20 @@ def collect(
                 parts = {part: kept[f"{number}.{part}"] for part in statistic.state()}
                 statistic.restore(parts)
             continue
-        count = 0
+        count, seen = 0, set[str]()
         with ctx.runner(module, group) as runner:
-            feeds = ctx.calibration_feeds(module)
+            feeds = checked_feeds(module, ctx)
             for feed in ctx.progress.track(feeds, "calibrating"):
                 count += 1
                 with on_feed(count):
                     found = runner.run(feed, group)
                 for name, array in found.items():
                     check_finite(array, name, count, module)
+                    seen.update([name] if has_rows(array) else [])
                     for statistic in names[name]:
                         statistic.update(array)
         check_any(count, module)
+        check_rows(group, seen, module)
         states = {
             f"{number}.{part}": array
             for number, statistic in enumerate(gathered)
@@ -114,6 +126,55 @@ def check_finite(array: np.ndarray[Any, Any], name: str, feed: int, module: Modu
         )
 
 
+def checked_feeds(module: Module, ctx: PassContext) -> Iterator[Feed]:
+    """Yield the calibration data.
+
+    Raises:
+        PassError: There is none.
+        InputError: A feed lacks an input, has something else, or an array that does not fit one.
+    """
+    inputs = {value.name or "": value for value in module.graph.inputs}
+    for count, feed in enumerate(ctx.calibration_feeds(module), 1):
+        wrong, remedy = None, f"the inputs are {', '.join(inputs)}"
+        for name in (*feed, *inputs):
+            if name not in inputs:
+                wrong = f"has '{name}', which is no input"
+            elif name in feed:
+                unfit = misfit(inputs[name], feed[name])
+                if unfit is not None:
+                    wrong = f"gives input '{name}' an array {unfit}"
+                    remedy = f"feed {wanted(inputs[name])}"
+            elif inputs[name].const_value is None:
+                wrong = f"lacks input '{name}'"
+            if wrong is not None:
+                raise InputError(
+                    f"feed {count} of the calibration data {wrong}",
+                    file=module.source.path,
+                    remedy=remedy,
+                )
+        yield feed
+
+
+def has_rows(array: np.ndarray[Any, Any]) -> bool:
+    """Tell whether an array has anything but a last axis of channels."""
+    return 0 not in (array.shape[:-1] or array.shape)
+
+
+def check_rows(names: Iterable[str], seen: Container[str], module: Module) -> None:
+    """Check that all values had rows in some feed.
+
+    Raises:
+        InputError: One is not among those seen.
+    """
+    for name in names:
+        if name not in seen:
+            raise InputError(
+                f"the calibration data holds no rows for value '{name}'",
+                file=module.source.path,
+                remedy="give feeds with at least one row",
+            )
+
+
 def check_any(feeds: int, module: Module) -> None:
     """Check that there are feeds.
 
@@ -129,7 +190,7 @@ def _groups(module: Module, names: list[str], ctx: PassContext) -> list[list[str
     if ctx.max_memory is None or not names:
         return [names] if names else []
     shapes = ctx.analyses.get(Shapes)
-    feeds = ctx.calibration_feeds(module)
+    feeds = checked_feeds(module, ctx)
     extents = {frozenset(_extents(module, feed, shapes).items()) for feed in feeds}
     made = runtime_values(module.graph)
     sizes = {value.name: shapes.nbytes(value) for value in made if value.name in names}

@@ -129,8 +129,12 @@ class CalibrationFile:
 
 
 def _lines(path: Path, module: Module) -> Iterator[dict[str, Array]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
+    with path.open("rb") as lines:
+        for number, content in enumerate(lines, 1):
+            try:
+                line = content.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError("cannot be read: it is not UTF-8 text", file=path) from error
             if not line.strip():
                 continue
             try:

@@ -23,7 +23,7 @@ from lwc.core.weights import reading
 if TYPE_CHECKING:
     from lwc.core.module import Module
 
-__all__ = ["InputRole", "RoleKind", "fed_inputs", "input_role"]
+__all__ = ["InputRole", "RoleKind", "fed_inputs", "input_role", "misfit", "wanted"]
 
 
 class RoleKind(Enum):
@@ -80,6 +80,33 @@ _SAMPLE_RATE = 16000
 def fed_inputs(module: Module) -> list[ir.Value]:
     """Return the graph inputs a feed must have: those without a default value."""
     return [value for value in module.graph.inputs if value.const_value is None]
+
+
+def misfit(value: ir.Value, array: object) -> str | None:
+    """Say what type or shape that a graph input does not take is fed to it, or return None."""
+    if value.dtype is None or not isinstance(array, np.ndarray):
+        return None  # sequences, maps and optionals go to the backend as they are
+    if array.dtype.kind in "OUS":
+        if value.dtype != ir.DataType.STRING:
+            return "of strings"
+    elif array.dtype != value.dtype.numpy():
+        return f"of type {array.dtype}"
+    if value.shape is None:
+        return None
+    fits = array.ndim == len(value.shape) and all(
+        not isinstance(want, int) or want < 0 or want == have
+        for want, have in zip(value.shape, array.shape, strict=True)
+    )
+    return None if fits else f"of shape {list(array.shape)}"
+
+
+def wanted(value: ir.Value) -> str:
+    """Return the type and shape of a graph input, for people."""
+    kind = "an array" if value.dtype is None else f"{value.dtype.name.lower()}"
+    if value.shape is None:
+        return kind
+    dims = ", ".join(str(d) if isinstance(d, int) else str(d.value or "?") for d in value.shape)
+    return f"{kind} [{dims}]"
 
 
 def input_role(module: Module, value: ir.Value) -> InputRole:

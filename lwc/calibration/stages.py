@@ -9,15 +9,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from lwc.calibration.collect import check_any, check_finite, on_feed
-from lwc.core.errors import InputError
+from lwc.calibration.collect import (
+    check_any,
+    check_finite,
+    check_rows,
+    checked_feeds,
+    has_rows,
+    on_feed,
+)
+from lwc.calibration.inputs import fed_inputs
 from lwc.core.module import Module
 from lwc.core.walk import values_read
 
 if TYPE_CHECKING:
     from lwc.pipeline.passes import Feed, PassContext
 
-__all__ = ["Stages", "between", "filed", "leading_to", "varying"]
+__all__ = ["Stages", "between", "data_values", "filed", "leading_to", "varying"]
 
 Array = np.ndarray[Any, Any]
 
@@ -37,7 +44,7 @@ class Stages:
 
     Raises:
         PassError: There is no calibration data.
-        InputError: The data has no feeds, or one that does not have the model's inputs.
+        InputError: The data has no feeds, or one that does not fit the model's inputs.
     """
 
     def __init__(self, module: Module, stops: Sequence[ir.Value], ctx: PassContext) -> None:
@@ -45,23 +52,13 @@ class Stages:
         self._ctx = ctx
         self._pending = set(stops)
         self._put = filed if ctx.max_memory is not None else lambda array: array
-        self._kept = [self._given(feed) for feed in ctx.calibration_feeds(module)]
+        self._kept = [self._given(feed) for feed in checked_feeds(module, ctx)]
         check_any(len(self._kept), module)
         self._varying = varying(module, self._kept[0])
         self._waiting = leading_to(module, stops, self._varying, self._kept[0])
 
     def _given(self, feed: Feed) -> dict[ir.Value, Array]:
         inputs = {value.name: value for value in self._module.graph.inputs}
-        lacking = [
-            name for name, value in inputs.items() if name not in feed and value.const_value is None
-        ]
-        for name in (*lacking, *(name for name in feed if name not in inputs)):
-            what = f"lacks input '{name}'" if name in inputs else f"has '{name}', which is no input"
-            raise InputError(
-                f"a feed of the calibration data {what}",
-                file=self._module.source.path,
-                remedy=f"the inputs are {', '.join(filter(None, inputs))}",
-            )
         return {inputs[name]: self._put(array) for name, array in feed.items()}
 
     @property
@@ -80,9 +77,18 @@ class Stages:
         All of them must be taken before the next stop is asked for.
 
         Raises:
-            InputError: One is not finite.
+            InputError: One is not finite, or none of them has a row.
             LwcError: The backend cannot run the nodes before it.
         """
+        name = stop.name or ""
+        seen = False
+        for count, array in enumerate(self._reached(stop), 1):
+            check_finite(array, name, count, self._module)
+            seen = seen or has_rows(array)
+            yield array
+        check_rows([name], [name] if seen else [], self._module)
+
+    def _reached(self, stop: ir.Value) -> Iterator[Array]:
         name = stop.name or ""
         ahead = leading_to(self._module, [stop], self._varying, self._kept[0])
         running = set(ahead)
@@ -91,9 +97,7 @@ class Stages:
         later = {value for node in self._waiting for value in values_read(node)} | self._pending
         made = [v for node in ahead for v in node.outputs if v in later or v is stop]
         if not ahead:
-            for count, kept in enumerate(self._kept, 1):
-                check_finite(kept[stop], name, count, self._module)
-                yield kept[stop]
+            yield from (kept[stop] for kept in self._kept)
             return
         given = sorted(
             {value for node in ahead for value in values_read(node)} & set(self._kept[0]),
@@ -109,7 +113,6 @@ class Stages:
                     del kept[value]
                 for value in later.intersection(made):
                     kept[value] = self._put(results[value.name or ""])
-                check_finite(results[name], name, count, self._module)
                 yield results[name]
 
     def divide(self, value: ir.Value, factors: Array) -> None:
@@ -117,6 +120,14 @@ class Stages:
         for kept in self._kept:
             if value in kept:
                 kept[value] = self._put((kept[value] / factors).astype(kept[value].dtype))
+
+
+def data_values(module: Module) -> set[ir.Value]:
+    """Return the values of the main graph that calibration data decides about.
+
+    Those of inputs with defaults are none: data need not have them.
+    """
+    return varying(module, fed_inputs(module))
 
 
 def varying(module: Module, fed: Container[ir.Value]) -> set[ir.Value]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import onnx_ir as ir
 
+from lwc.calibration.stages import data_values
 from lwc.calibration.statistics import Sample, Statistic
 from lwc.core.walk import runtime_values
 from lwc.passes.quantization.int8_rounding import per_tensor, per_token, relative_error, static
@@ -197,15 +198,17 @@ def first_readers(module: Module, layers: Iterable[Layer]) -> dict[ir.Value, ir.
 
 
 def seen(layers: Iterable[Layer], module: Module, ctx: PassContext) -> list[Layer]:
-    """Return the layers of the main graph; remarks say that others stay."""
+    """Return the layers whose activations calibration sees; remarks say why others stay."""
     kept = []
+    values = data_values(module)
     for layer in layers:
-        if layer.weight.read_in(module.graph):
-            kept.append(layer)
+        weight = layer.weight
+        if not weight.read_in(module.graph):
+            reason = "it belongs to a subgraph, where calibration sees no activations"
+        elif not weight.multiplies(values):
+            reason = "it multiplies a constant, of which calibration data says nothing"
         else:
-            ctx.missed(
-                f"'{layer.weight.value.name}' stays: it belongs to a subgraph, where calibration "
-                "sees no activations",
-                layer.weight.uses[0].node,
-            )
+            kept.append(layer)
+            continue
+        ctx.missed(f"'{weight.value.name}' stays: {reason}", weight.uses[0].node)
     return kept

@@ -242,6 +242,8 @@ def _own(weight: Place | None, edit: Editor) -> Place | Miss | None:
             return Miss("its weight is shared", weight.node)
     if weight.source.producer() is not None:
         return Miss("its weight is no initializer", weight.node)
+    if 0 in weight.shape:
+        return Miss("its weight holds no numbers", weight.node)
     if not edit.single_use(weight.source) and not _is_bias_too(weight):
         return Miss("its weight is shared", weight.node)
     return weight

@@ -280,39 +280,63 @@ def _gather(editor: Editor, node: ir.Node, packed: PackedWeight, *, shared: bool
     )
     rank = editor.rank(indices)
     if rank is None:
-        width = editor.constant([packed.inputs], "embedding_width")
-        shape = editor.op("Concat", [editor.op("Shape", [indices]), width], {"axis": 0})
-    else:
-        shape = editor.constant([0] * rank + [packed.inputs], "embedding_shape")
+        return editor.op("Reshape", [rows, _shape_of_rows(editor, indices, packed)])
+    shape = editor.constant([0] * rank + [packed.inputs], "embedding_shape")
     return editor.op("Reshape", [rows, shape])
+
+
+def _shape_of_rows(editor: Editor, indices: ir.Value | None, packed: PackedWeight) -> ir.Value:
+    width = editor.constant([packed.inputs], "embedding_width")
+    return editor.op("Concat", [editor.op("Shape", [indices]), width], {"axis": 0})
 
 
 def lower_to_standard(editor: Editor, weight: WeightUses, packed: PackedWeight) -> None:
     """Put DequantizeLinear between the codes and what read the weight, or its like for a codebook.
 
-    An embedding looks up codes and scales first and dequantizes only the rows it found.
+    An embedding looks up codes and scales first and dequantizes only the rows it found. What
+    subgraphs read is dequantized once, in the main graph: ONNX Runtime fails where a
+    DequantizeLinear lies in another graph than its codes.
     """
     transposed = weight.uses[0].transposed
+    shared: ir.Value | None = None
     for user, index in list(weight.value.uses()):
         editor.root = user
         if user.op_type == "Gather":
-            indices = user.inputs[1]
-            tensors = (packed.codes, packed.scales, packed.zero_points)
-            found = [v if v is None else editor.op("Gather", [v, indices]) for v in tensors]
-            attributes = {"axis": -1, "block_size": packed.block_size}
-            _replace(editor, user, editor.op("DequantizeLinear", _trim(found), attributes))
+            _replace(editor, user, _dequantized_rows(editor, user.inputs[1], packed))
             continue
-        if packed.grid.levels is not None:
-            shape = [packed.inputs, packed.outputs]
-            found_levels = _levels(editor, packed, shape[::-1] if transposed else shape)
-            editor.set_input(user, index, found_levels)
+        if user.graph is editor.module.graph:
+            editor.set_input(user, index, _dequantized(editor, packed, transposed))
             continue
-        inputs = _trim([packed.codes, packed.scales, packed.zero_points])
-        if packed.block_size:
-            attributes = {"axis": int(transposed), "block_size": packed.block_size}
-        else:
-            attributes = {"axis": int(not transposed)}
-        editor.set_input(user, index, editor.op("DequantizeLinear", inputs, attributes))
+        if shared is None:
+            editor.root = editor.module.graph[0]
+            shared = _dequantized(editor, packed, transposed)
+        editor.set_input(user, index, shared)
+
+
+def _dequantized_rows(editor: Editor, indices: ir.Value | None, packed: PackedWeight) -> ir.Value:
+    # One row of one block has one scale, and ONNX Runtime refuses blocks then, unless it is a
+    # matrix.
+    flat = packed.block_size == packed.inputs and not editor.rank(indices)
+    tensors = (packed.codes, packed.scales, packed.zero_points)
+    places = editor.op("Reshape", [indices, editor.constant([-1])]) if flat else indices
+    found = [v if v is None else editor.op("Gather", [v, places]) for v in tensors]
+    attributes = {"axis": -1, "block_size": packed.block_size}
+    rows = editor.op("DequantizeLinear", _trim(found), attributes)
+    if not flat:
+        return rows
+    return editor.op("Reshape", [rows, _shape_of_rows(editor, indices, packed)])
+
+
+def _dequantized(editor: Editor, packed: PackedWeight, transposed: bool) -> ir.Value:
+    if packed.grid.levels is not None:
+        shape = [packed.inputs, packed.outputs]
+        return _levels(editor, packed, shape[::-1] if transposed else shape)
+    inputs = _trim([packed.codes, packed.scales, packed.zero_points])
+    if packed.block_size:
+        attributes = {"axis": int(transposed), "block_size": packed.block_size}
+    else:
+        attributes = {"axis": int(not transposed)}
+    return editor.op("DequantizeLinear", inputs, attributes)
 
 
 def _levels(editor: Editor, packed: PackedWeight, shape: list[int]) -> ir.Value:

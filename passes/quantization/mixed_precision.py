@@ -117,7 +117,8 @@ class MixedPrecision(Pass):
             if value not in found.costs:
                 ctx.note(
                     f"'{value.name}' gets {assigned[value]} bits without being measured: "
-                    "it is no initializer that the main graph alone reads",
+                    "it is no initializer that the main graph alone reads, or multiplies a "
+                    "constant",
                     node,
                 )
         used = sum(each.forms[assigned[each.weight.value]].nbytes for each in candidates)

@@ -9,15 +9,17 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx_ir as ir
 
+from lwc.core.walk import op_name
 from lwc.passes.quantization.activations import Activations, first_readers
+from lwc.passes.quantization.dialect_ops import MATMUL
 from lwc.passes.quantization.int8_rounding import relative_error
 from lwc.passes.quantization.layerwise import Layer, activation_of
 from lwc.passes.quantization.lowering import PackedWeight, lower_to_dialect
 from lwc.passes.quantization.streaming import QuantizedWeight
 from lwc.passes.quantization.weight_uses import WeightUse, WeightUses, matrix
-from lwc.rewrite.editor import Editor, attribute
+from lwc.rewrite.editor import Editor, attribute, producer_of
 
-__all__ = ["Columns", "OutlierColumns", "columns_of"]
+__all__ = ["Columns", "OutlierColumns", "columns_of", "is_outlier_part"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
@@ -68,6 +70,39 @@ def columns_of(layer: Layer, tops: Sequence[Array], threshold: float) -> Columns
         shape = ir.Shape(weight.tensor.shape.numpy())
         rest = replace(weight, tensor=ir.LazyTensor(zeroed, dtype=weight.tensor.dtype, shape=shape))
     return Columns(channels, weight, rest, transposed)
+
+
+def is_outlier_part(use: WeightUse, editor: Editor) -> bool:
+    """Tell whether a product is of the channels that an int8 product beside it sees as zeros.
+
+    So `OutlierColumns` writes them: a Gather of an activation, and a Where on it.
+    """
+    gather = producer_of(use.node.inputs[0], "Gather") if use.role == "MatMul" else None
+    if gather is None:
+        return False
+    value, where = gather.inputs
+    channels = editor.tensor(where)
+    rank = editor.rank(value)
+    axis = attribute(gather, "axis", 0)
+    if value is None or channels is None or axis not in (-1, None if rank is None else rank - 1):
+        return False
+    return any(
+        node.op_type == "Where"
+        and index == 2
+        and (mask := editor.tensor(node.inputs[0])) is not None
+        and np.array_equal(np.flatnonzero(mask.numpy()), channels.numpy())
+        and _feeds_int8(node.outputs[0])
+        for node, index in value.uses()
+    )
+
+
+def _feeds_int8(value: ir.Value) -> bool:
+    """Tell whether an int8 product reads a value, through a Cast at most."""
+    readers = [reader for reader, _ in value.uses()]
+    behind = [
+        use.node for each in readers if each.op_type == "Cast" for use in each.outputs[0].uses()
+    ]
+    return any(op_name(reader) == MATMUL for reader in (*readers, *behind))
 
 
 class OutlierColumns(Activations):

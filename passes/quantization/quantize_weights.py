@@ -276,13 +276,16 @@ class QuantizeWeights(Pass):
     def _quantizer(
         self, module: Module, chosen: list[Layer], ctx: PassContext
     ) -> LayerwiseQuantizer | None:
+        from lwc.calibration.stages import data_values
         from lwc.passes.quantization.layerwise import LayerwiseQuantizer, activation_of
 
         if self.method == "rtn":
             return None
         layers = []
+        values = data_values(module)
         for layer in chosen:
-            if activation_of(layer.weight) is not None and layer.weight.belongs_to(module.graph):
+            own = activation_of(layer.weight) is not None and layer.weight.multiplies(values)
+            if own and layer.weight.belongs_to(module.graph):
                 layers.append(layer)
             else:
                 ctx.note(

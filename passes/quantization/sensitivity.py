@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 import onnx_ir as ir
 
-from lwc.calibration.collect import check_any, check_finite
+from lwc.calibration.collect import check_any, check_finite, check_rows, checked_feeds, has_rows
 from lwc.calibration.divergence import Reference
 from lwc.calibration.inputs import input_role
 from lwc.calibration.replay import Replay
+from lwc.calibration.stages import data_values
 from lwc.calibration.text import id_input, token_feed
 from lwc.core.diagnostics import describe
 from lwc.core.errors import LwcError, PassError
@@ -112,8 +113,8 @@ def measure(
 
     Args:
         module: The model; it is not changed.
-        candidates: What to measure; a weight that is no initializer, or that nodes of subgraphs
-            read, is left out.
+        candidates: What to measure; a weight that is no initializer, that nodes of subgraphs
+            read, or that multiplies a constant, is left out.
         ctx: Gives calibration data and the runner.
         samples: Feeds of the data to use.
         window: Tokens of a feed to use, where feeds are plain token ids.
@@ -121,14 +122,20 @@ def measure(
     Raises:
         PassError: There is no calibration data, no backend, or no float output, or a weight is
             not finite.
-        InputError: The data has no feeds, or an output is not finite.
+        InputError: The data has no feeds, or one that does not fit the inputs, or an output is
+            not finite or has no rows.
         LwcError: The backend cannot run the model, or an output is no number.
     """
     feeds = _sample(module, ctx, samples, window)
     outputs = [v for v in module.graph.outputs if v.dtype is not None and _is_float(v.dtype)]
     if not outputs:
         raise PassError("no output holds floats, so nothing tells how good the model is")
-    inside = [each for each in candidates if each.weight.belongs_to(module.graph)]
+    values = data_values(module)
+    inside = [
+        each
+        for each in candidates
+        if each.weight.belongs_to(module.graph) and each.weight.multiplies(values)
+    ]
     for each in inside:
         _check_weight(each.weight)
     weights = {each.weight.value: each for each in inside}
@@ -140,6 +147,7 @@ def measure(
     for count, given in enumerate(before, 1):
         for name, array in given.items():
             check_finite(array, name, count, module)
+    check_rows(chosen, {name for each in before for name in each if has_rows(each[name])}, module)
     reference = Reference(before, frozenset(chosen if logits else ()))
     costs: dict[ir.Value, dict[Bits, float]] = {
         value: dict.fromkeys(each.forms, 0.0) for value, each in weights.items()
@@ -197,7 +205,7 @@ def _rounded(candidate: Candidate, bits: Bits) -> tuple[Array, float]:
 
 def _sample(module: Module, ctx: PassContext, samples: int, window: int) -> list[Feed]:
     """Return the first feeds, cut to their first tokens if they are nothing but token ids."""
-    feeds = list(itertools.islice(ctx.calibration_feeds(module), samples))
+    feeds = list(itertools.islice(checked_feeds(module, ctx), samples))
     check_any(len(feeds), module)
     return [_cut(module, feed, window) for feed in feeds]
 

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from lwc.core.diagnostics import describe
 from lwc.core.errors import PassError
 from lwc.core.quant_layout import TILE, packed_bytes
+from lwc.passes.quantization.outlier_columns import is_outlier_part
 from lwc.passes.quantization.rounding import Grid
 from lwc.passes.quantization.streaming import Layout, WeightSpec
 from lwc.passes.quantization.weight_uses import WeightUse, WeightUses
@@ -55,6 +56,8 @@ class WeightForms:
         unwanted = sorted(roles - {"Gather"} - set(self._options.ops))
         if unwanted:
             return f"{unwanted[0]} is not among ops"
+        if any(is_outlier_part(use, self._editor) for use in weight.uses):
+            return "it multiplies the channels that an int8 product leaves in floating point"
         pattern = self._excluded(weight)
         if pattern is not None:
             return f"exclude={pattern} matches"

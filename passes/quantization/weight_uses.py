@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -68,6 +68,10 @@ class WeightUses:
         """Tell whether nodes of this graph alone read it, and none of its subgraphs."""
         return all(use.node.graph is graph for use in self.uses)
 
+    def multiplies(self, values: Container[ir.Value]) -> bool:
+        """Tell whether all its products have one of these values on the left."""
+        return all(use.role == "Gather" or use.node.inputs[0] in values for use in self.uses)
+
     def belongs_to(self, graph: ir.Graph) -> bool:
         """Tell whether it is an initializer, and nodes of this graph alone read it."""
         return self.value.is_initializer() and self.read_in(graph)
@@ -111,6 +115,8 @@ def find_weights(module: Module) -> Iterator[WeightUses]:
             obstacle = "its uses disagree on which axis is the layer's input"
         if len(tensor.shape) != 2:
             obstacle = f"it has rank {len(tensor.shape)}"
+        elif 0 in tensor.shape.numpy():
+            obstacle = "it holds no numbers"
         yield WeightUses(value, tensor, tuple(uses), obstacle)
 
 

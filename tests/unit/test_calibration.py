@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from lwc.calibration.data import CalibrationFile, as_calibration
 from lwc.calibration.statistics import AbsMax, Gram, Histogram, MeanAbs
 from lwc.core.errors import InputError, LwcError, PassError, UsageError
 from lwc.core.module import Module
+from lwc.optimizer import optimize
 from lwc.pipeline.passes import PassContext
 
 Array = np.ndarray[Any, Any]
@@ -360,6 +362,64 @@ def test_what_cannot_be_collected() -> None:
         collect(module, {value: (AbsMax(),)}, ctx)
     with pytest.raises(LwcError, match="is no input"):
         collect(module, {value: (AbsMax(),)}, context(module, [{"z": np.zeros(1)}]))
+
+
+MODEL = """g (int64[b, s] ids) => (float[b, s, 64] y) <float[1] table = {0}, float[1] w = {0}>
+    { e = Gather (table, ids) y = MatMul (e, w) }"""
+
+
+@pytest.mark.parametrize(
+    ("feed", "reason"),
+    [
+        (
+            {"ids": np.zeros((1, 0), np.int64)},
+            "the calibration data holds no rows for value '[ey]'",
+        ),
+        (
+            {"ids": np.ones((1, 2), np.float32)},
+            r"feed 2 .*'ids'.* of type float32 \(feed int64 \[b, s\]\)",
+        ),
+        ({"ids": np.ones((1, 2), np.int32)}, "feed 2 .*input 'ids'.* of type int32"),
+        ({"ids": np.ones(2, np.int64)}, r"feed 2 .*input 'ids'.* of shape \[2\]"),
+        ({"ids": np.ones((1, 2), np.int64), "z": np.zeros(1)}, "feed 2 .*has 'z'.* no input"),
+        ({}, "feed 2 .* lacks input 'ids'"),
+    ],
+)
+@pytest.mark.parametrize(
+    "passes",
+    [
+        "quantize-weights{method=gptq}",
+        "quantize-weights{method=awq}",
+        "smooth{0.5 products=true}",
+        "smooth-quantize{none activations=static}",
+        "llm-int8",
+        "mixed-precision{6}",
+    ],
+)
+def test_every_pass_refuses_feeds_that_do_not_fit(
+    passes: str, feed: dict[str, Array], reason: str
+) -> None:
+    module = module_of(MODEL)
+    for value, rows in (("table", 100), ("w", 64)):
+        content = np.random.default_rng(rows).standard_normal((rows, 64)).astype(np.float32)
+        module.replace_initializer(module.graph.initializers[value], ir.Tensor(content))
+    empty = not reason.startswith("feed")
+    feeds = [feed] if empty else [{"ids": np.ones((1, 2), np.int64)}, feed]
+    with pytest.raises(InputError, match=reason):
+        optimize(module, passes=passes, calibration=feeds)
+
+
+def test_one_feed_without_rows_is_none_too_many() -> None:
+    module = module_of(NUMBERS)
+    feeds = [{"x": np.ones((rows, 4), np.float32)} for rows in (0, 2)]
+    assert collect(module, {module.graph[0].outputs[0]: (AbsMax(),)}, context(module, feeds)) == 2
+
+
+def test_lines_that_are_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "ids.jsonl"
+    path.write_bytes(b"[1]\n\xff\xfe[1]\n")
+    with pytest.raises(InputError, match="cannot be read: it is not UTF-8 text"):
+        list(CalibrationFile(path).feeds(module_of(IDS)))
 
 
 def test_a_broken_archive(tmp_path: Path) -> None:

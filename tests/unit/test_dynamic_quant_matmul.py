@@ -109,17 +109,23 @@ def test_the_kernels_compute_the_formula() -> None:
 def test_every_instruction_set_computes_the_same(name: str) -> None:
     """In a process of its own, since the kernels are chosen once."""
     probe = [sys.executable, "-c", _PROBE]
+    chosen, worst = probed(probe, name).split()
+    assert chosen == name
+    assert float(worst) < TOLERANCE
+
+
+def probed(command: list[str], name: str) -> str:
+    """Run a command with the kernels of an instruction set, where this processor has it."""
     done = subprocess.run(
-        probe,
+        command,
         env={**os.environ, "LWC_ISA": name, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
-        check=True,
     )
-    chosen, worst = done.stdout.split()
-    if chosen != name:
+    if done.returncode and f"LWC_ISA={name} names no kernels" in done.stderr:
         pytest.skip(f"this processor has no {name}")
-    assert float(worst) < TOLERANCE
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 _PROBE = """
@@ -170,15 +176,37 @@ print(instruction_set())
 
 def run_with(name: str, code: str) -> None:
     """Run code that prints the instruction set in a process with the kernels of that name."""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "LWC_ISA": name, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    if done.stdout.strip() != name:
-        pytest.skip(f"this processor has no {name}")
+    assert probed([sys.executable, "-c", code], name) == name
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["nonsense", "AVX2"])
+def test_an_unknown_instruction_set_is_refused(name: str) -> None:
+    asked = """
+from lwc.backends.onnxruntime.custom_operators import instruction_set
+instruction_set()"""
+    registered = """
+import onnxruntime as ort
+from lwc.backends.onnxruntime._native import __file__
+ort.SessionOptions().register_custom_ops_library(__file__)"""
+    compiled = """
+import numpy as np
+from dialect import draw_case, module_of, variants
+from lwc.backends.onnxruntime.session import OnnxRuntimeBackend
+rng = np.random.default_rng(5)
+case = draw_case(rng, next(iter(variants(rng, 1))), np.float16)
+OnnxRuntimeBackend().compile(module_of(case))"""
+    for code in (asked, registered, compiled):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "LWC_ISA": name, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode
+        assert f"LWC_ISA={name} names no kernels" in done.stderr
+        assert "plain" in done.stderr.splitlines()[-1]
+        assert ("UsageError" in done.stderr) == (code is not registered)
 
 
 @needs_native

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from quantized import feed_of, missed, module_of, outputs, quantized
-from support import run_pass_to_the_end
+from support import run_pass, run_pass_to_the_end
 
 from lwc.core.module import Module
 from lwc.passes.fusion.fuse_epilogue import FuseEpilogue
@@ -165,3 +166,76 @@ def test_products_of_different_sources() -> None:
         inputs=f"{INPUTS}, float[B,S,64] z",
     )
     assert left.count("DynamicQuantMatMul") == 2
+
+
+def test_a_row_with_more_axes_than_the_product() -> None:
+    left, module = fuse(
+        "p = MatMul(x, w) y = Add(p, b)", "float[64,96] w, float[1,1,1,96] b",
+        result="float[1,B,S,96] y",
+    )  # fmt: skip
+    assert left == ["DynamicQuantMatMul", "Add"]
+    assert any("more axes than the product" in each for each in missed(module))
+
+
+def test_halves_of_another_axis() -> None:
+    left, module = fuse(
+        """p = MatMul(x, w) h, k = Split<axis = 1, num_outputs = 2>(p)
+        o = com.microsoft.QuickGelu<alpha = 1.0>(h) y = Mul(o, k)""",
+        "float[64,96] w", inputs="float[B,4,64] x", result="float[B,2,96] y",
+    )  # fmt: skip
+    assert left == ["DynamicQuantMatMul", "Split", "QuickGelu", "Mul"]
+    assert variants(module) == [("none", 0, 0)]
+
+
+def test_products_of_different_bits() -> None:
+    module = module_of(
+        f"""<ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>
+        g ({INPUTS}) => (float[B,S,96] y) <float[64,96] a, float[64,96] b>
+        {{ {GATED.format("o", "u")} }}"""
+    )
+    quantized(module, bits=4, format="lwc", exclude=("b",))
+    quantized(module, bits=8, format="lwc")
+    run_pass_to_the_end(FuseEpilogue(), module)
+    assert sorted(variants(module)) == [("none", 0, 0), ("silu", 0, 0)]
+    assert "both products are quantized in different ways" in missed(module)
+
+
+def test_what_is_gated_already_is_not_gated_again() -> None:
+    left, module = fuse(
+        GATED.format("o", "u").replace("y =", "m =") + " v = MatMul(x, c) y = Mul(m, v)",
+        "float[64,96] a, float[64,96] b, float[64,96] c",
+    )
+    assert left == ["DynamicQuantMatMul", "DynamicQuantMatMul", "Mul"]
+    assert sorted(variants(module)) == [("none", 0, 0), ("silu", 0, 1)]
+    assert not missed(module)
+
+
+def test_a_function_body_stays() -> None:
+    module = module_of(
+        f"""<ir_version: 10, opset_import: ["" : 20]>
+        g ({INPUTS}) => (float[B,S,96] y) <float[64,96] w> {{ p = MatMul(x, w) y = Relu(p) }}"""
+    )
+    quantized(module, bits=4, format="lwc")
+    product, relu = module.graph
+    given = [ir.Value(name=f"in{place}") for place in range(len(product.inputs))]
+    inner = ir.Node(
+        product.domain, product.op_type, given, list(product.attributes.values()),
+        overload=product.overload,
+    )  # fmt: skip
+    outer = ir.Node("", "Relu", inner.outputs)
+    body = ir.Graph(
+        given, outer.outputs, nodes=[inner, outer], opset_imports={"": 20, product.domain: 1}
+    )
+    layer = ir.Function("own", "Layer", graph=body, attributes=[])
+    module.model.functions[layer.identifier()] = layer
+    module.import_opset("own", 1)
+    call = ir.Node("own", "Layer", product.inputs)
+    module.graph.insert_before(relu, call)
+    ir.convenience.replace_all_uses_with(
+        relu.outputs[0], call.outputs[0], replace_graph_outputs=True
+    )
+    call.outputs[0].name, call.outputs[0].type = "y", relu.outputs[0].type
+    module.graph.remove([relu, product], safe=True)
+    module.forget_names()
+    assert not run_pass(FuseEpilogue(), module).changed
+    assert [node.op_type for node in layer] == ["DynamicQuantMatMul", "Relu"]

@@ -327,6 +327,17 @@ def test_a_weight_of_a_constant_node_is_not_measured() -> None:
     assert said.startswith("'constant' gets 8 bits without being measured")
 
 
+def test_what_multiplies_a_constant_is_not_measured() -> None:
+    """The data does not run it, so it would seem to cost nothing."""
+    module = language_model()
+    queries = np.random.default_rng(1).standard_normal((1, WIDTH)).astype(np.float32)
+    (use,) = module.graph.initializers["w1"].uses()
+    use.node.replace_input_with(0, module.add_initializer("queries", ir.Tensor(queries)))
+    mixed(module, budget=9.0)
+    (said,) = [remark.message for remark in module.remarks if "measured" in remark.message]
+    assert said.startswith("'w1' gets 8 bits without being measured")
+
+
 def test_it_needs_data() -> None:
     module = language_model()
     ctx = PassContext(AnalysisManager(module), make_runner=make_runner)

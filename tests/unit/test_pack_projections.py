@@ -219,6 +219,14 @@ def test_biases_behind_products_are_joined_with_zeros_where_there_is_none() -> N
     assert np.all(bias[:8] != 0)
 
 
+def test_a_sum_with_more_axes_than_the_product_stays_behind_it() -> None:
+    text = linears(
+        "m = MatMul (x, w) p = Add (m, b)", "r = MatMul (x, v)",
+        f"float[{WIDTH}, 8] w, float[{WIDTH}, 3] v, float[1, 1, 8] b",
+    ).replace("float[rows, columns] y", "float[1, rows, columns] y")  # fmt: skip
+    assert packed(module_of(text)) == ["MatMul", "Split", "Add", "Relu", "Tanh"]
+
+
 def test_products_that_leave_the_graph() -> None:
     module = module_of(
         f"""g (float[rows, {WIDTH}] x) => (float[rows, 8] p, float[rows, 3] r)
@@ -241,6 +249,16 @@ NEAR_MISSES = {
     "transB": (linears(product("p", "transB = 1"), product("r", "transB = 0"), GEMMS), "transB"),
     "alpha": (linears(product("p", "alpha = 2.0"), product("r", "alpha = 1.0"), GEMMS), "alpha"),
     "beta": (linears(product("p", "beta = 2.0"), product("r", "beta = 1.0"), GEMMS), "beta"),
+    "transA": (
+        linears(product("p", "transA = 1"), product("r", "transA = 0"), GEMMS)
+        .replace("rows", str(WIDTH)),
+        "transA",
+    ),
+    "g_idx": (
+        nbits().replace("(x, wp, sp)", "(x, wp, sp, , order)")
+        .replace("uint8[64, 2, 16] wp", "int32[64] order, uint8[64, 2, 16] wp"),
+        "an order of their own",
+    ),
     "operators": (linears(product("p"), "r = MatMul (x, wr)", GEMMS), "operators"),
     "shared": (
         linears("p = MatMul (x, w)", "m = MatMul (x, v) s = MatMul (p, v) r = Add (m, s)",
@@ -285,6 +303,13 @@ def test_other_consumers_of_projections(old: str, new: str, expected: list[str])
     if "(q, k, k," in new:
         text = text.replace("v = MatMul (x, wv)", "")
     assert packed(module_of(text)) == expected
+
+
+def test_heads_of_different_sizes_stay() -> None:
+    text = ATTENTION.replace(f"num_heads = {HEADS},", f"num_heads = {2 * HEADS},")
+    module = module_of(text)
+    assert not run_pass(PackProjections("auto"), module).changed
+    assert "its heads differ in size" in missed(module)
 
 
 def test_what_else_reads_keys_keeps_attention_as_it_is() -> None:
@@ -409,6 +434,14 @@ def test_near_misses_of_the_dialect(text: str, options: list[dict[str, Any]], re
     module = quantize(module_of(text), *options)
     assert not run_pass(PackProjections("always"), module).changed
     assert reason in missed(module)
+
+
+def test_scales_of_another_type_stay_apart() -> None:
+    """Those of a weight beyond float16 are float32."""
+    large = np.random.default_rng(1).standard_normal((64, 64)).astype(np.float32) * 1e7
+    module = quantize(module_of(TILED, spelled={"wr": large}), {"bits": 4})
+    assert not run_pass(PackProjections("always"), module).changed
+    assert "scales of float16 against float" in missed(module)
 
 
 def test_a_product_with_its_activation_stays_apart() -> None:

@@ -14,6 +14,7 @@ from lwc.backends.onnxruntime.session import OnnxRuntimeBackend, make_runner
 from lwc.calibration.statistics import Sample
 from lwc.core.errors import PassError, UsageError
 from lwc.core.module import Module
+from lwc.passes.quantization.convert_dtype import ConvertDtype
 from lwc.passes.quantization.int8_rounding import (
     per_channel,
     per_tensor,
@@ -22,6 +23,7 @@ from lwc.passes.quantization.int8_rounding import (
     static,
 )
 from lwc.passes.quantization.llm_int8 import LlmInt8
+from lwc.passes.quantization.mixed_precision import MixedPrecision
 from lwc.passes.quantization.quantize_weights import QuantizeWeights
 from lwc.passes.quantization.smooth import Smooth
 from lwc.passes.quantization.smooth_quantize import SmoothQuantize
@@ -394,6 +396,51 @@ def test_a_channel_that_reaches_the_threshold_exactly(threshold: float, channels
     assert result.statistics["channels in float"] == channels
 
 
+@pytest.mark.parametrize(
+    "after",
+    [
+        QuantizeWeights(),
+        QuantizeWeights(bits=8, format="lwc"),
+        QuantizeWeights(method="gptq"),
+        SmoothQuantize(None),
+        LlmInt8(1.5),
+        LlmInt8(50.0),
+        MixedPrecision(16.0, format="lwc"),
+    ],
+)
+def test_weights_of_large_channels_stay_in_floating_point(after: Pass) -> None:
+    scale = np.ones(WIDTH)
+    scale[::4] = 100.0
+    module = weighted(NORM, scale=scale, bias=np.zeros(WIDTH), w=(64, 96), v=(48, 64))
+    data = feeds(module)
+    run(LlmInt8(50.0), module, data)
+    text = module.fingerprint()
+    assert not run(after, module, data).changed
+    assert module.fingerprint() == text
+    said_of = "\n".join(each.message for each in module.remarks)
+    if not isinstance(after, MixedPrecision):
+        assert "'w_outliers' stays: it multiplies the channels that an int8 product" in said_of
+
+
+def test_weights_of_large_channels_stay_in_half_precision_too() -> None:
+    module = norm(100.0)
+    data = feeds(module)
+    run(LlmInt8(50.0), module, data)
+    run(ConvertDtype("float16"), module, None)
+    assert not run(QuantizeWeights(block_size=16), module, None).changed
+    assert "'w_outliers' stays: it multiplies" in said(module, "missed")
+
+
+def test_other_choices_of_channels_are_quantized() -> None:
+    """The int8 product beside them has these channels too."""
+    text = """g (float[s, 64] x) => (float[s, 96] y) <> {
+        c = Constant <value_ints = [0, 5, 9, 11, 13, 14, 20, 22, 30, 31, 32, 33, 40, 50, 51, 52]> ()
+        a = Gather <axis = -1> (x, c) p = MatMul (a, w) q = MatMul (x, v) y = Add (p, q) }"""
+    module = weighted(text, w=(16, 96), v=(64, 96))
+    run(SmoothQuantize(None, exclude=("w",)), module, None)
+    assert run(QuantizeWeights(block_size=16), module, None).statistics["weights quantized"] == 1
+
+
 def test_one_weight_of_two_activations() -> None:
     text = """g (float[s, 64] x) => (float[s, 96] y) <> { a = Mul (x, big) b = Mul (x, other)
         p = MatMul (a, w) q = MatMul (b, w) y = Add (p, q) }"""
@@ -499,6 +546,18 @@ def test_what_stays_is_said() -> None:
     module = gemm()
     run(SmoothQuantize(None, ops=("MatMul",)), module, None)
     assert "Gemm is not among ops" in said(module, "missed")
+
+
+@pytest.mark.parametrize("left", ["k", "r"])
+def test_what_multiplies_a_constant_stays(left: str) -> None:
+    text = f"""g (float[s, 64] x) => (float[s, 96] y) <> {{
+        r = Relu (k) a = MatMul ({left}, w) z = MatMul (x, v) y = Add (a, z) }}"""
+    for chosen in (SmoothQuantize(None, activations="static"), LlmInt8()):
+        module = weighted(text, k=(1, 64), w=(64, 96), v=(64, 96))
+        result = run(chosen, module, feeds(module))
+        assert result.statistics["weights quantized"] == 1
+        assert "'w' stays: it multiplies a constant" in said(module, "missed")
+        assert "w" in module.graph.initializers
 
 
 def test_embeddings_are_left_by_static_only() -> None:

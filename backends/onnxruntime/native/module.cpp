@@ -4,6 +4,8 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <exception>
+
 #include "operator.h"
 
 #if defined(_WIN32)
@@ -22,7 +24,12 @@ LWC_EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options, const or
 namespace {
 
 PyObject* instruction_set(PyObject*, PyObject*) {
-  return PyUnicode_FromString(lwc::kernels().name);
+  try {
+    return PyUnicode_FromString(lwc::kernels().name);
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+    return nullptr;
+  }
 }
 
 PyMethodDef methods[] = {

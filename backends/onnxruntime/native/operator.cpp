@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -241,21 +242,33 @@ ort::Status* run(void* kernel, ort::KernelContext* context) {
   return guarded(self.api, [&] { compute(self, context); });
 }
 
-const Kernels& chosen() {
-  const char* const wanted = std::getenv("LWC_ISA");
+// The kernels that run on this processor, the best first.
+std::vector<const Kernels*> available() {
+  std::vector<const Kernels*> found;
 #ifdef LWC_X86
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool vnni = avx2 && __builtin_cpu_supports("avx512vnni") &&
                     __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                     __builtin_cpu_supports("avx512dq");
-  const auto allowed = [&](const Kernels& each) {
-    return !wanted || std::strcmp(wanted, each.name) == 0;
-  };
-  if (vnni && allowed(kAvx512Vnni)) return kAvx512Vnni;
-  if (avx2 && allowed(kAvx2)) return kAvx2;
+  if (vnni) found.push_back(&kAvx512Vnni);
+  if (avx2) found.push_back(&kAvx2);
 #endif
-  return kPlain;
+  found.push_back(&kPlain);
+  return found;
+}
+
+const Kernels& chosen() {
+  const auto found = available();
+  const char* const wanted = std::getenv("LWC_ISA");
+  if (!wanted || !*wanted) return *found.front();
+  std::string names;
+  for (const Kernels* const each : found) {
+    if (std::strcmp(wanted, each->name) == 0) return *each;
+    names += (names.empty() ? "" : ", ") + std::string(each->name);
+  }
+  throw std::invalid_argument("LWC_ISA=" + std::string(wanted) +
+                              " names no kernels that run here: " + names);
 }
 
 ort::CustomOp describe() {
@@ -297,6 +310,7 @@ const Kernels& kernels() {
 
 ort::Status* register_operators(ort::SessionOptions* options, const ort::Api* api) {
   // ONNX Runtime keeps pointers to both as long as any session lives.
+  if (ort::Status* status = guarded(api, [] { kernels(); })) return status;
   static const ort::CustomOp op = describe();
   static ort::CustomOpDomain* domain = nullptr;
   if (!domain) {
