@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lwc.core.diagnostics import Remark
 from lwc.core.dialect import DOMAIN
-from lwc.core.errors import UsageError
+from lwc.core.errors import LwcError, UsageError
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -45,10 +45,15 @@ def register(options: ort.SessionOptions) -> None:
     """Make the native operators known to a session to come.
 
     Raises:
+        LwcError: They were not built here.
         UsageError: LWC_ISA names an instruction set that is not there.
     """
     library = _library()
-    assert library is not None
+    if library is None:
+        raise LwcError(
+            "lwc's native operators were not built here",
+            remedy="install a C++ compiler, then lwc again",
+        )
     instruction_set()
     options.register_custom_ops_library(library.__file__)
 

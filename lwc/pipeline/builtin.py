@@ -243,7 +243,7 @@ BUILTIN: tuple[PassInfo, ...] = (
                 name="budget",
                 type="float or str",
                 default=None,
-                help="Bits per weight of the layers that are rounded, scales and zero points included (`4.5`); or bytes of all weights of the model, embeddings included (`80MB`).",
+                help="Bits per weight of the layers that are rounded, scales and zero points included (`5.5`; in blocks of 32 these take 1.125 of them in MatMulNBits, 0.75 in `lwc`); or bytes of all weights of the model, embeddings included (`80MB`).",
                 positional=True,
             ),
             OptionInfo(
@@ -371,7 +371,7 @@ BUILTIN: tuple[PassInfo, ...] = (
                 name="block-size",
                 type="int or none",
                 default="none",
-                help="Weights that share a scale; a power of two from 16 to 32768. With `format=qdq` or `lwc`, 0 gives each output channel one scale. By default 32, with `codebook=nf4` 64, but 16 for 8-bit weights of MatMulNBits whose layer reads a product of activations, as after a gate: its spread within a block decides the error at accuracy level 4.",
+                help="Weights that share a scale; a power of two from 16 (32 in `lwc` and `auto`) to 32768. With `format=qdq` or `lwc`, 0 gives each output channel one scale. By default 32, with `codebook=nf4` 64, but 16 for 8-bit weights of MatMulNBits whose layer reads a product of activations, as after a gate: its spread within a block decides the error at accuracy level 4.",
             ),
             OptionInfo(
                 name="symmetric",

@@ -34,7 +34,8 @@ class MixedPrecision(Pass):
 
     Attributes:
         budget: Bits per weight of the layers that are rounded, scales and zero points included
-            (`4.5`); or bytes of all weights of the model, embeddings included (`80MB`).
+            (`5.5`; in blocks of 32 these take 1.125 of them in MatMulNBits, 0.75 in `lwc`); or
+            bytes of all weights of the model, embeddings included (`80MB`).
         bits: What a layer may have.
         method: See `quantize-weights`; costs are measured by rounding to nearest all the same.
         embeddings: Bits of tables read by Gather, and of what is tied to them.

@@ -51,10 +51,10 @@ class QuantizeWeights(Pass):
             for each error (Frantar et al. 2023); `awq` scales up inputs that see large activations,
             where what makes the activation can take the factor, and clips blocks (Lin et al. 2024).
         embeddings: Bits of tables read by Gather; none leaves them, and what is tied to them.
-        block_size: Weights that share a scale; a power of two from 16 to 32768. With
-            `format=qdq` or `lwc`, 0 gives each output channel one scale. By default 32, with
-            `codebook=nf4` 64, but 16 for 8-bit weights of MatMulNBits whose layer reads a product
-            of activations, as after a gate: its spread within a block decides the error at
+        block_size: Weights that share a scale; a power of two from 16 (32 in `lwc` and `auto`)
+            to 32768. With `format=qdq` or `lwc`, 0 gives each output channel one scale. By default
+            32, with `codebook=nf4` 64, but 16 for 8-bit weights of MatMulNBits whose layer reads a
+            product of activations, as after a gate: its spread within a block decides the error at
             accuracy level 4.
         symmetric: Whether the zero point is fixed in the middle. That saves a byte or half a
             byte per block.

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 from dialect import Case, draw_case, expected, module_of, variants
 from hypothesis import given, settings
@@ -177,6 +178,14 @@ print(instruction_set())
 def run_with(name: str, code: str) -> None:
     """Run code that prints the instruction set in a process with the kernels of that name."""
     assert probed([sys.executable, "-c", code], name) == name
+
+
+def test_a_session_of_ones_own_is_told_that_there_are_no_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(custom_operators, "_library", lambda: None)
+    with pytest.raises(LwcError, match="were not built here"):
+        custom_operators.register(ort.SessionOptions())
 
 
 @needs_native
