@@ -30,6 +30,7 @@ SMALL = {
         "1",
     ],
     "fusion": ["--models", "vit", "--exporters", "script", "--implementations", "eager"],
+    "fx_nodes": ["--kinds", "node", "--only", "scan"],
     "greedy": ["--layers", "2", "--prompts", "2", "--tokens", "4"],
     "mutants": ["--only", "branches of a decided if"],
     "pack": ["--threads", "1", "--tokens", "1", "--rounds", "1"],
@@ -61,6 +62,7 @@ SMALL = {
         "512",
     ],
     "simplify": ["--only", "magika", "--repeats", "1"],
+    "triton_static": ["--only", "rotary"],
     "verification": ["--models", "magika", "--repeats", "1"],
     "window": ["--lengths", "256", "--rounds", "1"],
 }

@@ -94,7 +94,12 @@ def test_a_language_model_after_passes(pipeline: Any, two_layers: Module) -> Non
     for seed, extents in enumerate(EXTENTS):
         feed = make_feed(module, extents, seed)
         for found, wanted in zip(run_fx(module, feed), run_plain(module, feed), strict=True):
-            np.testing.assert_allclose(found, wanted, RTOL, RTOL * np.abs(wanted).max())
+            if "lwc" in pipeline:
+                # Activations are rounded to 8 bits: one that falls to the other side is a step of
+                # 1/127 of its row's largest off, in one of hundreds of inputs.
+                assert np.linalg.norm(found - wanted) < 1 / 127 * np.linalg.norm(wanted)
+            else:
+                np.testing.assert_allclose(found, wanted, RTOL, RTOL * np.abs(wanted).max())
 
 
 def test_gradients_of_a_language_model_are_those_of_its_loss(two_layers: Module) -> None:

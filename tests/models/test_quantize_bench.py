@@ -52,6 +52,7 @@ def test_a_result_is_kept_and_a_failure_is_told(tmp_path: Path) -> None:
         patch.setattr(type(subject), "base", lambda self, name: base)
         made = results.make(setting)
         assert made["seconds"] > 0
+        assert not [each for each in made["model"].parent.iterdir() if each.is_dir()]
         assert made["peak"] > 1e8
         assert stored_bytes(made["model"]) < stored_bytes(base)
         written = made["model"].stat().st_mtime_ns

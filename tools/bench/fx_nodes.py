@@ -101,11 +101,13 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
 def show(rows: Sequence[Row], console: Console) -> dict[str, Any]:
     """Print the counts, and the failures by operator; return the counts."""
     summary = summarize(rows)
+    counted = Table("cases", "passed", "of", "share")
     for text, part, whole in (
-        ("of what ONNX Runtime passes", summary["passed_of_these"], summary["onnxruntime_passes"]),
-        ("of all", summary["passed"], summary["cases"]),
+        ("that ONNX Runtime passes", summary["passed_of_these"], summary["onnxruntime_passes"]),
+        ("all", summary["passed"], summary["cases"]),
     ):
-        console.print(f"passed {text}: {part} of {whole} ({part / max(whole, 1):.1%})")
+        counted.add_row(text, str(part), str(whole), f"{part / max(whole, 1):.1%}")
+    console.print(counted)
     failed = [row for row in rows if not row.passed]
     counts = Counter(row.operator for row in failed)
     table = Table("operator", "failures", "of them passed by ONNX Runtime", "the first one")

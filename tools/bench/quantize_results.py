@@ -82,14 +82,16 @@ class Results:
         if not kept.exists():
             shutil.rmtree(home, ignore_errors=True)
             home.mkdir(parents=True)
+            own = _linked(base, home / "base")
             request = {
                 "quantizer": setting.quantizer,
-                "base": str(base),
+                "base": str(own),
                 "target": str(home / "model.onnx"),
                 "feeds": str(feeds or home),
                 "options": dict(setting.options),
             }
             made = self._child(setting.module, "quantize_worker.py", json.dumps(request))
+            shutil.rmtree(own.parent)
             kept.write_text(made)
         return {"model": home / "model.onnx", **json.loads(kept.read_text())}
 
@@ -178,6 +180,17 @@ def stored_bytes(model: Path) -> int:
         if entry.key == "location"
     }
     return sum(file.stat().st_size for file in (model, *(model.parent / name for name in named)))
+
+
+def _linked(model: Path, folder: Path) -> Path:
+    """Return a model in a folder of its own: quantizers that are stopped leave files beside it."""
+    folder.mkdir()
+    for file in model.parent.iterdir():
+        try:
+            os.link(file, folder / file.name)
+        except OSError:  # another file system
+            shutil.copy2(file, folder / file.name)
+    return folder / model.name
 
 
 def _digest(file: Path) -> str:
