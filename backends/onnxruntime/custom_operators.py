@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from lwc.core.module import Module
 
-__all__ = ["instruction_set", "is_native", "register"]
+__all__ = ["instruction_set", "is_native", "library_file", "register"]
 
 
 _ABSENT = Remark(
@@ -56,6 +56,12 @@ def register(options: ort.SessionOptions) -> None:
         )
     instruction_set()
     options.register_custom_ops_library(library.__file__)
+
+
+def library_file() -> str | None:
+    """Return the file that sessions register, or None where the operators were not built."""
+    library = _library()
+    return None if library is None else str(library.__file__)
 
 
 def instruction_set() -> str | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from lwc.backends.onnxruntime.custom_operators import library_file
 from lwc.core.errors import InputError, LwcError
 from lwc.core.walk import all_graphs
 from lwc.evaluate import memory_child
@@ -95,6 +96,7 @@ def peak_memory(
             "arena": arena,
             "memory_pattern": memory_pattern,
             "optimize": optimize,
+            "library": library_file(),
         }
         try:
             child = subprocess.run(

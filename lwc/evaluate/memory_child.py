@@ -36,6 +36,8 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     options.enable_cpu_mem_arena = request["arena"]
     options.enable_mem_pattern = request["memory_pattern"]
     options.log_severity_level = 4
+    if request["library"]:  # lwc's operators would run as functions, whose weights are floats
+        options.register_custom_ops_library(request["library"])
     answer: dict[str, Any] = {"baseline": _resident("VmRSS")}
     _reset_peak()
     session = ort.InferenceSession(request["path"], options, providers=["CPUExecutionProvider"])

@@ -10,6 +10,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+import lwc
+from lwc.backends.onnxruntime.custom_operators import library_file
 from lwc.backends.onnxruntime.session import OnnxRuntimeBackend
 from lwc.core.errors import InputError, LwcError
 from lwc.core.module import Module
@@ -165,6 +167,17 @@ def test_peak_memory_sees_the_activations_of_each_run(tmp_path: Path) -> None:
     assert big.peak - small.resident == pytest.approx(128 << 20, rel=0.05)
     assert small.peak - found.session < 16 << 20
     assert found.peak == big.peak
+
+
+@pytest.mark.skipif(library_file() is None, reason="the native operators were not built")
+def test_peak_memory_is_that_of_the_native_operators(tmp_path: Path) -> None:
+    """As functions they would hold the weights as floats: 32 MB and more."""
+    module = parse("g (float[n,4096] x) => (float[n,2048] y) { y = MatMul(x, x) }")
+    weight = np.random.default_rng(0).standard_normal((4096, 2048)).astype(np.float32)
+    module.graph[0].replace_input_with(1, module.add_initializer("w", weight))
+    lwc.optimize(module, "quantize-weights{format=lwc}").save(tmp_path / "m.onnx")
+    peak = peak_memory(tmp_path / "m.onnx", [{"x": np.ones((1, 4096), np.float32)}], threads=1)
+    assert peak.peak - peak.baseline < 24e6
 
 
 def test_peak_memory_takes_any_input(tmp_path: Path) -> None:
