@@ -123,17 +123,25 @@ def _visible(
     return visible & (ahead <= right) if right >= 0 else visible
 
 
-def _masked_products(
+def _attended(
     q: Tensor,
     k: Tensor,
+    v: Tensor,
+    past_key: Tensor | None,
+    past_value: Tensor | None,
     *,
     scale: float | None,
     mask: Tensor | None,
     bias: Tensor | None,
     unidirectional: int,
     fill: float,
-) -> Tensor:
-    """Return the logits of ONNX Runtime's operators, in which hidden keys get `fill` more."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Attend as ONNX Runtime's operators do, in which hidden keys get `fill` more.
+
+    Returns rows, the keys and values with those of the past, and the logits.
+    """
+    if past_key is not None and past_value is not None:
+        k, v = torch.cat([past_key, k], dim=2), torch.cat([past_value, v], dim=2)
     logits = torch.matmul(q, k.mT) * (scale or 1 / math.sqrt(q.shape[-1]))
     if bias is not None:
         logits = logits + bias
@@ -144,7 +152,7 @@ def _masked_products(
         ahead = torch.arange(total) - torch.arange(length).unsqueeze(-1) - (total - length)
         lowest = torch.full_like(logits, torch.finfo(logits.dtype).min)
         logits = torch.where(ahead <= 0, logits, lowest)
-    return logits
+    return as_rows(torch.matmul(torch.softmax(logits, -1), v)), k, v, logits
 
 
 def _opened(mask: Tensor, total: int) -> Tensor:
@@ -174,21 +182,20 @@ def multi_head_attention(
     outputs: int = 1,
 ) -> Any:
     """Attend; keys and values may be rows or heads, or packed with the queries."""
-    parts = _unpacked(query, key, value, num_heads, bias)
-    q, k, v = parts
-    if past_key is not None and past_value is not None:
-        k, v = torch.cat([past_key, k], dim=2), torch.cat([past_value, v], dim=2)
-    logits = _masked_products(
+    q, k, v = _unpacked(query, key, value, num_heads, bias)
+    found = _attended(
         q,
         k,
+        v,
+        past_key,
+        past_value,
         scale=scale,
         mask=key_padding_mask,
         bias=attention_bias,
         unidirectional=unidirectional,
         fill=mask_filter_value,
     )
-    y = as_rows(torch.matmul(torch.softmax(logits, -1), v))
-    return (y, k, v, logits)[:outputs] if outputs > 1 else y
+    return found[:outputs] if outputs > 1 else found[0]
 
 
 def _unpacked(
@@ -230,19 +237,19 @@ def packed_attention(
     rows = rows if bias is None else rows + bias
     sizes = list(qkv_hidden_sizes or [weights.shape[1] // 3] * 3)
     q, k, v = (as_heads(part, num_heads) for part in torch.split(rows, sizes, dim=-1))
-    if past is not None:
-        k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-    logits = _masked_products(
+    y, keys, values, _ = _attended(
         q,
         k,
+        v,
+        None if past is None else past[0],
+        None if past is None else past[1],
         scale=scale,
         mask=mask,
         bias=attention_bias,
         unidirectional=unidirectional,
         fill=mask_filter_value,
     )
-    y = as_rows(torch.matmul(torch.softmax(logits, -1), v))
-    return (y, torch.stack([k, v])) if outputs > 1 else y
+    return (y, torch.stack([keys, values])) if outputs > 1 else y
 
 
 @op("LinearAttention", ignored="chunk_size", many=True)

@@ -14,6 +14,8 @@ __all__: list[str] = []
 
 Tensor: TypeAlias = torch.Tensor
 Activation: TypeAlias = Callable[[Tensor], Tensor]
+State: TypeAlias = tuple[Tensor, ...]
+Step: TypeAlias = Callable[[Tensor, State], State]
 
 _ACTIVATIONS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
     "relu": lambda x, a, b: torch.relu(x),
@@ -86,12 +88,7 @@ class _Layer:
             return self.x.new_zeros((self.x.shape[1], hidden))
         return state[:, index] if self.layout else state[index]
 
-    def scan(
-        self,
-        step: Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]],
-        start: Any,
-        back: bool,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def scan(self, step: Step, start: State, back: bool) -> tuple[Tensor, State]:
         """Run over the sequence; a sequence that has ended keeps its state and gives zeros."""
         state = start
         rows = []
@@ -109,10 +106,15 @@ class _Layer:
             rows.append(shown)
         return torch.stack(rows[::-1] if back else rows), state
 
-    def joined(self, rows: list[Tensor], finals: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """Put directions together, as the layout has them."""
-        y = torch.stack(rows, dim=1)
-        states = [torch.stack(each) for each in zip(*finals, strict=True)]
+    def run(self, direction: Callable[[int], tuple[Step, State]]) -> tuple[Tensor, ...]:
+        """Run every direction, and put them together as the layout has them.
+
+        Args:
+            direction: Returns the step of a direction and the state it starts from.
+        """
+        found = [self.scan(*direction(index), back) for index, back in enumerate(self.backwards)]
+        y = torch.stack([rows for rows, _ in found], dim=1)
+        states = [torch.stack(each) for each in zip(*(final for _, final in found), strict=True)]
         if self.layout:
             y = y.permute(2, 0, 1, 3)
             states = [state.transpose(0, 1) for state in states]
@@ -142,23 +144,17 @@ def rnn(
     functions = _activations(
         activations, ["Tanh"], len(layer.backwards), activation_alpha, activation_beta, clip
     )
-    rows, finals = [], []
-    for index, back in enumerate(layer.backwards):
+
+    def direction_of(index: int) -> tuple[Step, State]:
         bias = 0 if b is None else b[index, :hidden] + b[index, hidden:]
 
-        def step(
-            now: Tensor,
-            state: tuple[Tensor, ...],
-            index: int = index,
-            bias: Any = bias,
-        ) -> tuple[Tensor, ...]:
+        def step(now: Tensor, state: State) -> State:
             total = now @ w[index].T + state[0] @ r[index].T + bias
             return (functions[index][0](total),)
 
-        row, final = layer.scan(step, (layer.begin(initial_h, index, hidden),), back)
-        rows.append(row)
-        finals.append(final)
-    return layer.joined(rows, finals)
+        return step, (layer.begin(initial_h, index, hidden),)
+
+    return layer.run(direction_of)
 
 
 @op("GRU", many=True, ignored="output_sequence")
@@ -186,19 +182,13 @@ def gru(
     functions = _activations(
         activations, usual, len(layer.backwards), activation_alpha, activation_beta, clip
     )
-    rows, finals = [], []
-    for index, back in enumerate(layer.backwards):
+
+    def direction_of(index: int) -> tuple[Step, State]:
         zeros = x.new_zeros(3 * hidden)
         of_x = zeros if b is None else b[index, : 3 * hidden]
         of_h = zeros if b is None else b[index, 3 * hidden :]
 
-        def step(
-            now: Tensor,
-            state: tuple[Tensor, ...],
-            index: int = index,
-            of_x: Tensor = of_x,
-            of_h: Tensor = of_h,
-        ) -> tuple[Tensor, ...]:
+        def step(now: Tensor, state: State) -> State:
             (h,) = state
             gate, new = functions[index]
             from_x = (now @ w[index].T + of_x).split(hidden, -1)
@@ -211,10 +201,9 @@ def gru(
                 inner = (reset * h) @ recurrent[2].T + shift[2]
             return ((1 - update) * new(from_x[2] + inner) + update * h,)
 
-        row, final = layer.scan(step, (layer.begin(initial_h, index, hidden),), back)
-        rows.append(row)
-        finals.append(final)
-    return layer.joined(rows, finals)
+        return step, (layer.begin(initial_h, index, hidden),)
+
+    return layer.run(direction_of)
 
 
 @op("LSTM", many=True, ignored="output_sequence")
@@ -244,18 +233,12 @@ def lstm(
     functions = _activations(
         activations, usual, len(layer.backwards), activation_alpha, activation_beta, clip
     )
-    rows, finals = [], []
-    for index, back in enumerate(layer.backwards):
+
+    def direction_of(index: int) -> tuple[Step, State]:
         bias: Any = 0 if b is None else b[index, : 4 * hidden] + b[index, 4 * hidden :]
         peeps = x.new_zeros(3, hidden) if peepholes is None else peepholes[index].reshape(3, hidden)
 
-        def step(
-            now: Tensor,
-            state: tuple[Tensor, ...],
-            index: int = index,
-            bias: Any = bias,
-            peeps: Tensor = peeps,
-        ) -> tuple[Tensor, ...]:
+        def step(now: Tensor, state: State) -> State:
             h, c = state
             gate, new, shown = functions[index]
             i, o, f, g = (now @ w[index].T + h @ r[index].T + bias).split(hidden, -1)
@@ -264,8 +247,6 @@ def lstm(
             after = f * c + i * new(g)
             return gate(o + peeps[1] * after) * shown(after), after
 
-        start = (layer.begin(initial_h, index, hidden), layer.begin(initial_c, index, hidden))
-        row, final = layer.scan(step, start, back)
-        rows.append(row)
-        finals.append(final)
-    return layer.joined(rows, finals)
+        return step, (layer.begin(initial_h, index, hidden), layer.begin(initial_c, index, hidden))
+
+    return layer.run(direction_of)
