@@ -11,6 +11,7 @@ import onnx_ir as ir
 import torch
 
 from lwc.backends.base import NodeTime
+from lwc.backends.checks import check_array, check_feed, check_outputs
 from lwc.backends.fx.walk import lowered
 from lwc.core.errors import LwcError
 from lwc.core.torch_types import array_of, tensor_of_array
@@ -69,13 +70,7 @@ class FxExecutable:
         Raises:
             LwcError: The feed does not fit the inputs, an output is not known, or a node fails.
         """
-        for name in outputs or ():
-            if name not in self.output_names:
-                raise LwcError(
-                    f"'{name}' is no output of the compiled module",
-                    file=self._file,
-                    remedy="name it in expose= when compiling",
-                )
+        check_outputs(outputs or (), self.output_names, self._file)
         arguments = self._arguments(feed)
         results = self._timed(lambda: self._opened()(*arguments))
         return {
@@ -144,37 +139,20 @@ class FxExecutable:
         return results if len(self.output_names) > 1 else (results,)
 
     def _arguments(self, feed: Feed) -> list[Any]:
-        for name in feed:
-            if name not in self._input_names:
-                raise LwcError(
-                    f"the feed has '{name}', which is no input",
-                    file=self._file,
-                    remedy=f"the inputs are {', '.join(self._input_names)}",
-                )
-        arguments: list[Any] = []
-        for name in self._input_names:
-            value = self._inputs[name]
-            if name not in feed and value.const_value is None:
-                raise LwcError(f"the feed lacks input '{name}'", file=self._file)
-            arguments.append(_tensor(feed.get(name), value, self._file))
-        return arguments
+        check_feed(self._inputs, feed, self._file)
+        return [
+            _tensor(feed.get(name), self._inputs[name], self._file) for name in self._input_names
+        ]
 
 
 def _tensor(array: Any, value: ir.Value, file: str | None) -> Any:
     if array is None:
         return None
     if isinstance(array, list | tuple):
+        for item in array:
+            check_array(value, item, file)
         return [_tensor(item, value, file) for item in array]
-    dtype = value.dtype
-    if dtype is None:
-        dtype = ir.tensor(array).dtype
-    elif dtype != ir.DataType.STRING and array.dtype != dtype.numpy():
-        raise LwcError(
-            f"input '{value.name}' was fed an array of type {array.dtype}",
-            file=file,
-            remedy=f"feed {dtype.name.lower()}",
-        )
-    return tensor_of_array(array, dtype)
+    return tensor_of_array(array, value.dtype or ir.tensor(array).dtype)
 
 
 class _Timer(torch.fx.Interpreter):  # type: ignore[misc]

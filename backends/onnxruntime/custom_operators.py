@@ -48,14 +48,14 @@ def register(options: ort.SessionOptions) -> None:
         LwcError: They were not built here.
         UsageError: LWC_ISA names an instruction set that is not there.
     """
-    library = _library()
-    if library is None:
+    file = library_file()
+    if file is None:
         raise LwcError(
             "lwc's native operators were not built here",
             remedy="install a C++ compiler, then lwc again",
         )
     instruction_set()
-    options.register_custom_ops_library(library.__file__)
+    options.register_custom_ops_library(file)
 
 
 def library_file() -> str | None:

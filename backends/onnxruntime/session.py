@@ -13,9 +13,9 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from lwc.backends.base import NodeTime
+from lwc.backends.checks import check_feed, check_outputs
 from lwc.backends.onnxruntime.custom_operators import is_native, register
 from lwc.backends.onnxruntime.packing import PackedModule, pack
-from lwc.calibration.inputs import misfit, wanted
 from lwc.core.errors import LwcError
 
 if TYPE_CHECKING:
@@ -150,13 +150,7 @@ class OnnxRuntimeExecutable:
             LwcError: The feed does not fit the inputs, an output is not known, or a node fails.
         """
         names = list(self.output_names if outputs is None else outputs)
-        for name in names:
-            if name not in self.output_names:
-                raise LwcError(
-                    f"'{name}' is no output of the compiled module",
-                    file=self._file,
-                    remedy="name it in expose= when compiling",
-                )
+        check_outputs(names, self.output_names, self._file)
         arrays = self._checked(feed)
         session = self.opened()
         try:
@@ -256,22 +250,7 @@ class OnnxRuntimeExecutable:
         return self._session
 
     def _checked(self, feed: Feed) -> dict[str, Any]:
-        unknown = [name for name in feed if name not in self._inputs]
-        if unknown:
-            raise LwcError(
-                f"the feed has '{unknown[0]}', which is no input",
-                file=self._file,
-                remedy=f"the inputs are {', '.join(self._inputs)}",
-            )
-        for name, value in self._inputs.items():
-            if name in feed:
-                _check_input(value, feed[name], self._file)
-            elif value.const_value is None:
-                raise LwcError(
-                    f"the feed lacks input '{name}'",
-                    file=self._file,
-                    remedy=f"it is {wanted(value)}",
-                )
+        check_feed(self._inputs, feed, self._file)
         return dict(feed)
 
 
@@ -281,16 +260,6 @@ def _inputs(module: Module) -> dict[str, ir.Value]:
 
 def _is_numeric(value: object) -> bool:
     return isinstance(value, np.ndarray) and value.dtype.kind not in "OUS"
-
-
-def _check_input(value: ir.Value, array: object, file: str | None) -> None:
-    wrong = misfit(value, array)
-    if wrong is not None:
-        raise LwcError(
-            f"input '{value.name}' was fed an array {wrong}",
-            file=file,
-            remedy=f"feed {wanted(value)}",
-        )
 
 
 def translated(error: Exception, file: str | None) -> LwcError:
