@@ -284,26 +284,29 @@ def contest(
     tokens: int,
     rounds: int,
     *,
-    base: str,
+    bases: Sequence[str],
     title: str,
     console: Console,
 ) -> list[dict[str, Any]]:
-    """Let every contender continue a prompt, print the table and return a row for each.
+    """Let every contender continue a prompt; print a table and return rows for each base.
 
     Args:
         field_: The contenders.
         prompt: Ids of the prompt.
         tokens: Tokens after it.
         rounds: Rounds after an untimed one.
-        base: What the others are compared with, if it runs.
+        bases: What the others are compared with, if it runs.
         title: Of the table; what it compares is added.
         console: Where the table goes.
     """
-    base, reference = field_.base(base), field_.reference()
+    found, reference = [field_.base(base) for base in bases], field_.reference()
     timed, warm = measure(field_, prompt, tokens, rounds)
     wanted = next((turn.tokens for turn in warm[reference]), ())
-    rows = summarize(len(prompt), timed, warm, base, wanted, contenders=field_.contenders)
-    show(rows, f"{title} (median, ratio to {base}; equal to {reference}'s)", console)
+    rows = []
+    for base in dict.fromkeys(found):
+        of_base = summarize(len(prompt), timed, warm, base, wanted, contenders=field_.contenders)
+        show(of_base, f"{title} (median, ratio to {base}; equal to {reference}'s)", console)
+        rows += of_base
     return rows
 
 
@@ -321,7 +324,7 @@ def compete(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
             title = f"{length} tokens of prompt, {tokens} more, {arguments.threads} threads"
             rows += contest(
                 entered, text[:length], tokens, arguments.rounds,
-                base=arguments.base, title=title, console=console,
+                bases=[arguments.base], title=title, console=console,
             )  # fmt: skip
     finally:
         entered.close()

@@ -133,6 +133,9 @@ def compare(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     subject = open_subject(arguments.layers, arguments.samples, arguments.tokens)
     results = Results(subject, arguments.threads, arguments.limit)
     settings = choose(arguments.settings, arguments.makers)
+    for base in arguments.base:
+        if base not in {setting.name for setting in settings}:
+            raise SystemExit(f"--base {base} is not among the rows")
     rows: list[dict[str, Any]] = []
     if "quality" in arguments.only:
         rows += quality_rows(results, settings)
@@ -146,6 +149,7 @@ def compare(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
                 prompt=arguments.prompt,
                 tokens=tokens,
                 rounds=arguments.rounds,
+                bases=arguments.base,
                 console=console,
             )
     if "embeddings" in arguments.only:
@@ -178,6 +182,10 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512, help="speed: tokens of the prompt")
     parser.add_argument("--generate", type=int, default=32, help="speed: tokens after it")
     parser.add_argument("--rounds", type=int, default=5, help="speed: rounds after an untimed one")
+    parser.add_argument(
+        "--base", nargs="+", metavar="NAME", choices=SETTINGS, default=[REFERENCE],
+        help="speed, prompt: rows that the others are compared with, a table each (float32)",
+    )  # fmt: skip
     parser.add_argument("--sentences", type=int, default=100, help="embeddings: texts to embed")
     parser.add_argument("--install-peers", action="store_true", help="install them, and end")
     parser.add_argument("--json", metavar="FILE", type=Path)

@@ -59,12 +59,13 @@ def speed_rows(
     prompt: int,
     tokens: int,
     rounds: int,
+    bases: Sequence[str],
     console: Console,
 ) -> list[dict[str, Any]]:
-    """Let all models continue the same prompt, print the table and return a row for each.
+    """Let all models continue the same prompt; print a table and return rows for each base.
 
-    Ratios are to float32 within each round, with their smallest and largest. With one token, models
-    without a cache compute the logits of the whole prompt.
+    Ratios are to the base within each round, with their smallest and largest. With one token,
+    models without a cache compute the logits of the whole prompt.
     """
     whole = tokens == 1
     section = "prompt" if whole else "speed"
@@ -81,7 +82,7 @@ def speed_rows(
         ids = results.subject.ids(calibration=False)[:prompt]
         after = "all logits" if whole else f"{tokens} more"
         title = f"{prompt} tokens of prompt, {after}, {results.threads} threads"
-        found = contest(entered, ids, tokens, rounds, base=REFERENCE, title=title, console=console)
+        found = contest(entered, ids, tokens, rounds, bases=bases, title=title, console=console)
     finally:
         entered.close()
     for name, reason in entered.skipped.items():
