@@ -75,7 +75,9 @@ def rank(
             break
     else:
         raise PassError("no layer of the model could be quantized, so none is sensitive")
-    found = measure(module, candidates, ctx, samples=chosen.samples, window=chosen.window)
+    found = measure(
+        module, candidates, ctx, quantizer.how, samples=chosen.samples, window=chosen.window
+    )
     known = [each for each in candidates if each.weight.value in found.costs]
     known.sort(key=lambda each: -next(iter(found.costs[each.weight.value].values())))
     unknown = [each.weight.value.name or "" for each in candidates if each not in known]

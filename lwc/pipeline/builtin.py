@@ -253,7 +253,7 @@ BUILTIN: tuple[PassInfo, ...] = (
                 name="method",
                 type="rtn|gptq|awq",
                 default="rtn",
-                help="See `quantize-weights`; costs are measured by rounding to nearest all the same.",
+                help="See `quantize-weights`; costs of `awq` are measured with its clipping alone.",
             ),
             OptionInfo(
                 name="embeddings",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lwc.core.module import Module
     from lwc.pipeline.passes import PassContext
 
-__all__ = ["Layer", "LayerResult", "LayerwiseQuantizer", "activation_of"]
+__all__ = ["Layer", "LayerResult", "LayerwiseQuantizer", "RoundingMethod", "activation_of", "unit"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
@@ -38,6 +38,32 @@ class Layer(NamedTuple):
 
     weight: WeightUses
     spec: WeightSpec
+
+
+class RoundingMethod(NamedTuple):
+    """How weights are rounded, given what they are multiplied with.
+
+    Attributes:
+        method: `rtn` needs no activations; of `awq` only the clipping is meant.
+        damping: Of GPTQ.
+        by_activation: Whether GPTQ rounds inputs of large activations first.
+    """
+
+    method: Literal["rtn", "gptq", "awq"]
+    damping: float = 0.01
+    by_activation: bool = False
+
+    def round(self, weights: Array, gram: Array, spec: WeightSpec) -> Rounded:
+        """Round weights `[inputs, outputs]`, to nearest where `gram`, X·Xᵀ, is not finite."""
+        size = spec.block_size or len(weights)
+        if self.method == "rtn" or not np.isfinite(gram).all():
+            return round_to_nearest(weights, spec.grid, size)
+        if self.method == "awq":
+            return clipped(weights, gram, spec.grid, size)
+        return gptq(
+            weights, gram, spec.grid, size,
+            damping=self.damping, by_activation=self.by_activation,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,9 +99,8 @@ class LayerwiseQuantizer:
         module: The model.
         layers: Weights of the main graph, each with one activation; see `activation_of`.
         ctx: Gives the calibration data and the runner.
-        method: AWQ scales inputs where the factor can go into what makes the activation.
-        damping: Of GPTQ.
-        by_activation: Whether GPTQ rounds inputs of large activations first.
+        how: How they are rounded; AWQ scales inputs too, where the factor can go into what makes
+            the activation.
 
     Attributes:
         layers: The layers.
@@ -89,24 +114,19 @@ class LayerwiseQuantizer:
         module: Module,
         layers: Sequence[Layer],
         ctx: PassContext,
-        *,
-        method: Literal["gptq", "awq"],
-        damping: float = 0.01,
-        by_activation: bool = False,
+        how: RoundingMethod,
     ) -> None:
         self.layers = tuple(layers)
         self._module = module
         self._ctx = ctx
-        self._method = method
-        self._damping = damping
-        self._by_activation = by_activation
+        self._how = how
         self._groups: dict[ir.Value, list[Layer]] = {}
         for layer in layers:
             value = activation_of(layer.weight)
             assert value is not None
             self._groups.setdefault(value, []).append(layer)
         self._pairs: dict[ir.Value, Pair] = {}
-        if method == "awq":
+        if how.method == "awq":
             found = find_pairs(module, ctx.editor(), ctx)
             self._pairs = {pair.value: pair for pair in found}
         self.factors: dict[ir.Value, Array] = {}
@@ -126,13 +146,13 @@ class LayerwiseQuantizer:
         count = sum(map(len, self._groups.values()))
         groups = self._groups.items()
         layers = [(layer.weight.value.name, layer.spec) for layer in self.layers]
-        how = (self._method, self._damping, self._by_activation, layers)
+        how = (*self._how, layers)
         trail = Trail.begin(self._ctx, self._module, stages.fed, how)
         # Where something is missing, every stage is run, with the weights and the divisions of an
         # uninterrupted run: what is not read from disk comes out the same to the last bit.
         finished = trail.reaches(self._steps())
         for value, group in self._ctx.progress.track(
-            groups, f"quantizing {count} layers by {self._method}", len(groups)
+            groups, f"quantizing {count} layers by {self._how.method}", len(groups)
         ):
             yield from self._quantize(value, group, None if finished else stages, trail)
             trail.advance()
@@ -163,13 +183,13 @@ class LayerwiseQuantizer:
         scaling = {} if pair is None else trail.get("factors", name)
         kept = [None] if scaling is None else find_layers()
         gram, means = Gram(), MeanAbs()
-        wanted: tuple[Statistic, ...] = (gram,) if self._method == "gptq" else (gram, means)
+        wanted: tuple[Statistic, ...] = (gram,) if self._how.method == "gptq" else (gram, means)
         wanted = wanted if None in kept else ()
         for batch in stages.activations(value) if stages is not None else ():
             for statistic in wanted:
                 statistic.update(batch)
         products, factors = gram.value, None
-        products = products / _unit(products)
+        products = products / unit(products)
         if pair is not None:
             if scaling is None:
                 found = self._factors(pair, group, products, means.value)
@@ -229,18 +249,10 @@ class LayerwiseQuantizer:
             return {}
         size = spec.block_size or len(weights)
         known = bool(np.isfinite(gram).all())
-        if not known:
-            rounded = round_to_nearest(weights, spec.grid, size)
-        elif self._method == "awq":
-            rounded = clipped(weights, gram, spec.grid, size)
-        else:
-            rounded = gptq(
-                weights, gram, spec.grid, size,
-                damping=self._damping, by_activation=self._by_activation,
-            )  # fmt: skip
-        unit = np.float32(_unit(weights))
-        plain = weights.astype(np.float32) / unit
-        difference = plain - rounded.values(spec.grid, size) / unit
+        rounded = self._how.round(weights, gram, spec)
+        scale = np.float32(unit(weights))
+        plain = weights.astype(np.float32) / scale
+        difference = plain - rounded.values(spec.grid, size) / scale
         errors = (
             _ratio(float(np.vdot(difference, difference)), float(np.vdot(plain, plain))),
             _ratio(output_error(difference, gram), output_error(plain, gram)) if known else np.nan,
@@ -279,7 +291,7 @@ def _roundable(weights: Array) -> bool:
     return bool((np.abs(weights) < LARGEST).all())
 
 
-def _unit(array: Array) -> float:
+def unit(array: Array) -> float:
     """Return the power of two near the largest magnitude, 1 where that is zero or not finite.
 
     In that unit float32 holds the squares, and the digits stay.

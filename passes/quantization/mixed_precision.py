@@ -26,7 +26,7 @@ __all__ = ["MixedPrecision"]
 class MixedPrecision(Pass):
     """Round each linear layer to bits of its own, so that a budget buys the most quality.
 
-    What each layer costs is measured: it alone is rounded to nearest, the model behind it is run
+    What each layer costs is measured: it alone is rounded by the method, the model behind it is run
     on a sample of the calibration data, and the outputs are compared with those before (KL
     divergence of the logits, or else the relative squared error). The bits of least summed cost
     within the budget are found exactly, and `quantize-weights` does the rest. That costs of layers
@@ -37,7 +37,7 @@ class MixedPrecision(Pass):
             (`5.5`; in blocks of 32 these take 1.125 of them in MatMulNBits, 0.75 in `lwc`); or
             bytes of all weights of the model, embeddings included (`80MB`).
         bits: What a layer may have.
-        method: See `quantize-weights`; costs are measured by rounding to nearest all the same.
+        method: See `quantize-weights`; costs of `awq` are measured with its clipping alone.
         embeddings: Bits of tables read by Gather, and of what is tied to them.
         block_size: See `quantize-weights`.
         symmetric: See `quantize-weights`.
@@ -111,7 +111,9 @@ class MixedPrecision(Pass):
             return PassResult(changed=False)
         limit, fixed = self._limit(module, ctx, candidates)
         self._check(candidates, limit, fixed)
-        found = measure(module, candidates, ctx, samples=self.samples, window=self.window)
+        found = measure(
+            module, candidates, ctx, quantizer.how, samples=self.samples, window=self.window
+        )
         assigned, cost = _solve(candidates, found, limit)
         for each in candidates:
             value, node = each.weight.value, each.weight.uses[0].node

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from lwc.core.module import Module
     from lwc.passes.quantization.activations import Activations
-    from lwc.passes.quantization.layerwise import Layer, LayerwiseQuantizer
+    from lwc.passes.quantization.layerwise import Layer, LayerwiseQuantizer, RoundingMethod
     from lwc.passes.quantization.streaming import QuantizedWeight, WeightSpec
     from lwc.passes.quantization.weight_forms import WeightForms
     from lwc.passes.quantization.weight_uses import WeightUses
@@ -159,6 +159,13 @@ class QuantizeWeights(Pass):
         reason = forms.obstacle(weight)
         return (forms.spec(weight), forms.packed_bytes(weight)) if reason is None else reason
 
+    @property
+    def how(self) -> RoundingMethod:
+        """How the weights of layers are rounded."""
+        from lwc.passes.quantization.layerwise import RoundingMethod
+
+        return RoundingMethod(self.method, self.damping, self.act_order)
+
     def _forms(self, editor: Editor, assigned: Mapping[ir.Value, Bits] | None) -> WeightForms:
         from lwc.passes.quantization.weight_forms import WeightForms
 
@@ -295,10 +302,7 @@ class QuantizeWeights(Pass):
                 )
         if not layers:
             return None
-        return LayerwiseQuantizer(
-            module, layers, ctx,
-            method=self.method, damping=self.damping, by_activation=self.act_order,
-        )  # fmt: skip
+        return LayerwiseQuantizer(module, layers, ctx, self.how)
 
     def _results(
         self, chosen: list[Layer], quantizer: LayerwiseQuantizer | None, ctx: PassContext

@@ -19,12 +19,13 @@ from lwc.calibration.text import id_input, token_feed
 from lwc.core.diagnostics import describe
 from lwc.core.errors import LwcError, PassError
 from lwc.core.weights import reading
-from lwc.passes.quantization.gptq import round_to_nearest
 from lwc.passes.quantization.rounding import LARGEST
-from lwc.passes.quantization.weight_uses import WeightUses, find_weights, matrix
+from lwc.passes.quantization.trial_rounding import TrialRounding
+from lwc.passes.quantization.weight_uses import WeightUses, find_weights
 
 if TYPE_CHECKING:
     from lwc.core.module import Module
+    from lwc.passes.quantization.layerwise import RoundingMethod
     from lwc.passes.quantization.quantize_weights import Bits, QuantizeWeights
     from lwc.passes.quantization.streaming import WeightSpec
     from lwc.pipeline.passes import Feed, PassContext
@@ -35,7 +36,7 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 
 _MEASURED: tuple[Bits, ...] = (2, 3, 4)
 """Bits that are run. The cost of small errors grows with their square, so that of 8 bits is the
-one of fewer bits times the quotient of the weights' squared errors."""
+one of fewer bits times the quotient of the squared errors."""
 
 
 class Form(NamedTuple):
@@ -101,11 +102,12 @@ def measure(
     module: Module,
     candidates: Sequence[Candidate],
     ctx: PassContext,
+    how: RoundingMethod,
     *,
     samples: int,
     window: int,
 ) -> Sensitivity:
-    """Round each weight alone, to the nearest point of each of its grids, and run what is behind.
+    """Round each weight alone, to each of its grids, and run what is behind.
 
     8 bits are not run where fewer are. The outputs are compared with those of the model as it is.
     Logits are the outputs whose last axis is as long as the table of token ids; where there are
@@ -116,6 +118,7 @@ def measure(
         candidates: What to measure; a weight that is no initializer, that nodes of subgraphs
             read, or that multiplies a constant, is left out.
         ctx: Gives calibration data and the runner.
+        how: How weights are rounded; by all of the calibration data, where that matters.
         samples: Feeds of the data to use.
         window: Tokens of a feed to use, where feeds are plain token ids.
 
@@ -152,29 +155,27 @@ def measure(
     costs: dict[ir.Value, dict[Bits, float]] = {
         value: dict.fromkeys(each.forms, 0.0) for value, each in weights.items()
     }
-    steps = (
-        (part, value, bits)
-        for part in replay.parts()
-        for value in part.weights
-        for bits in sorted(weights[value].forms)
-    )
-    total = sum(len(each.forms) for each in inside)
-    for part, value, bits in ctx.progress.track(steps, "measuring sensitivity", total):
-        candidate = weights[value]
-        rounded, error = _rounded(candidate, bits)
-        cheaper = [below for below in _MEASURED if below < bits and below in candidate.forms]
-        if bits not in _MEASURED and cheaper:
-            _, coarse = _rounded(candidate, max(cheaper))
-            cost = costs[value][max(cheaper)] * (error / coarse if coarse else 0.0)
-        else:
-            cost = reference.distance(part.run(value, rounded))
-        if not np.isfinite(cost):
-            raise LwcError(
-                f"with '{value.name}' in {bits} bits an output is no number",
-                node=describe(candidate.weight.uses[0].node),
-                remedy="exclude it",
-            )
-        costs[value][bits] = cost
+    rounding = TrialRounding(module, [each.weight for each in inside], ctx, how)
+    steps = ((part, weights[value]) for part in replay.parts() for value in part.weights)
+    for part, candidate in ctx.progress.track(steps, "measuring sensitivity", len(inside)):
+        value, found = candidate.weight.value, costs[candidate.weight.value]
+        forms = sorted(candidate.forms.items())
+        trials = rounding.round(candidate.weight, [form.spec for _, form in forms])
+        errors = {bits: error for (bits, _), (_, error) in zip(forms, trials, strict=True)}
+        for (bits, _), (rounded, error) in zip(forms, trials, strict=True):
+            cheaper = [below for below in _MEASURED if below < bits and below in found]
+            if bits not in _MEASURED and cheaper:
+                coarse = errors[max(cheaper)]
+                cost = found[max(cheaper)] * (error / coarse if coarse else 0.0)
+            else:
+                cost = reference.distance(part.run(value, rounded))
+            if not np.isfinite(cost):
+                raise LwcError(
+                    f"with '{value.name}' in {bits} bits an output is no number",
+                    node=describe(candidate.weight.uses[0].node),
+                    remedy="exclude it",
+                )
+            found[bits] = cost
     name = "KL divergence, nats per position" if logits else "relative squared error of outputs"
     return Sensitivity(costs, name, len(feeds))
 
@@ -187,20 +188,6 @@ def _check_weight(weight: WeightUses) -> None:
                 node=describe(weight.uses[0].node),
                 remedy="exclude it",
             )
-
-
-def _rounded(candidate: Candidate, bits: Bits) -> tuple[Array, float]:
-    """Return the weight as its codes will stand for it, and the squared error of that.
-
-    It has the weight's own shape and type.
-    """
-    weight, spec = candidate.weight, candidate.forms[bits].spec
-    plain = matrix(weight.tensor, spec.transposed)
-    size = spec.block_size or len(plain)
-    values = round_to_nearest(plain, spec.grid, size).values(spec.grid, size)
-    off = values - plain.astype(np.float32, copy=False)
-    made = np.ascontiguousarray((values.T if spec.transposed else values).astype(plain.dtype))
-    return made, float(np.vdot(off, off))
 
 
 def _sample(module: Module, ctx: PassContext, samples: int, window: int) -> list[Feed]:

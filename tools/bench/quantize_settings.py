@@ -55,10 +55,16 @@ def _block(bits: int, size: int, method: str) -> str:
     return f"quantize-weights{{bits={bits} block-size={size} method={method}}}"
 
 
-def _own(size: int, method: str, table: int) -> str:
+def _own(size: int, method: str, table: int = 8, bits: int = 4) -> str:
     """Everything in lwc's operator, embedding and head too."""
-    options = f"format=lwc block-size={size} method={method} embeddings={table}"
+    options = f"bits={bits} format=lwc block-size={size} method={method} embeddings={table}"
     return f"quantize-weights{{{options}}},fuse-epilogue"
+
+
+def _mixed(budget: float) -> str:
+    """As `_own` with GPTQ in blocks of 128, some layers in 3, 4 and 8 bits each."""
+    options = "bits=3,4,8 format=lwc block-size=128 method=gptq"
+    return f"mixed-precision{{{budget} {options}}},fuse-epilogue"
 
 
 _BASES = [
@@ -80,6 +86,14 @@ _WEIGHTS = [
             (64, "gptq", "own", 8),
             (128, "gptq", "own", 8),
         )
+    ],
+    *[
+        _lwc(f"{bits}-g128", "gptq-own", _own(128, "gptq", bits=bits), "float32", True)
+        for bits in (3, 8)
+    ],
+    *[
+        _lwc(f"mixed-{budget}", "gptq-own", _mixed(budget), "float32", True)
+        for budget in (3.7, 4.2, 5.0)
     ],
     _lwc("4-g32", "rtn-range", "quantize-weights{search=none}"),
     _lwc("4-g32", "rtn-symmetric", "quantize-weights{symmetric=true}"),
