@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,7 @@ def agreement(
     feeds: Iterable[Feed],
     *,
     threads: int | None = None,
+    fit: Callable[[Feed], Feed] = lambda feed: feed,
 ) -> Agreement:
     """Run both models on every feed and compare the outputs they share.
 
@@ -77,6 +78,7 @@ def agreement(
         after: The model compared with it.
         feeds: Read one at a time.
         threads: Threads of one operator, where a model is compiled here.
+        fit: Makes of a feed what `after` is given.
 
     Raises:
         LwcError: An output of `before` is missing from `after` or has another shape.
@@ -89,7 +91,7 @@ def agreement(
         )
         for feed in feeds:
             count += 1
-            reference, result = left.run(feed), right.run(feed)
+            reference, result = left.run(feed), right.run(fit(feed))
             for name, expected in reference.items():
                 if name not in result:
                     raise LwcError(f"output '{name}' is missing from the second model")

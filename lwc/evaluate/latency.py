@@ -83,7 +83,7 @@ def latency(
 
 
 def compare_latency(
-    models: Mapping[str, Executable], feed: Feed, *, rounds: int = 20, repeats: int = 3
+    models: Mapping[str, tuple[Executable, Feed]], *, rounds: int = 20, repeats: int = 3
 ) -> LatencyComparison:
     """Time several executables in turns, so that a disturbance hits all of them alike.
 
@@ -91,12 +91,11 @@ def compare_latency(
     `repeats` times; the fastest counts. The order turns by one each round.
 
     Args:
-        models: Executables by name; ratios are over the first.
-        feed: The inputs, the same for all.
+        models: Executables, each with its inputs, by name; ratios are over the first.
         rounds: Rounds.
         repeats: Timed runs of a model in a round.
     """
-    prepared = {name: _prepare(model, feed, 2) for name, model in models.items()}
+    prepared = {name: _prepare(model, feed, 2) for name, (model, feed) in models.items()}
     names = list(prepared)
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):

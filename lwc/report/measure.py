@@ -7,6 +7,7 @@ import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from lwc.evaluate.perplexity import perplexity
 from lwc.pipeline.passes import Feed
 from lwc.report.build import Predict, onnx_file
 from lwc.report.data import LatencyComparison, ModelEntry, Quality, Report
+from lwc.verify.numeric.running import fitted
 
 if TYPE_CHECKING:
     from lwc.core.module import Module
@@ -75,6 +77,7 @@ def measure(
     Raises:
         LwcError: A model does not run at one of the shapes.
     """
+    fit = partial(fitted, module=after)
     latency, quality = [], list(report.quality)
     feeds = [make_feed(before, shape) for shape in settings.shapes]
     for shape, feed in zip(settings.shapes, feeds, strict=True):
@@ -83,11 +86,11 @@ def measure(
             backend.compile(after, threads=settings.threads) as second,
         ):
             timed = timing.compare_latency(
-                {"before": first, "after": second}, feed, rounds=settings.rounds
+                {"before": (first, feed), "after": (second, fit(feed))}, rounds=settings.rounds
             )
             if settings.text is None:
                 where = " ".join(f"{name}={number}" for name, number in shape.items())
-                agreed = agreement(first, second, [feed])
+                agreed = agreement(first, second, [feed], fit=fit)
                 quality += _agreement(agreed, f"one random feed{where and ', '}{where}")
         latency.append(
             LatencyComparison(
@@ -104,7 +107,7 @@ def measure(
     if settings.text is not None:
         quality.append(_perplexity(before, after, settings, backend))
         pieces = itertools.islice(_text_feeds(before, settings), _AGREEMENT_WINDOWS)
-        agreed = agreement(before, after, pieces, threads=settings.threads)
+        agreed = agreement(before, after, pieces, threads=settings.threads, fit=fit)
         detail = f"the first {_AGREEMENT_WINDOWS} windows of {settings.window} tokens"
         quality += _agreement(agreed, detail)
     source = report.input
@@ -115,7 +118,7 @@ def measure(
         latency=latency,
         quality=quality,
         input=source,
-        output=_with_memory(report.output, feeds[:1], settings.threads),
+        output=_with_memory(report.output, [fit(feed) for feed in feeds[:1]], settings.threads),
     )
 
 

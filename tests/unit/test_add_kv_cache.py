@@ -12,10 +12,12 @@ import pytest
 from support import run_plain
 
 import lwc
+from lwc.backends.onnxruntime.session import OnnxRuntimeBackend
 from lwc.core.errors import LwcError, PassError, VerificationError
 from lwc.core.module import Module
 from lwc.core.walk import op_name
 from lwc.passes.attention.last_logits import LastLogits
+from lwc.report.measure import MeasureSettings, measure, settle_shape
 from lwc.verify import compare
 
 HEADS, KV_HEADS, SIZE, WORDS = 4, 2, 8, 20
@@ -433,3 +435,18 @@ def test_numeric_verification_sees_a_wrong_cut() -> None:
             value.const_value = ir.Tensor(np.array([1], np.int64), name=value.name)
     with pytest.raises(VerificationError, match="output 'logits' is"):
         compare(module, wrong, contract=LastLogits.contract)
+
+
+@pytest.mark.parametrize("positions", [RANGE, MASKED])
+def test_a_report_measures_before_and_after(positions: str) -> None:
+    """The cache that came in is fed empty; sums of 8 floats differ in the last places at most."""
+    before = decoder(positions)
+    result = lwc.optimize(before, "add-kv-cache", grant="all")
+    assert result.module.graph.inputs[-1].name not in {v.name for v in before.graph.inputs}
+    settings = MeasureSettings(shapes=[settle_shape(before, result.module, {})], rounds=1)
+    measured = measure(result.report, before, result.module, settings, backend=OnnxRuntimeBackend())
+    values = {(each.metric, each.detail.split(",")[0]): each.after for each in measured.quality}
+    error = values["max abs error", "output logits"]
+    assert error is not None
+    assert error < 1e-4
+    assert len(measured.latency) == 1

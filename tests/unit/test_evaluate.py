@@ -147,7 +147,7 @@ def test_compare_latency_takes_turns_and_gives_ratios() -> None:
         backend.compile(heavy, threads=1) as big,
     ):
         feed = {"x": np.ones((64, 64), np.float32)}
-        found = compare_latency({"small": small, "big": big}, feed, rounds=5, repeats=2)
+        found = compare_latency({"small": (small, feed), "big": (big, feed)}, rounds=5, repeats=2)
     assert found.ratios["small"].median == 1
     assert found.ratios["big"].median > 4
     assert found.latencies["big"].runs == 5

@@ -132,7 +132,7 @@ def measure(variants: list[str], threads: int, tokens: int) -> list[dict[str, An
                 }
             )
         feed = token_feed(source, np.array([[504]], np.int64))
-        latencies = compare_latency(compiled, feed)
+        latencies = compare_latency({name: (each, feed) for name, each in compiled.items()})
         for row in rows:
             row["token_ms"] = 1e3 * latencies.latencies[row["variant"]].median
             row["latency_ratio"] = latencies.ratios[row["variant"]].median
