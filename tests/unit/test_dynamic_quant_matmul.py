@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx.parser
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
@@ -173,6 +175,24 @@ for fill in (0, {(1 << bits) - 1}):
 print(instruction_set())
 """
     run_with(name, code)
+
+
+def _without_vnni() -> bool:
+    flags = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    return "avx2" in flags and "vnni" not in flags
+
+
+@pytest.mark.skipif(not _without_vnni(), reason="only AVX2 without VNNI sums pairs in 16 bits")
+def test_the_stock_operator_saturates() -> None:
+    """255 · 127 twice is 64,770, and becomes 32,767: what lwc's kernels are there to avoid."""
+    graph = onnx.parser.parse_model("""
+        <ir_version: 9, opset_import: ["" : 20]>
+        g (uint8[1, 64] x) => (int32[1, 8] y) <int8[64, 8] w> { y = MatMulInteger (x, w) }""")
+    weight = onnx.numpy_helper.from_array(np.full((64, 8), 127, np.int8), "w")
+    graph.graph.initializer.append(weight)
+    session = ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"x": np.full((1, 64), 255, np.uint8)})
+    assert (found == 32 * 32767).all()
 
 
 def run_with(name: str, code: str) -> None:
