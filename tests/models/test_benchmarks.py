@@ -30,6 +30,7 @@ SMALL = {
         "1",
     ],
     "fusion": ["--models", "vit", "--exporters", "script", "--implementations", "eager"],
+    "fx_gradients": ["--models", "smollm2", "--layers", "2", "--pipelines", "read"],
     "fx_nodes": ["--kinds", "node", "--only", "scan"],
     "greedy": ["--layers", "2", "--prompts", "2", "--tokens", "4"],
     "mutants": ["--only", "branches of a decided if"],
