@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Compare the gradients of every weight of a lowered model with those that transformers takes.
 
-The same weights, tokens and loss: transformers' own model beside `lwc.to_fx` of what lwc reads and of
-what its fusions make of it. Weights are paired by their content, as they are or transposed, also as
-a part of a packed one.
+The same weights, tokens and loss: transformers' own model beside `lwc.to_fx` of what lwc reads and
+of what its fusions make of it. Weights are paired by their content, as they are or transposed, also
+as a part of a packed one.
 
     python tools/bench/fx_gradients.py [--layers N] [--tokens N] [--json FILE]
     python tools/bench/fx_gradients.py --models minilm --pipelines read

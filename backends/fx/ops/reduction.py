@@ -83,7 +83,7 @@ def _extreme(reduce: Any, x: Tensor, axes: list[int], keep: bool, *, lowest: boo
         bound = limits.min if lowest else limits.max
     # The sum of nothing has the shape of the result.
     return torch.full_like(
-        torch.sum(x, axes, keepdim=keep, dtype=torch.int64), bound, dtype=x.dtype
+        torch.sum(x.detach(), axes, keepdim=keep, dtype=torch.int64), bound, dtype=x.dtype
     )
 
 

@@ -187,6 +187,7 @@ def roi_align(
 ) -> Tensor:
     """Pool samples of each cell of each region."""
     shift = 0.5 if coordinate_transformation_mode == "half_pixel" else 0.0
+    wide = torch.promote_types(rois.dtype, torch.float32)
     results = []
     for roi, batch in zip(rois * spatial_scale - shift, batches.tolist(), strict=True):
         left, top, right, bottom = roi.unbind()
@@ -196,8 +197,10 @@ def roi_align(
         cell_height, cell_width = height / output_height, width / output_width
         down = sampling_ratio or max(math.ceil(float(cell_height)), 1)
         across = sampling_ratio or max(math.ceil(float(cell_width)), 1)
-        rows = top + (torch.arange(output_height * down) + 0.5) * cell_height / down
-        columns = left + (torch.arange(output_width * across) + 0.5) * cell_width / across
+        down_cells = torch.arange(output_height * down, dtype=wide) + 0.5
+        across_cells = torch.arange(output_width * across, dtype=wide) + 0.5
+        rows = top + down_cells * cell_height / down
+        columns = left + across_cells * cell_width / across
         results.append(_pooled(x[batch], rows, columns, down, across, mode))
     if not results:
         return x.new_zeros((0, x.shape[1], output_height, output_width))
