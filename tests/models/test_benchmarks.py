@@ -32,6 +32,7 @@ SMALL = {
     "fusion": ["--models", "vit", "--exporters", "script", "--implementations", "eager"],
     "fx_gradients": ["--models", "smollm2", "--layers", "2", "--pipelines", "read"],
     "fx_nodes": ["--kinds", "node", "--only", "scan"],
+    "fx_round_trip": ["--families", "vit"],
     "greedy": ["--layers", "2", "--prompts", "2", "--tokens", "4"],
     "mutants": ["--only", "branches of a decided if"],
     "pack": ["--threads", "1", "--tokens", "1", "--rounds", "1"],
