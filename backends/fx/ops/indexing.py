@@ -105,7 +105,7 @@ def tensor_scatter(
 @op("NonZero")
 def non_zero(x: Tensor) -> Tensor:
     """Return the coordinates of what is not 0, one row for each axis."""
-    return torch.nonzero(x).T.reshape(x.dim(), -1)
+    return torch.nonzero(x if x.dim() else x.reshape(1)).T
 
 
 @op("Compress")

@@ -109,7 +109,8 @@ def _weights(
 ) -> Tensor:
     """Return how much of each old element a new one has: float64 `[count, extent]`."""
     if mode == "nearest":
-        places = _nearest(at, nearest).clamp(0, extent - 1)
+        # A scale of 0.7 is one of float32: only there 3.5 / 0.7 is 5, and half between two.
+        places = _nearest(at.to(torch.float32), nearest).clamp(0, extent - 1)
         return (places.unsqueeze(-1) == torch.arange(extent)).to(torch.float64)
     reach = math.ceil((1 if mode == "linear" else 2) / shrink)
     taps = torch.arange(-reach, reach + 1) + at.floor().to(torch.int64).unsqueeze(-1)
