@@ -83,7 +83,10 @@ def test_hardmax_of_rows(axis: int) -> None:
 def test_nearest_of_places_in_the_middle(coordinates: str, nearest: str) -> None:
     x = np.random.default_rng(0).normal(size=(1, 1, 5, 6)).astype(np.float32)
     given = {"x": x, "roi": None, "scales": np.array([1, 1, 1.6, 0.7], np.float32)}
-    attributes = {"coordinate_transformation_mode": coordinates, "nearest_mode": nearest}
+    attributes: dict[str, Any] = {
+        "coordinate_transformation_mode": coordinates,
+        "nearest_mode": nearest,
+    }
     assert_agrees(*one_node("Resize", given, constant=["scales"], **attributes))
 
 
