@@ -20,7 +20,7 @@ from bench.fx_round_trip import FUSED, feed_of
 
 import lwc
 
-pytestmark = pytest.mark.models
+pytestmark = [pytest.mark.models, pytest.mark.slow]
 
 EXTENTS = {"batch": 3, "sequence": 9}, {"batch": 2, "sequence": 17}
 RTOL, ATOL = 1e-4, 1e-5
@@ -40,7 +40,7 @@ def lowered_family(family: str, passes: str) -> tuple[Any, list[tuple[torch.Tens
 
 def test_compiled_encoder() -> None:
     """One graph without breaks, which serves other extents too."""
-    lowered, arguments = lowered_family("distilbert", "canonicalize")
+    lowered, arguments = lowered_family("vit", "canonicalize")
     counted = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(lowered, backend=counted, fullgraph=True, dynamic=True)
     for given in arguments:

@@ -29,6 +29,7 @@ def assert_same(subject: Subject, pipelines: list[str], weights: int) -> None:
             assert weight.error <= ERROR, (pipeline, weight)
 
 
+@pytest.mark.slow
 def test_smollm2() -> None:
     """Two layers; all thirty are `tools/bench/fx_gradients.py`."""
     subject = smollm2(2, 64)

@@ -79,6 +79,7 @@ def test_outputs_agree_at_two_shapes(name: str, model_file: ModelFile) -> None:
                 np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.slow
 def test_light_models() -> None:
     """ONNX's own networks, whose weights are constants: ConstantOfShape."""
     rows = list(rows_of(["light"]))

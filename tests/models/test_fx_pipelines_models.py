@@ -35,11 +35,7 @@ PIPELINES = {
     "canonicalize,fuse-rotary{form=contrib}": "com.microsoft::RotaryEmbedding",
     CACHED: "com.microsoft::GroupQueryAttention",
     f"{FUSED},quantize-weights{{bits=2 accuracy-level=1}}": "com.microsoft::MatMulNBits",
-    f"{FUSED},quantize-weights{{bits=8 symmetric=true accuracy-level=1}}": (
-        "com.microsoft::MatMulNBits"
-    ),
     f"{FUSED},quantize-weights{{codebook=nf4 embeddings=4}}": "com.microsoft::MatMulBnb4",
-    f"{FUSED},quantize-weights{{bits=2 format=lwc}},fuse-epilogue": "lwc::DynamicQuantMatMul",
     f"{FUSED},pack-projections{{when=always}},"
     "quantize-weights{format=lwc symmetric=true block-size=0},fuse-epilogue": (
         "lwc::DynamicQuantMatMul"
