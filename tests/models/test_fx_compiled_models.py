@@ -40,7 +40,7 @@ def lowered_family(family: str, passes: str) -> tuple[Any, list[tuple[torch.Tens
 
 def test_compiled_encoder() -> None:
     """One graph without breaks, which serves other extents too."""
-    lowered, arguments = lowered_family("vit", "canonicalize")
+    lowered, arguments = lowered_family("distilbert", "canonicalize")
     counted = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(lowered, backend=counted, fullgraph=True, dynamic=True)
     for given in arguments:
