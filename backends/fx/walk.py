@@ -96,6 +96,19 @@ class _Scope:
             node.meta["onnx"] = self.origin
         return node
 
+    def name_parameters(self) -> None:
+        """Make the parameters of the generated function differ from each other and from `torch`.
+
+        FX makes the names of nodes differ, but takes those of parameters as they are given, and
+        assigns each parameter to its node in turn: one that is called as an earlier node is lost.
+        """
+        places = [node for node in self.graph.nodes if node.op == "placeholder"]
+        names = {node.target for node in places}
+        other = {node.name for node in places if node.name != node.target}
+        if len(names) < len(places) or names & (other | {"torch"}):
+            for node in places:
+                node.target = node.name
+
 
 class _Walk:
     def __init__(self, module: Module, weights: Weights, straight_through: bool) -> None:
@@ -119,6 +132,7 @@ class _Walk:
         for value in optional:
             found = scope.graph.placeholder(identifier(value.name or "input"), default_value=None)
             scope.tensors[value] = found
+        scope.name_parameters()
         for value in optional:
             default = self._weight(scope, value)
             scope.tensors[value] = scope.call(
@@ -181,6 +195,7 @@ class _Walk:
             held[value] = place
         for value in graph.inputs:
             inner.tensors[value] = inner.graph.placeholder(identifier(value.name or "input"))
+        inner.name_parameters()
         self._nodes(inner, graph)
         inner.graph.output(tuple(self._tensor(inner, value) for value in graph.outputs))
         made = OnnxGraphModule(inner.root, inner.graph, identifier(name))

@@ -9,12 +9,16 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
+from lwc.backends.fx.module import OnnxGraphModule
 from lwc.core.module import Module
 from lwc.core.torch_types import is_floating, tensor_of_array
 from lwc.core.walk import constant_tensor
 from lwc.core.weights import reading
 
 __all__ = ["Weights", "free_attribute", "identifier"]
+
+_TAKEN = frozenset(dir(OnnxGraphModule(torch.nn.Module(), torch.fx.Graph())))
+"""What a GraphModule has of its own, such as `graph`, `code` and `meta`."""
 
 
 class Weights:
@@ -91,7 +95,7 @@ def _owner(root: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str, str]
     owner = root
     for folder in folders:
         inner = getattr(owner, folder, None)
-        if inner is None:
+        if inner is None and not (owner is root and folder in _TAKEN):
             inner = torch.nn.Module()
             owner.add_module(folder, inner)
         elif type(inner) is not torch.nn.Module:
@@ -105,7 +109,7 @@ def _owner(root: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str, str]
 def free_attribute(root: torch.nn.Module, name: str) -> str:
     """Return a name that `root` has no attribute of, `name` itself if it is free."""
     found, count = name, 0
-    while hasattr(root, found):
+    while hasattr(root, found) or found in _TAKEN:
         count += 1
         found = f"{name}_{count}"
     return found
@@ -114,6 +118,8 @@ def free_attribute(root: torch.nn.Module, name: str) -> str:
 def identifier(name: str) -> str:
     """Return a name with what Python does not allow in it replaced by underscores."""
     plain = _attribute(name)
+    if plain == "self":  # generated code is a method
+        return "self_"
     return f"_{plain}" if plain[0].isdigit() else plain
 
 

@@ -47,6 +47,8 @@ _SAME: dict[ir.DataType, torch.dtype] = {
     ir.DataType.FLOAT8E8M0: torch.float8_e8m0fnu,
 }
 
+_OWN: dict[torch.dtype, ir.DataType] = {kind: dtype for dtype, kind in _SAME.items()}
+
 _UNPACKED: dict[ir.DataType, torch.dtype] = {
     ir.DataType.INT4: torch.int8,
     ir.DataType.INT2: torch.int8,
@@ -135,6 +137,7 @@ def array_of(value: Any, dtype: ir.DataType | None) -> Any:
     if isinstance(value, list | tuple):
         return [array_of(item, dtype) for item in value]
     tensor = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    dtype = _OWN.get(tensor.dtype) if dtype is None else dtype
     if dtype is None or dtype not in (*_SAME, *_UNPACKED):
         return tensor.numpy()
     if dtype in _UNPACKED:

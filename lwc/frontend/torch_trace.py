@@ -70,6 +70,8 @@ def trace(
     except ModuleNotFoundError as error:
         raise MissingExtraError("reading a PyTorch module", "torch") from error
 
+    from onnx_ir.passes.common import NameFixPass
+
     version = DEFAULT_OPSET if opset is None else opset
     if not isinstance(module, torch.nn.Module | torch.export.ExportedProgram):
         raise InputError(
@@ -88,6 +90,8 @@ def trace(
             else _capture(module, tuple(args), dict(kwargs or {}), dynamic_shapes)
         )
         model = _translate(program, version, dynamic_shapes, input_names, output_names)
+    # The exporter counts its own values as `val_N`, also beside FX nodes that are called so.
+    NameFixPass()(model)
     _name_dimensions(model, _dimension_names(program))
     _compact_provenance(model)
     return Module(model, source=Source(format="torch"))

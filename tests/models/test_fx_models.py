@@ -13,7 +13,8 @@ pytest.importorskip("torch")
 
 import torch
 from bench.decode_models import open_source
-from fetch_models import model_path
+from bench.fx_nodes import rows_of
+from fetch_models import model_path, onnx_files
 from fx_agreement import run_fx
 from model_feeds import MODELS
 from support import run_plain
@@ -39,10 +40,33 @@ Seen: .026; ONNX Runtime with and without its own optimizations differs by .012.
 """
 
 
-@pytest.mark.parametrize("name", MODELS)
+def _numbers(seed: int, *shape: int) -> Any:
+    return np.random.default_rng(seed).random(shape).astype(np.float32)
+
+
+def _sequence(length: int) -> dict[str, Any]:
+    state = {name: _numbers(length, 1, 1, 128) for name in ("h", "c")}
+    return {"input": _numbers(length, length, 576), **state}
+
+
+def _fixed(seed: int) -> dict[str, Any]:
+    return {"input": _numbers(seed, 1, 576), "state": _numbers(seed + 1, 2, 1, 128)}
+
+
+FEEDS = MODELS | {
+    "silero_vad_16k_sequence": (_sequence(2), _sequence(5)),
+    "silero_vad_openvino_16k": (_fixed(0), _fixed(2)),  # of one shape
+}
+
+
+def test_no_model_is_left_out() -> None:
+    assert set(onnx_files()) == set(FEEDS)
+
+
+@pytest.mark.parametrize("name", FEEDS)
 def test_outputs_agree_at_two_shapes(name: str, model_file: ModelFile) -> None:
     module = load(model_file(name))
-    for feed in MODELS[name]:
+    for feed in FEEDS[name]:
         for found, wanted in zip(run_fx(module, feed), run_plain(module, feed), strict=True):
             assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
             if name in QUANTIZED:
@@ -53,6 +77,14 @@ def test_outputs_agree_at_two_shapes(name: str, model_file: ModelFile) -> None:
                 np.testing.assert_allclose(found, wanted, RTOL, atol)
             else:
                 np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.slow
+def test_light_models() -> None:
+    """ONNX's own networks, whose weights are constants: ConstantOfShape."""
+    rows = list(rows_of(["light"]))
+    assert len(rows) == 9
+    assert not [f"{row.case}: {row.reason}" for row in rows if not row.passed]
 
 
 @pytest.mark.slow

@@ -185,3 +185,30 @@ def test_a_bare_input_is_no_tuple_of_inputs(args: Any) -> None:
 def test_an_opset_out_of_reach_is_refused() -> None:
     with pytest.raises(InputError, match="opset"):
         trace(Fixed(), (torch.ones(3, 3),), opset=99)
+
+
+class Named(Base):
+    """Its weights are called as the exporter calls its own values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        for index in range(6):
+            self.register_buffer(f"val_{index}", torch.randn(4, 4))
+        self.matmul = torch.nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Any) -> Any:
+        for index in range(6):
+            x = torch.nn.functional.linear(x, getattr(self, f"val_{index}")).mean(0, keepdim=True)
+        return torch.matmul(x, self.matmul)
+
+
+def test_names_are_unique_whatever_weights_are_called(tmp_path: Path) -> None:
+    model = Named().eval()
+    module = trace(model, (torch.ones(3, 4),))
+    names = [value.name for node in module.graph for value in node.outputs]
+    names += [*module.graph.initializers]
+    assert len(set(names)) == len(names)
+    feed = torch.randn(3, 4)
+    wanted = model(feed).detach().numpy()
+    np.testing.assert_allclose(run(module, tmp_path, feed)[0], wanted, RTOL, ATOL)

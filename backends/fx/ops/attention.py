@@ -267,18 +267,19 @@ def linear_attention(
     update_rule: str = "gated_delta",
 ) -> tuple[Tensor, Tensor]:
     """Attend by a state that each token writes to; returns rows and the last state."""
+    wide = torch.promote_types(query.dtype, torch.float32)
     q, k, v = (
-        as_heads(x, heads).to(torch.float32)
+        as_heads(x, heads).to(wide)
         for x, heads in ((query, q_num_heads), (key, kv_num_heads), (value, kv_num_heads))
     )
     factor = scale or 1 / math.sqrt(q.shape[-1])
     state = (
-        torch.zeros((q.shape[0], kv_num_heads, k.shape[-1], v.shape[-1]))
+        torch.zeros((q.shape[0], kv_num_heads, k.shape[-1], v.shape[-1]), dtype=wide)
         if past_state is None
-        else past_state.to(torch.float32)
+        else past_state.to(wide)
     )
-    fades = None if decay is None else as_heads(decay, kv_num_heads).to(torch.float32).exp()
-    writes = None if beta is None else beta.transpose(1, 2).to(torch.float32)
+    fades = None if decay is None else as_heads(decay, kv_num_heads).to(wide).exp()
+    writes = None if beta is None else beta.transpose(1, 2).to(wide)
     rows = []
     for step in range(q.shape[2]):
         told, kept = v[:, :, step], k[:, :, step].unsqueeze(-1)

@@ -18,7 +18,6 @@ Tensor: TypeAlias = torch.Tensor
 
 direct(
     {
-        "Abs": torch.abs,
         "Acos": torch.acos,
         "Acosh": torch.acosh,
         "Asin": torch.asin,
@@ -53,6 +52,7 @@ direct(
 )
 direct(
     {
+        "Abs": torch.abs,
         "Add": torch.add,
         "BitwiseAnd": torch.bitwise_and,
         "BitwiseNot": torch.bitwise_not,
@@ -76,7 +76,7 @@ def identity(x: Any) -> Any:
     return x
 
 
-@op("Sign")
+@op("Sign", wide=True)
 def sign(x: Tensor) -> Tensor:
     """Return -1, 0 or 1; NaN stays."""
     return torch.where(x.isnan(), x, x.sign()) if x.is_floating_point() else x.sign()
@@ -136,7 +136,7 @@ def mean(*values: Tensor) -> Tensor:
     return functools.reduce(torch.add, values) / len(values)
 
 
-@op("Clip")
+@op("Clip", wide=True)
 def clip(x: Tensor, min: Tensor | float | None = None, max: Tensor | float | None = None) -> Tensor:
     """Bound; the greatest wins where the bounds cross."""
     if min is not None:

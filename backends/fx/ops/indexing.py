@@ -105,7 +105,7 @@ def tensor_scatter(
 @op("NonZero")
 def non_zero(x: Tensor) -> Tensor:
     """Return the coordinates of what is not 0, one row for each axis."""
-    return torch.nonzero(x).T.reshape(x.dim(), -1)
+    return torch.nonzero(x if x.dim() else x.reshape(1)).T
 
 
 @op("Compress")
@@ -122,8 +122,10 @@ def unique(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return what occurs, where first, which element is which, and how often."""
     dim = 0 if axis is None else axis
-    found, inverse, counts = torch.unique(
-        x.reshape(-1) if axis is None else x, return_inverse=True, return_counts=True, dim=dim
+    rows = x.reshape(-1) if axis is None else x
+    # PyTorch's own result has no gradient.
+    _, inverse, counts = torch.unique(
+        rows.detach(), return_inverse=True, return_counts=True, dim=dim
     )
     inverse = inverse.reshape(-1)
     order = torch.arange(len(inverse))
@@ -131,10 +133,9 @@ def unique(
     first = first.scatter_reduce(0, inverse, order, "amin")
     if not sorted:
         by_place = torch.argsort(first)
-        rank = torch.argsort(by_place)
-        found = found.index_select(dim, by_place)
-        first, counts, inverse = first[by_place], counts[by_place], rank[inverse]
-    return found, first, inverse, counts
+        first, counts = first[by_place], counts[by_place]
+        inverse = torch.argsort(by_place)[inverse]
+    return rows.index_select(dim, first), first, inverse, counts
 
 
 @op("ReverseSequence")

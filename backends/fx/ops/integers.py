@@ -174,7 +174,9 @@ def gather(x: Ints, indices: Ints, *, axis: int = 0) -> Ints:
 @host("Slice")
 def slice_(x: Ints, starts: Ints, ends: Ints, axes: Ints = None, steps: Ints = None) -> Ints:
     """Cut a vector."""
-    return x[starts[0] : ends[0] : steps[0] if steps else None]
+    step = steps[0] if steps else 1
+    start = max(starts[0], -len(x)) if step < 0 else starts[0]
+    return x[start : ends[0] : step]
 
 
 @host("Concat")

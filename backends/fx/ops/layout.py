@@ -98,8 +98,10 @@ def sliced(x: Tensor, axis: int, start: int, stop: int, step: int) -> Tensor:
     if step > 0:
         return x[(slice(None),) * (axis % x.dim()) + (slice(start, stop, step),)]
     extent = x.shape[axis]
-    start = _bounded(start + extent if start < 0 else start, -1, extent - 1)
-    stop = _bounded(stop + extent if stop < 0 else stop, -1, extent - 1)
+    last = extent - 1
+    # Where Python takes nothing from a start before the first element, ONNX takes the first.
+    start = _bounded(start + extent if start < 0 else start, torch.sym_min(last, 0), last)
+    stop = _bounded(stop + extent if stop < 0 else stop, -1, start)
     places = torch.arange(start, stop, step, device=x.device)
     return x.index_select(axis, places)
 

@@ -398,7 +398,7 @@ def qgemm(
     if c is not None:
         y = y + c * (alpha * a_scale.to(torch.float64) * b_scale)
     if y_scale is None or to is None:
-        return y.to(torch.float32)
+        return y.to(a_scale.dtype)
     return _requantize(y, y_scale, y_zero, to, low, high, straight_through)
 
 

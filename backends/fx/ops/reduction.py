@@ -83,7 +83,7 @@ def _extreme(reduce: Any, x: Tensor, axes: list[int], keep: bool, *, lowest: boo
         bound = limits.min if lowest else limits.max
     # The sum of nothing has the shape of the result.
     return torch.full_like(
-        torch.sum(x, axes, keepdim=keep, dtype=torch.int64), bound, dtype=x.dtype
+        torch.sum(x.detach(), axes, keepdim=keep, dtype=torch.int64), bound, dtype=x.dtype
     )
 
 
@@ -189,6 +189,12 @@ def hardmax(x: Tensor, *, axis: int = -1) -> Tensor:
     return torch.zeros_like(x).scatter(axis, place, 1.0)
 
 
+@op("Hardmax")
+def hardmax_of_rows(x: Tensor, *, axis: int = 1) -> Tensor:
+    """Mark the first greatest of all axes from `axis` on by 1, all else by 0."""
+    return _softmax_of_rows(x, axis, lambda rows, last: hardmax(rows, axis=last))
+
+
 def _softmax_of_rows(x: Tensor, axis: int, function: Any) -> Tensor:
     rows = x.reshape(math.prod(x.shape[: axis % x.dim()]), -1)
     return function(rows, 1).reshape(x.shape)
@@ -223,7 +229,8 @@ def _scan(scan: Any, x: Tensor, axis: Any, exclusive: int, reverse: int, neutral
     if reverse:
         x = x.flip(axis)
     if exclusive:
-        first = torch.full_like(x.narrow(axis, 0, 1), neutral)
-        x = torch.cat([first, x.narrow(axis, 0, x.shape[axis] - 1)], dim=axis)
+        dims = list(x.shape)
+        dims[axis] = 1
+        x = torch.cat([x.new_full(dims, neutral), x], dim=axis).narrow(axis, 0, x.shape[axis])
     y = scan(x, axis, dtype=x.dtype)
     return y.flip(axis) if reverse else y

@@ -109,7 +109,8 @@ def _weights(
 ) -> Tensor:
     """Return how much of each old element a new one has: float64 `[count, extent]`."""
     if mode == "nearest":
-        places = _nearest(at, nearest).clamp(0, extent - 1)
+        # A scale of 0.7 is one of float32: only there 3.5 / 0.7 is 5, and half between two.
+        places = _nearest(at.to(torch.float32), nearest).clamp(0, extent - 1)
         return (places.unsqueeze(-1) == torch.arange(extent)).to(torch.float64)
     reach = math.ceil((1 if mode == "linear" else 2) / shrink)
     taps = torch.arange(-reach, reach + 1) + at.floor().to(torch.int64).unsqueeze(-1)
@@ -187,6 +188,7 @@ def roi_align(
 ) -> Tensor:
     """Pool samples of each cell of each region."""
     shift = 0.5 if coordinate_transformation_mode == "half_pixel" else 0.0
+    wide = torch.promote_types(rois.dtype, torch.float32)
     results = []
     for roi, batch in zip(rois * spatial_scale - shift, batches.tolist(), strict=True):
         left, top, right, bottom = roi.unbind()
@@ -196,8 +198,10 @@ def roi_align(
         cell_height, cell_width = height / output_height, width / output_width
         down = sampling_ratio or max(math.ceil(float(cell_height)), 1)
         across = sampling_ratio or max(math.ceil(float(cell_width)), 1)
-        rows = top + (torch.arange(output_height * down) + 0.5) * cell_height / down
-        columns = left + (torch.arange(output_width * across) + 0.5) * cell_width / across
+        down_cells = torch.arange(output_height * down, dtype=wide) + 0.5
+        across_cells = torch.arange(output_width * across, dtype=wide) + 0.5
+        rows = top + down_cells * cell_height / down
+        columns = left + across_cells * cell_width / across
         results.append(_pooled(x[batch], rows, columns, down, across, mode))
     if not results:
         return x.new_zeros((0, x.shape[1], output_height, output_width))

@@ -1,0 +1,103 @@
+"""Operators at the edges of what they take, in PyTorch beside ONNX Runtime."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+pytest.importorskip("torch")
+
+from fx_agreement import assert_agrees, one_node, run_fx
+from support import module_of
+
+X = np.arange(15, dtype=np.float32).reshape(5, 3)
+
+
+@pytest.mark.parametrize("constant", [True, False])
+@pytest.mark.parametrize(
+    ("start", "stop", "step"),
+    [
+        (-100, -200, -1),  # from before the first element on: that is still taken
+        (-100, 2, -1),
+        (1, 3, -1),
+        (2, -100, -2),
+        (2**63 - 1, -(2**63), -1),
+        (-(2**63), 2**63 - 1, 2),
+        (3, 1, 1),
+    ],
+)
+def test_slices(start: int, stop: int, step: int, constant: bool) -> None:
+    cut = {"s": [start], "e": [stop], "a": [-2], "t": [step]}
+    arrays = {name: np.array(value) for name, value in cut.items()}
+    assert_agrees(*one_node("Slice", {"x": X, **arrays}, constant=list(cut) if constant else ()))
+
+
+def test_a_slice_backwards_of_nothing() -> None:
+    cut = {"s": np.array([-1]), "e": np.array([-9]), "a": np.array([0]), "t": np.array([-1])}
+    assert_agrees(*one_node("Slice", {"x": X[:0], **cut}))
+
+
+def test_a_slice_of_extents_from_before_the_first() -> None:
+    module = module_of(
+        """g (float[a, b] x) => (int64[m] y) <int64[1] s = {-9}, int64[1] e = {-9},
+            int64[1] a = {0}, int64[1] t = {-1}> { n = Shape(x) y = Slice(n, s, e, a, t) }"""
+    )
+    assert_agrees(module, {"x": X})
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.uint64])
+@pytest.mark.parametrize(
+    ("op", "inputs", "opset"),
+    [
+        ("Clip", {"x": [1, 50, 90], "a": 4, "b": 60}, 21),
+        ("Abs", {"x": [1, 50, 90]}, 21),
+        ("Sign", {"x": [0, 50, 90]}, 21),
+    ],
+)
+def test_unsigned_integers(op: str, inputs: Any, opset: int, dtype: Any) -> None:
+    given = {name: np.array(value, dtype) for name, value in inputs.items()}
+    module, feed = one_node(op, given, opset=opset)
+    (found,) = run_fx(module, feed)
+    wanted = {"Clip": [4, 50, 60], "Abs": [1, 50, 90], "Sign": [0, 1, 1]}[op]
+    assert (found.dtype, found.tolist()) == (dtype, wanted)
+
+
+def test_a_sum_of_nothing_before_each() -> None:
+    given = {"x": X[:0], "axis": np.array(0)}
+    assert_agrees(*one_node("CumSum", given, exclusive=1))
+    assert_agrees(*one_node("CumSum", {"x": X, "axis": np.array(0)}, exclusive=1, reverse=1))
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_hardmax_of_rows(axis: int) -> None:
+    x = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
+    assert_agrees(*one_node("Hardmax", {"x": x}, axis=axis, opset=11))
+
+
+@pytest.mark.parametrize("coordinates", ["half_pixel", "asymmetric", "pytorch_half_pixel"])
+@pytest.mark.parametrize("nearest", ["round_prefer_floor", "round_prefer_ceil", "floor", "ceil"])
+def test_nearest_of_places_in_the_middle(coordinates: str, nearest: str) -> None:
+    x = np.random.default_rng(0).normal(size=(1, 1, 5, 6)).astype(np.float32)
+    given = {"x": x, "roi": None, "scales": np.array([1, 1, 1.6, 0.7], np.float32)}
+    attributes: dict[str, Any] = {
+        "coordinate_transformation_mode": coordinates,
+        "nearest_mode": nearest,
+    }
+    assert_agrees(*one_node("Resize", given, constant=["scales"], **attributes))
+
+
+def test_non_zero_of_a_scalar() -> None:
+    assert_agrees(*one_node("NonZero", {"x": np.float32(3)}))
+    assert_agrees(*one_node("NonZero", {"x": X[:0]}))
+
+
+def test_an_output_of_a_type_that_is_not_declared() -> None:
+    x = np.array([0.07, 1e6, -3.1], np.float32)
+    module, feed = one_node("Cast", {"x": x}, to=int(ir.DataType.FLOAT8E4M3FN))
+    (found,) = run_fx(module, feed)
+    assert found.dtype == ml_dtypes.float8_e4m3fn
+    assert found.astype(np.float32).tolist() == [0.0703125, 448, -3.0]
