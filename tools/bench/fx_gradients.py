@@ -276,9 +276,9 @@ def show(rows: Sequence[Row], console: Console) -> dict[str, Any]:
         }
         for key, group in groups.items()
     }
-    for key, worst in summary.items():
+    for title, worst in summary.items():
         console.print(
-            f"{key}: {worst['weights']} weights, cosine {worst['cosine']:.9f} or more, "
+            f"{title}: {worst['weights']} weights, cosine {worst['cosine']:.9f} or more, "
             f"error {worst['error']:.1e} or less"
         )
     return summary
