@@ -7,7 +7,7 @@ from typing import Any
 
 from lwc.core.errors import LwcError, MissingExtraError
 
-__all__ = ["interpreting", "require_runnable", "require_triton"]
+__all__ = ["interpreting", "require_runnable", "require_triton", "runnable_device"]
 
 
 def require_triton() -> None:
@@ -59,3 +59,18 @@ def require_runnable(*tensors: Any) -> None:
         remedy="move them to cuda, or set TRITON_INTERPRET=1 before Python starts to run the "
         "kernels slowly on the CPU",
     )
+
+
+def runnable_device() -> str:
+    """Return where kernels run: `cuda`, or `cpu` in Triton's interpreter.
+
+    Raises:
+        MissingExtraError: Triton is not installed.
+        LwcError: There is no GPU, and the interpreter is off.
+    """
+    require_triton()
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
+    require_runnable(torch.empty(0, device=device))
+    return device
