@@ -50,7 +50,7 @@ class FxExecutable:
         module: The module, for the types of its inputs and outputs.
         graph_module: What it was lowered to.
         threads: Threads of one operator.
-        device: Where it runs; PyTorch's default device, where the weights lie, when None.
+        device: Where weights and inputs go; where they are made when None.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class FxExecutable:
         if self._threads is not None:
             torch.set_num_threads(self._threads)
         try:
-            with torch.no_grad(), torch.device(self._device or torch.get_default_device()):
+            with torch.no_grad():
                 results = call()
                 self._wait()
         finally:

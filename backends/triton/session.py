@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from lwc.backends.fx.session import FxExecutable
 from lwc.backends.triton.availability import runnable_device
 from lwc.backends.triton.lower import lowered_to_kernels
+from lwc.backends.triton.run import running_on
 
 if TYPE_CHECKING:
     from lwc.core.module import Module
 
-__all__ = ["TritonBackend"]
+__all__ = ["TritonBackend", "TritonExecutable"]
 
 
 class TritonBackend:
@@ -20,7 +21,7 @@ class TritonBackend:
 
     def compile(
         self, module: Module, *, threads: int | None = None, expose: Sequence[str] = ()
-    ) -> FxExecutable:
+    ) -> TritonExecutable:
         """Lower `module`; its remarks tell which nodes run in kernels.
 
         Args:
@@ -32,4 +33,12 @@ class TritonBackend:
             LwcError: An operator has no lowering, or no kernel runs on this machine.
         """
         device = runnable_device()
-        return FxExecutable(module, lowered_to_kernels(module, expose=expose), threads, device)
+        return TritonExecutable(module, lowered_to_kernels(module, expose=expose), threads, device)
+
+
+class TritonExecutable(FxExecutable):
+    """A module lowered to kernels; made by `TritonBackend.compile`."""
+
+    def _timed(self, call: Callable[[], Any]) -> Sequence[Any]:
+        with running_on(self._device or "cpu"):
+            return super()._timed(call)
