@@ -27,14 +27,14 @@ class Placement:
     Attributes:
         node: The node, as messages name it.
         op: Its operator.
-        call: The call that computes it in the lowered module, "" where another node's does.
+        calls: Calls that compute it in the lowered module; none where another node's do.
         kernels: The kernels that compute it; None where PyTorch does.
         reason: Why no kernel does; None where one does, or where the operator has none.
     """
 
     node: str
     op: str
-    call: str
+    calls: tuple[str, ...]
     kernels: str | None = None
     reason: str | None = None
 
@@ -45,6 +45,7 @@ def lowered_to_kernels(module: Module, *, expose: Sequence[str] = ()) -> OnnxGra
     graph = torch.fx.Graph(tracer_cls=plain.graph._tracer_cls)
     made: dict[torch.fx.Node, torch.fx.Node] = {}
     results: dict[torch.fx.Node, Mapping[int, torch.fx.Node]] = {}
+    sites: dict[torch.fx.Node, Site] = {}
     refused: dict[torch.fx.Node, str] = {}
     for node in plain.graph.nodes:
         if node.target is operator.getitem and node.args[0] in results:
@@ -52,12 +53,13 @@ def lowered_to_kernels(module: Module, *, expose: Sequence[str] = ()) -> OnnxGra
             continue
         entry = KERNELS.get(node.meta.get("computes", ""))
         if entry is not None:
+            site = Site(node, plain, graph, made, entry.runs)
             try:
-                found = entry.substitute(Site(node, plain, graph, made))
+                found = entry.substitute(site)
             except Refused as refusal:
                 found, refused[node] = None, str(refusal)
             if found:
-                results[node] = found
+                results[node], sites[node] = found, site
                 made[node] = next(iter(found.values()))
                 continue
         made[node] = graph.node_copy(node, made.__getitem__)
@@ -67,7 +69,7 @@ def lowered_to_kernels(module: Module, *, expose: Sequence[str] = ()) -> OnnxGra
     kept = {name for name, _ in (*result.named_parameters(), *result.named_buffers())}
     origin = plain.meta["lwc"]
     weights = {name: places for name, places in origin["weights"].items() if name in kept}
-    placed = _placed(plain.graph, set(graph.nodes), made, results, refused)
+    placed = _placed(plain.graph, set(graph.nodes), made, sites, refused)
     result.meta["lwc"] = {**origin, "weights": weights, "placements": placed}
     for placement in placed:
         _tell(module, placement)
@@ -88,7 +90,7 @@ def _placed(
     plain: torch.fx.Graph,
     alive: set[torch.fx.Node],
     made: Mapping[torch.fx.Node, torch.fx.Node],
-    results: Mapping[torch.fx.Node, Mapping[int, torch.fx.Node]],
+    sites: Mapping[torch.fx.Node, Site],
     refused: Mapping[torch.fx.Node, str],
 ) -> tuple[Placement, ...]:
     found = []
@@ -97,15 +99,14 @@ def _placed(
         if op is None:
             continue
         name = described(node)
-        if node in results:
-            found.append(Placement(name, op, made[node].name, KERNELS[op].runs))
+        if node in sites:
+            found.append(Placement(name, op, tuple(sites[node].calls), sites[node].runs))
         elif made[node] in alive:
-            found.append(Placement(name, op, made[node].name, reason=refused.get(node)))
+            found.append(Placement(name, op, (made[node].name,), reason=refused.get(node)))
         else:  # nothing reads it any more: a kernel computes it with what follows, or it was dead
-            for user in node.users:
-                if user in results:
-                    found.append(Placement(name, op, "", KERNELS[user.meta["computes"]].runs))
-                    break
+            by = next((user for user in node.users if user in sites), None)
+            if by is not None:
+                found.append(Placement(name, op, (), sites[by].runs))
     return tuple(found)
 
 

@@ -8,7 +8,7 @@ import torch
 from lwc.backends.triton import attend
 from lwc.backends.triton.lowerings.registry import Results, Site, kernel
 
-_RUNS = "flash_kernel, or decode_kernel and combine_kernel"
+_RUNS = "flash_kernel or decode_kernel, by length"
 
 
 @kernel("com.microsoft::GroupQueryAttention", runs=_RUNS)

@@ -85,6 +85,10 @@ class Site:
         root: Holds the weights, and takes the packed ones.
         graph: Where new calls go.
         made: What stands for the nodes before in the new graph.
+        runs: The kernels that take its place, by the table; a function may say it more closely.
+
+    Attributes:
+        calls: Names of the calls that were added.
     """
 
     def __init__(
@@ -93,8 +97,11 @@ class Site:
         root: torch.nn.Module,
         graph: torch.fx.Graph,
         made: Mapping[torch.fx.Node, torch.fx.Node],
+        runs: str,
     ) -> None:
         self.node = node
+        self.runs = runs
+        self.calls: list[str] = []
         self._root = root
         self._graph = graph
         self._made = made
@@ -236,4 +243,5 @@ class Site:
             name=self.node.name,
         )
         made.meta["onnx"] = self.node.meta["onnx"]
+        self.calls.append(made.name)
         return made

@@ -1,0 +1,74 @@
+"""`--emit`: code for a backend, written to a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from lwc.calibration.feeds import dim_names, usual_extents
+
+if TYPE_CHECKING:
+    from lwc.core.module import Module
+
+__all__ = ["emit_code", "example_shapes"]
+
+CONTEXT = 512
+"""Tokens of a prompt, and of a cache, that kernels are compiled for where nothing is said."""
+
+
+def emit_code(
+    module: Module,
+    folder: str,
+    architectures: Sequence[str],
+    shapes: Sequence[Mapping[str, int]],
+    progress: Callable[[str], None],
+) -> list[str]:
+    """Write code for the `triton` backend; return lines for people.
+
+    Args:
+        module: The module.
+        folder: Where to write.
+        architectures: What kernels are compiled for, by target or product; all when empty.
+        shapes: Numbers for symbolic dimensions; `example_shapes` when empty.
+        progress: Told what is being done.
+
+    Raises:
+        LwcError: It cannot be lowered, compiled or written.
+    """
+    from lwc.backends.triton.architectures import ARCHITECTURES, architecture
+    from lwc.backends.triton.availability import require_triton
+
+    require_triton()
+    from lwc.backends.triton.emit import emit
+
+    emitted = emit(
+        module,
+        folder,
+        architectures=[architecture(name) for name in architectures] or ARCHITECTURES,
+        shapes=shapes or example_shapes(module),
+        progress=progress,
+    )
+    inside = sum(placement.kernels is not None for placement in emitted.placements)
+    outside = len(emitted.placements) - inside
+    counts = ", ".join(f"{count} for {target}" for target, count in emitted.kernels.items())
+    lines = [f"wrote {folder}: {inside} nodes in kernels, {outside} in PyTorch; compiled {counts}"]
+    if emitted.spilling:
+        names = ", ".join(sorted(set(emitted.spilling)))
+        lines.append(f"some spill registers, which is slow: {names}")
+    return lines
+
+
+def example_shapes(module: Module) -> list[dict[str, int]]:
+    """Return the numbers that kernels are compiled for by default.
+
+    A model with lengths gets a prompt of 512 tokens; one with a cache, one token behind 512 too.
+    Other dimensions are the usual ones (see `lwc.calibration.feeds.usual_extents`).
+    """
+    kinds, usual = dim_names(module), usual_extents(module)
+
+    def bound(**extents: int) -> dict[str, int]:
+        return {name: extents.get(kinds[name], extent) for name, extent in usual.items()}
+
+    if "past" in kinds.values():
+        return [bound(length=CONTEXT, past=0), bound(length=1, past=CONTEXT)]
+    return [bound(length=CONTEXT)]
