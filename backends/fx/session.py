@@ -70,6 +70,11 @@ class FxExecutable:
         self.output_names: tuple[str, ...] = tuple(names["outputs"])
         self._dtypes = {value.name: value.dtype for value in module.graph.outputs}
 
+    @property
+    def graph_module(self) -> OnnxGraphModule:
+        """What the module was lowered to."""
+        return self._opened()
+
     def run(
         self, feed: Feed, outputs: Sequence[str] | None = None
     ) -> dict[str, np.ndarray[Any, Any]]:
