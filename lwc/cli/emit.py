@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from lwc.analysis.shapes import Shapes
 from lwc.calibration.feeds import dim_names, usual_extents
+from lwc.cli.plan_phases import token_dimensions
+from lwc.core.errors import LwcError
+from lwc.generate.interface import find_interface
 
 if TYPE_CHECKING:
     from lwc.core.module import Module
@@ -65,10 +69,23 @@ def example_shapes(module: Module) -> list[dict[str, int]]:
     Other dimensions are the usual ones (see `lwc.calibration.feeds.usual_extents`).
     """
     kinds, usual = dim_names(module), usual_extents(module)
+    total = _dimension_of_all_tokens(module)
 
-    def bound(**extents: int) -> dict[str, int]:
-        return {name: extents.get(kinds[name], extent) for name, extent in usual.items()}
+    def bound(tokens: int, past: int) -> dict[str, int]:
+        extents = {"length": tokens, "past": past}
+        found = {name: extents.get(kinds[name], extent) for name, extent in usual.items()}
+        return found | ({total: tokens + past} if total in found else {})
 
     if "past" in kinds.values():
-        return [bound(length=CONTEXT, past=0), bound(length=1, past=CONTEXT)]
-    return [bound(length=CONTEXT)]
+        return [bound(CONTEXT, 0), bound(1, CONTEXT)]
+    return [bound(CONTEXT, 0)]
+
+
+def _dimension_of_all_tokens(module: Module) -> str:
+    """Return a decoder's name for new and cached tokens together, "" where it has none."""
+    try:
+        interface = find_interface(module)
+    except LwcError:
+        return ""
+    names = token_dimensions(module, interface, Shapes.build(module))
+    return "" if names is None else names[2]
