@@ -17,8 +17,8 @@ __all__ = ["architecture_of", "computable", "run", "running_on"]
 
 _wide = ContextVar("wide", default=False)
 
-_WIDE = 2048
-"""Columns of a tile of a product where a step of the interpreter costs more than its numbers."""
+_WIDEST = 8192
+"""Columns of the widest tile of a product where a step costs more than its numbers."""
 
 
 def run(operation: Operation) -> tuple[Any, ...]:
@@ -41,7 +41,9 @@ def _chosen(operation: Operation) -> Configuration:
     first = operation.candidates[0]
     if interpreting():
         if _wide.get() and "SPLIT" in first.tiles:
-            return replace(first, tiles={**first.tiles, "COLUMNS": _WIDE, "SPLIT": 1})
+            columns = min(1 << (operation.results[0].shape[-1] - 1).bit_length(), _WIDEST)
+            wide = {"COLUMNS": max(columns, first["COLUMNS"]), "SPLIT": 1}
+            return replace(first, tiles={**first.tiles, **wide})
         return first
     if len(operation.candidates) == 1:
         return first

@@ -99,7 +99,12 @@ def test_a_dry_run_records_what_a_run_launches(
     inputs = [torch.from_numpy(given[value.name or ""]) for value in module.graph.inputs]
     ran: list[Launch] = []
     run = Launch.run
-    monkeypatch.setattr(Launch, "run", lambda self: (ran.append(self), run(self))[1])
+
+    def watched(launch: Launch) -> None:
+        ran.append(launch)
+        run(launch)
+
+    monkeypatch.setattr(Launch, "run", watched)
     with torch.no_grad():
         lowered(*inputs)
     recorded = dry_run(lowered, inputs, nearest(0))

@@ -5,9 +5,10 @@
 
 Each setting is emitted as `lwc-opt --emit` does, without compiled kernels; the Python module is
 imported from its folder and runs a prompt in Triton's interpreter. The same module runs on ONNX
-Runtime. `largest` is the largest difference of a logit over the largest logit, `cosine` that of all
-logits; `same` counts tokens whose best next token is the same. Seconds are the interpreter's and
-say nothing of a GPU.
+Runtime. `largest` is the largest difference of a logit over the largest logit, `norm` that of all
+logits over their norm, `cosine` their cosine; `same` counts tokens whose best next token is the
+same. `alone` is the largest `norm` of a product that is given the activations that the fx backend
+has there. Seconds are the interpreter's and say nothing of a GPU.
 
 In float32 both compute the same function but for this: the W4A16 kernel has scales in float16, and
 does not round activations, which ONNX Runtime is told not to either (accuracy-level=1). W8A8 rounds
@@ -41,6 +42,7 @@ from rich.table import Table
 import lwc
 from lwc.backends.onnxruntime.session import OnnxRuntimeBackend
 from lwc.backends.triton.emit import emit
+from lwc.backends.triton.run import running_on
 from lwc.calibration.feeds import make_feed
 
 FUSED = "canonicalize,fuse-norm,fuse-activation,fuse-rotary,fuse-attention,canonicalize"
@@ -50,16 +52,20 @@ SETTINGS = {
 }
 
 
+def optimized(module: lwc.Module, setting: str) -> lwc.Module:
+    """Run the passes of a setting."""
+    return lwc.optimize(module, SETTINGS[setting], grant="all").module
+
+
 def measure(module: lwc.Module, setting: str, tokens: int) -> dict[str, Any]:
-    """Emit a module and compare what it computes."""
-    optimized = lwc.optimize(module, SETTINGS[setting], grant="all").module
-    feed = make_feed(optimized, {"batch": 1, "sequence": tokens})
-    with OnnxRuntimeBackend().compile(optimized, threads=1) as executable:
+    """Emit an optimized module and compare what it computes."""
+    feed = make_feed(module, {"batch": 1, "sequence": tokens})
+    with OnnxRuntimeBackend().compile(module, threads=1) as executable:
         wanted = executable.run(feed)["logits"].reshape(tokens, -1).astype(float)
     with tempfile.TemporaryDirectory() as folder:
-        emitted = emit(optimized, folder, architectures=[])
+        emitted = emit(module, folder, architectures=[])
         model = _loaded(Path(folder))
-        inputs = [torch.from_numpy(feed[value.name or ""]) for value in optimized.graph.inputs]
+        inputs = [torch.from_numpy(feed[value.name or ""]) for value in module.graph.inputs]
         start = time.perf_counter()
         outputs = model(*inputs)
         seconds = time.perf_counter() - start
@@ -72,7 +78,7 @@ def measure(module: lwc.Module, setting: str, tokens: int) -> dict[str, Any]:
     return {
         "setting": setting,
         "largest": float(np.abs(found - wanted).max() / np.abs(wanted).max()),
-        "norm": float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted)),
+        "norm": _distance(found, wanted),
         "cosine": float((found * wanted).sum() / np.linalg.norm(found) / np.linalg.norm(wanted)),
         "same": int((found.argmax(-1) == wanted.argmax(-1)).sum()),
         "seconds": seconds,
@@ -83,6 +89,41 @@ def measure(module: lwc.Module, setting: str, tokens: int) -> dict[str, Any]:
             for (op, where, why), count in sorted(places.items(), key=lambda each: each[0][1:])
         ],
     }
+
+
+def products_alone(module: lwc.Module, tokens: int) -> float:
+    """Return the largest difference of a product, given the activations that the fx backend has."""
+    feed = make_feed(module, {"batch": 1, "sequence": tokens})
+    seen = _Products(lwc.to_fx(module))
+    with torch.no_grad():
+        seen.run(*(torch.from_numpy(feed[value.name or ""]) for value in module.graph.inputs))
+    largest = 0.0
+    lowered = lwc.to_triton(module)
+    with running_on("cpu"):
+        for node in lowered.graph.nodes:
+            if node.op == "call_module":
+                x, wanted = seen.found[node.name]
+                found = lowered.get_submodule(node.target)(x)
+                largest = max(largest, _distance(found.numpy(), wanted.numpy()))
+    return largest
+
+
+class _Products(torch.fx.Interpreter):  # type: ignore[misc]
+    """Keeps what products are given and return."""
+
+    def __init__(self, graph_module: torch.fx.GraphModule) -> None:
+        super().__init__(graph_module)
+        self.found: dict[str, tuple[Any, Any]] = {}
+
+    def run_node(self, node: torch.fx.Node) -> Any:
+        result = super().run_node(node)
+        if node.meta.get("computes") in ("com.microsoft::MatMulNBits", "lwc::DynamicQuantMatMul"):
+            self.found[node.name] = self.fetch_args_kwargs_from_env(node)[0][0], result
+        return result
+
+
+def _distance(found: Any, wanted: Any) -> float:
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
 def _loaded(folder: Path) -> Any:
@@ -96,7 +137,9 @@ def _loaded(folder: Path) -> Any:
 
 def _print(console: Console, rows: list[dict[str, Any]], tokens: int) -> None:
     table = Table(title="logits beside ONNX Runtime", title_justify="left")
-    for heading in ("setting", "in kernels", "in torch", "largest", "norm", "cosine", "same", "s"):
+    for heading in (
+        "setting", "in kernels", "in torch", "largest", "norm", "alone", "cosine", "same", "s",
+    ):  # fmt: skip
         table.add_column(heading, justify="left" if heading == "setting" else "right")
     for row in rows:
         table.add_row(
@@ -105,6 +148,7 @@ def _print(console: Console, rows: list[dict[str, Any]], tokens: int) -> None:
             str(row["in torch"]),
             f"{row['largest']:.1e}",
             f"{row['norm']:.1e}",
+            f"{row['alone']:.1e}",
             f"{row['cosine']:.7f}",
             f"{row['same']}/{tokens}",
             f"{row['seconds']:.0f}",
@@ -128,11 +172,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     module = lwc.load(open_source(model_path("smollm2"), layers=options.layers).gguf)
-    rows = [measure(module, setting, options.tokens) for setting in options.settings]
+    rows = []
+    for setting in options.settings:
+        made = optimized(module, setting)
+        alone = products_alone(made, options.tokens)
+        rows.append({**measure(made, setting, options.tokens), "alone": alone})
     _print(Console(width=None if os.isatty(1) else 130), rows, options.tokens)
     if options.json:
         summary = {
-            row["setting"]: {k: row[k] for k in ("largest", "norm", "cosine")} for row in rows
+            row["setting"]: {k: row[k] for k in ("largest", "norm", "alone", "cosine")}
+            for row in rows
         }
         options.json.write_text(json.dumps({"summary": summary, "rows": rows}, indent=1))
 
