@@ -22,7 +22,7 @@ from lwc.backends.triton.lower import Placement, placements
 from lwc.backends.triton.operation import Launch
 from lwc.backends.triton.source import WEIGHTS, python_source, state_of
 from lwc.calibration.feeds import make_feed
-from lwc.core.errors import LwcError
+from lwc.core.errors import LwcError, MissingExtraError
 from lwc.core.module import Module
 from lwc.core.torch_types import tensor_of_array
 from lwc.frontend.atomic import staged_folder, writing
@@ -93,10 +93,12 @@ def emit(
             the folder cannot be written.
         MissingExtraError: PyTorch, Triton or safetensors is not installed.
     """
-    from safetensors.torch import save_file
-
     progress("lowering")
     graph_module = to_triton(module)
+    try:
+        from safetensors.torch import save_file
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("writing weights", "triton") from error
     state = state_of(graph_module)
     interface = _interface(module)
     title = f"{module.graph.name or 'A model'}, lowered to PyTorch and Triton."
