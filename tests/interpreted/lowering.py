@@ -172,7 +172,7 @@ def test_grouped_attention(attributes: Any, new: int, past: int) -> None:
 
 
 def test_grouped_attention_of_sequences_of_other_lengths() -> None:
-    sizes = {"domain": MS, "num_heads": 4, "kv_num_heads": 2, "outputs": 3}
+    sizes: dict[str, Any] = {"domain": MS, "num_heads": 4, "kv_num_heads": 2, "outputs": 3}
     for new, past in ((1, 6), (7, 0)):
         given = grouped(new, past, 2)
         given["seqlens"] = np.array([6, 3], np.int32)
@@ -194,7 +194,7 @@ def test_grouped_attention_with_a_bias_and_packed() -> None:
 
 
 def test_what_grouped_attention_refuses() -> None:
-    sizes = {"num_heads": 4, "kv_num_heads": 2}
+    sizes: dict[str, Any] = {"num_heads": 4, "kv_num_heads": 2}
     module, _ = one_node(
         "GroupQueryAttention", grouped(3, 0, 1), domain=MS, smooth_softmax=1, **sizes
     )

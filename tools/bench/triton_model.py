@@ -7,8 +7,9 @@ Each setting is emitted as `lwc-opt --emit` does, without compiled kernels; the 
 imported from its folder and runs a prompt in Triton's interpreter. The same module runs on ONNX
 Runtime. `largest` is the largest difference of a logit over the largest logit, `norm` that of all
 logits over their norm, `cosine` their cosine; `same` counts tokens whose best next token is the
-same. `alone` is the largest `norm` of a product that is given the activations that the fx backend
-has there. Seconds are the interpreter's and say nothing of a GPU.
+same. `fx` is the `norm` of the fx backend beside ONNX Runtime, which no kernel has a part in, and
+`alone` the largest of a product in a kernel that is given the activations that fx has there.
+Seconds are the interpreter's and say nothing of a GPU.
 
 In float32 both compute the same function but for this: the W4A16 kernel has scales in float16, and
 does not round activations, which ONNX Runtime is told not to either (accuracy-level=1). W8A8 rounds
@@ -57,8 +58,10 @@ def optimized(module: lwc.Module, setting: str) -> lwc.Module:
     return lwc.optimize(module, SETTINGS[setting], grant="all").module
 
 
-def measure(module: lwc.Module, setting: str, tokens: int) -> dict[str, Any]:
-    """Emit an optimized module and compare what it computes."""
+def measure(
+    module: lwc.Module, setting: str, tokens: int, plain: Any | None = None
+) -> dict[str, Any]:
+    """Emit an optimized module and compare what it computes, and what the fx backend does."""
     feed = make_feed(module, {"batch": 1, "sequence": tokens})
     with OnnxRuntimeBackend().compile(module, threads=1) as executable:
         wanted = executable.run(feed)["logits"].reshape(tokens, -1).astype(float)
@@ -69,8 +72,7 @@ def measure(module: lwc.Module, setting: str, tokens: int) -> dict[str, Any]:
         start = time.perf_counter()
         outputs = model(*inputs)
         seconds = time.perf_counter() - start
-    logits = outputs[0] if isinstance(outputs, tuple) else outputs
-    found = logits.numpy().reshape(tokens, -1).astype(float)
+    found = _logits(outputs, tokens)
     places = Counter(
         (each.op, "kernel" if each.kernels else "torch", each.kernels or each.reason or "")
         for each in emitted.placements
@@ -79,6 +81,7 @@ def measure(module: lwc.Module, setting: str, tokens: int) -> dict[str, Any]:
         "setting": setting,
         "largest": float(np.abs(found - wanted).max() / np.abs(wanted).max()),
         "norm": _distance(found, wanted),
+        "fx": None if plain is None else _distance(plain, wanted),
         "cosine": float((found * wanted).sum() / np.linalg.norm(found) / np.linalg.norm(wanted)),
         "same": int((found.argmax(-1) == wanted.argmax(-1)).sum()),
         "seconds": seconds,
@@ -91,12 +94,18 @@ def measure(module: lwc.Module, setting: str, tokens: int) -> dict[str, Any]:
     }
 
 
-def products_alone(module: lwc.Module, tokens: int) -> float:
-    """Return the largest difference of a product, given the activations that the fx backend has."""
+def beside_fx(module: lwc.Module, tokens: int) -> tuple[float, Any]:
+    """Compare products one by one, given the activations that the fx backend has.
+
+    Returns:
+        The largest difference of a product, and the logits of the fx backend.
+    """
     feed = make_feed(module, {"batch": 1, "sequence": tokens})
     seen = _Products(lwc.to_fx(module))
     with torch.no_grad():
-        seen.run(*(torch.from_numpy(feed[value.name or ""]) for value in module.graph.inputs))
+        outputs = seen.run(
+            *(torch.from_numpy(feed[value.name or ""]) for value in module.graph.inputs)
+        )
     largest = 0.0
     lowered = lwc.to_triton(module)
     with running_on("cpu"):
@@ -105,7 +114,7 @@ def products_alone(module: lwc.Module, tokens: int) -> float:
                 x, wanted = seen.found[node.name]
                 found = lowered.get_submodule(node.target)(x)
                 largest = max(largest, _distance(found.numpy(), wanted.numpy()))
-    return largest
+    return largest, _logits(outputs, tokens)
 
 
 class _Products(torch.fx.Interpreter):  # type: ignore[misc]
@@ -120,6 +129,11 @@ class _Products(torch.fx.Interpreter):  # type: ignore[misc]
         if node.meta.get("computes") in ("com.microsoft::MatMulNBits", "lwc::DynamicQuantMatMul"):
             self.found[node.name] = self.fetch_args_kwargs_from_env(node)[0][0], result
         return result
+
+
+def _logits(outputs: Any, tokens: int) -> Any:
+    logits = outputs[0] if isinstance(outputs, tuple) else outputs
+    return logits.numpy().reshape(tokens, -1).astype(float)
 
 
 def _distance(found: Any, wanted: Any) -> float:
@@ -138,7 +152,8 @@ def _loaded(folder: Path) -> Any:
 def _print(console: Console, rows: list[dict[str, Any]], tokens: int) -> None:
     table = Table(title="logits beside ONNX Runtime", title_justify="left")
     for heading in (
-        "setting", "in kernels", "in torch", "largest", "norm", "alone", "cosine", "same", "s",
+        "setting", "in kernels", "in torch", "largest", "norm", "fx", "alone", "cosine", "same",
+        "s",
     ):  # fmt: skip
         table.add_column(heading, justify="left" if heading == "setting" else "right")
     for row in rows:
@@ -148,6 +163,7 @@ def _print(console: Console, rows: list[dict[str, Any]], tokens: int) -> None:
             str(row["in torch"]),
             f"{row['largest']:.1e}",
             f"{row['norm']:.1e}",
+            f"{row['fx']:.1e}",
             f"{row['alone']:.1e}",
             f"{row['cosine']:.7f}",
             f"{row['same']}/{tokens}",
@@ -175,12 +191,12 @@ def main() -> None:
     rows = []
     for setting in options.settings:
         made = optimized(module, setting)
-        alone = products_alone(made, options.tokens)
-        rows.append({**measure(made, setting, options.tokens), "alone": alone})
+        alone, plain = beside_fx(made, options.tokens)
+        rows.append({**measure(made, setting, options.tokens, plain), "alone": alone})
     _print(Console(width=None if os.isatty(1) else 130), rows, options.tokens)
     if options.json:
         summary = {
-            row["setting"]: {k: row[k] for k in ("largest", "norm", "alone", "cosine")}
+            row["setting"]: {k: row[k] for k in ("largest", "norm", "fx", "alone", "cosine")}
             for row in rows
         }
         options.json.write_text(json.dumps({"summary": summary, "rows": rows}, indent=1))
