@@ -20,8 +20,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from tiny_llama import as_module, tiny_llama  # noqa: E402
 
+from lwc.cli.arguments import parse_arguments  # noqa: E402
 from lwc.cli.emit import example_shapes  # noqa: E402
 from lwc.cli.opt import main  # noqa: E402
+from lwc.optimizer import BACKENDS  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -156,6 +158,11 @@ def test_what_cannot_be_is_told_before_any_work(
     assert told in error
     assert len(error.splitlines()) == 1
     assert [path.name for path in model.parent.iterdir()] == [model.name]
+
+
+def test_every_backend_can_be_asked_for() -> None:
+    for name in BACKENDS:
+        assert parse_arguments([f"--backend={name}"]).backend == name
 
 
 def test_a_dimension_that_is_not_there_is_told(
