@@ -19,6 +19,8 @@ __all__ = ["Placement", "lowered_to_kernels", "placements"]
 
 _ = lowerings  # registers the kernels
 
+_BODIES = "no kernel is looked for in its bodies"
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -102,7 +104,8 @@ def _placed(
         if node in sites:
             found.append(Placement(name, op, tuple(sites[node].calls), sites[node].runs))
         elif made[node] in alive:
-            found.append(Placement(name, op, (made[node].name,), reason=refused.get(node)))
+            reason = _BODIES if op in ("If", "Loop", "Scan") else refused.get(node)
+            found.append(Placement(name, op, (made[node].name,), reason=reason))
         else:  # nothing reads it any more: a kernel computes it with what follows, or it was dead
             by = next((user for user in node.users if user in sites), None)
             if by is not None:

@@ -11,7 +11,9 @@ from dialect import draw_case, expected
 from dialect import module_of as dialect_module
 from fx_agreement import compare, one_node, parsed, run_fx
 
+from lwc.backends.triton import launch
 from lwc.backends.triton.lower import placements
+from lwc.backends.triton.lowerings.registry import KERNELS, Results, Site, kernel
 from lwc.backends.triton.session import TritonBackend
 from lwc.core.dialect import DynamicQuantMatMul
 from lwc.core.module import Module
@@ -311,6 +313,13 @@ def test_gates_that_stay(body: str, reason: str) -> None:
     assert reasons(module) == [reason]
 
 
+def test_gates_given_apart() -> None:
+    given = {"x": normal(5, 48), "up": normal(5, 48, seed=1)}
+    check("SwiGLU", given, opset=28)
+    module, _ = one_node("SwiGLU", given, opset=28, alpha=2.0)
+    assert reasons(module) == ["its sigmoid is not SiLU's"]
+
+
 # Products
 
 
@@ -406,3 +415,29 @@ def test_remarks_tell_of_every_node_that_a_kernel_may_compute() -> None:
         "missed: triton at RMSNormalization -> 'z': stays in PyTorch: its statistics are not taken "
         "in float32",
     ]
+
+
+def test_remarks_tell_that_bodies_stay() -> None:
+    module = parsed("""<ir_version: 10, opset_import: ["" : 20]>
+        g (bool c, float[n] x) => (float[n] y)
+        { y = If (c) <then_branch = t () => (float[n] a) { a = Abs(x) },
+                      else_branch = e () => (float[n] b) { b = Neg(x) }> }""")
+    assert reasons(module) == ["no kernel is looked for in its bodies"]
+
+
+def test_a_kernel_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docs/triton.md tells, with an operator that the fx backend knows."""
+    monkeypatch.delitem(KERNELS, "SimplifiedLayerNormalization")
+
+    @kernel("SimplifiedLayerNormalization", runs="norm_kernel")
+    def root_mean_square(site: Site) -> Results:
+        site.need_floats("x", "scale")
+        site.need(site.given("axis") == -1, "it spans other axes than the last")
+        return {0: site.call(launch.rms_norm, site.given("x"), site.given("scale"), eps=1e-5)}
+
+    given = {"x": normal(3, 8), "w": normal(8)}
+    check("SimplifiedLayerNormalization", given)
+    module, _ = one_node("SimplifiedLayerNormalization", given, axis=1)
+    assert reasons(module) == ["it spans other axes than the last"]
+    with pytest.raises(ValueError, match="has two kernels"):
+        kernel("SimplifiedLayerNormalization", runs="x")(root_mean_square)

@@ -30,7 +30,7 @@ def gated(site: Site) -> Results:
 @kernel("SwiGLU", runs="activation_kernel")
 def swiglu(site: Site) -> Results:
     """A gate and the branch beside it, given apart."""
-    site.need(site.given("alpha") == 1.0, "its sigmoid is steeper than SiLU's")
+    site.need(site.given("alpha") == 1.0, "its sigmoid is not SiLU's")
     x, gate = site.given("x"), site.given("gate")
     site.need(gate is not None, "gate and branch are one tensor")
     _fits(site, x, gate)
