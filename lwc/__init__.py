@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lwc.backends.fx.convert import to_fx
+    from lwc.backends.triton.convert import to_triton
     from lwc.core.diagnostics import Remark
     from lwc.core.errors import LwcError
     from lwc.core.module import Module
@@ -57,6 +58,7 @@ _HOME = {
     "rule": "lwc.rewrite.rules",
     "save": "lwc.frontend.onnx_writer",
     "to_fx": "lwc.backends.fx.convert",
+    "to_triton": "lwc.backends.triton.convert",
     "trace": "lwc.frontend.torch_trace",
 }
 
@@ -83,6 +85,7 @@ __all__ = [
     "rule",
     "save",
     "to_fx",
+    "to_triton",
     "trace",
 ]
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from lwc.verify.numeric.comparer import Comparer
 
 __all__ = [
+    "BACKENDS",
     "OptimizeResult",
     "RunSettings",
     "as_module",
@@ -51,6 +52,9 @@ __all__ = [
     "run_passes",
     "save_module",
 ]
+
+
+BACKENDS = ("onnxruntime", "fx", "triton")
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,8 @@ class RunSettings:
 
     Attributes:
         verify: See `lwc.pipeline.manager.PassManager`.
-        backend: What runs the model for passes that need activations: `onnxruntime`, `fx`, a
-            `Backend`, or None.
+        backend: What runs the model for passes that need activations: `onnxruntime`, `fx`,
+            `triton`, a `Backend`, or None.
         threads: Threads of the backend; its choice by default.
         seed: Seed of everything random.
         max_memory: Bound in bytes on what one step of a pass may hold.
@@ -279,10 +283,11 @@ def _checkpoint(settings: RunSettings) -> Checkpoint | None:
         from lwc.backends.onnxruntime.measure import runtime_name
 
         name = runtime_name()
-    elif backend == "fx":
+    elif backend in ("fx", "triton"):
         from importlib.metadata import version
 
-        name = f"fx, torch {version('torch')}"
+        name = f"{backend}, torch {version('torch')}"
+        name += f", triton {version('triton')}" if backend == "triton" else ""
     else:
         name = f"{type(backend).__module__}.{type(backend).__qualname__}"
     return CheckpointFolder(settings.resume, surroundings(name, settings.threads))
@@ -431,16 +436,18 @@ def find_backend(backend: str | Backend | None) -> Callable[[], Backend] | None:
         return None
     if not isinstance(backend, str):
         return lambda: backend
-    if backend not in ("onnxruntime", "fx"):
-        raise UsageError(
-            f"unknown backend '{backend}'", remedy=did_you_mean(backend, ["onnxruntime", "fx"])
-        )
+    if backend not in BACKENDS:
+        raise UsageError(f"unknown backend '{backend}'", remedy=did_you_mean(backend, BACKENDS))
 
     def make() -> Backend:
         if backend == "fx":
             from lwc.backends.fx.convert import make_backend
 
             return make_backend()
+        if backend == "triton":
+            from lwc.backends.triton import convert
+
+            return convert.make_backend()
         from lwc.backends.onnxruntime.session import OnnxRuntimeBackend
 
         return OnnxRuntimeBackend()

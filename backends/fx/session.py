@@ -50,17 +50,30 @@ class FxExecutable:
         module: The module, for the types of its inputs and outputs.
         graph_module: What it was lowered to.
         threads: Threads of one operator.
+        device: Where weights and inputs go; where they are made when None.
     """
 
-    def __init__(self, module: Module, graph_module: OnnxGraphModule, threads: int | None) -> None:
+    def __init__(
+        self,
+        module: Module,
+        graph_module: OnnxGraphModule,
+        threads: int | None,
+        device: str | None = None,
+    ) -> None:
         names = graph_module.meta["lwc"]
         self._file = module.source.path
         self._threads = threads
-        self._graph_module: OnnxGraphModule | None = graph_module
+        self._device = device
+        self._graph_module: OnnxGraphModule | None = graph_module.to(device)
         self._inputs = {value.name or "": value for value in module.graph.inputs}
         self._input_names: list[str] = names["inputs"]
         self.output_names: tuple[str, ...] = tuple(names["outputs"])
         self._dtypes = {value.name: value.dtype for value in module.graph.outputs}
+
+    @property
+    def graph_module(self) -> OnnxGraphModule:
+        """What the module was lowered to."""
+        return self._opened()
 
     def run(
         self, feed: Feed, outputs: Sequence[str] | None = None
@@ -98,7 +111,7 @@ class FxExecutable:
         arguments = self._arguments(feed)
         timers = []
         for _ in range(runs):
-            timer = _Timer(self._opened())
+            timer = _Timer(self._opened(), self._wait)
             self._timed(lambda: timer.run(*arguments))  # noqa: B023
             timers.append(timer)
         return [
@@ -134,15 +147,27 @@ class FxExecutable:
         try:
             with torch.no_grad():
                 results = call()
+                self._wait()
         finally:
             torch.set_num_threads(before)
         return results if len(self.output_names) > 1 else (results,)
 
+    def _wait(self) -> None:
+        """Wait for a device that computes while Python goes on."""
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+
     def _arguments(self, feed: Feed) -> list[Any]:
         check_feed(self._inputs, feed, self._file)
         return [
-            _tensor(feed.get(name), self._inputs[name], self._file) for name in self._input_names
+            torch.fx.node.map_aggregate(
+                _tensor(feed.get(name), self._inputs[name], self._file), self._placed
+            )
+            for name in self._input_names
         ]
+
+    def _placed(self, given: Any) -> Any:
+        return given.to(self._device) if isinstance(given, torch.Tensor) else given
 
 
 def _tensor(array: Any, value: ir.Value, file: str | None) -> Any:
@@ -158,12 +183,14 @@ def _tensor(array: Any, value: ir.Value, file: str | None) -> Any:
 class _Timer(torch.fx.Interpreter):  # type: ignore[misc]
     """Runs a graph node by node and takes the time of each."""
 
-    def __init__(self, graph_module: torch.fx.GraphModule) -> None:
+    def __init__(self, graph_module: torch.fx.GraphModule, wait: Callable[[], None]) -> None:
         super().__init__(graph_module)
+        self._wait = wait
         self.seconds: dict[torch.fx.Node, float] = {}
 
     def run_node(self, node: torch.fx.Node) -> Any:
         start = time.perf_counter()
         result = super().run_node(node)
+        self._wait()
         self.seconds[node] = time.perf_counter() - start
         return result

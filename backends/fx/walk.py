@@ -224,6 +224,8 @@ class _Walk:
                 error.file = error.file or self.module.source.path
                 raise
         scope.origin = before
+        for value, made in scope.tensors.items():
+            made.meta["fact"] = self.shapes.fact(value)
 
     def _node(self, scope: _Scope, node: ir.Node) -> None:
         hosted = HOST.get(node.op_type) if is_default_domain(node) else None
@@ -257,6 +259,7 @@ class _Walk:
         if lowering.wide:
             args = self._widened(scope, args, use, name)
         result = scope.call(lowering.function, args, name, **kwargs)
+        result.meta["computes"] = op_name(node)
         if outputs > 1 or lowering.many:
             for index, value in enumerate(node.outputs):
                 if value.name:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -17,7 +18,7 @@ from lwc.backends.triton.availability import require_triton
 from lwc.backends.triton.operation import Launch
 from lwc.core.errors import LwcError
 
-__all__ = ["Compiled", "compile_ahead", "performance_losses"]
+__all__ = ["Compiled", "compile_ahead", "performance_losses", "specialised"]
 
 _TENSOR_CORE = re.compile(
     r"^\s*(?:@\S+\s+)?((?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)[\w.:]*)", re.MULTILINE
@@ -44,6 +45,11 @@ class Compiled:
         tensor_core: Instructions for tensor cores in the PTX, and how often each stands there.
         asynchronous: Instructions that copy to shared memory without waiting, likewise.
         ptx: The assembly.
+        cubin: The machine code.
+        entry: The name of the function in the cubin.
+        signature: Types of the parameters by name, in order, as Triton names them; `constexpr`
+            ones are compiled in.
+        constants: What these are.
     """
 
     name: str
@@ -56,6 +62,10 @@ class Compiled:
     tensor_core: Counter[str]
     asynchronous: Counter[str]
     ptx: str
+    cubin: bytes
+    entry: str
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
 
     @property
     def resident(self) -> int:
@@ -92,7 +102,7 @@ def compile_ahead(launch: Launch, architecture: Architecture) -> Compiled:
             f"{launch.name} is for Triton's interpreter here and cannot be compiled",
             remedy="unset TRITON_INTERPRET",
         )
-    signature, constants, attributes = _specialise(launch)
+    signature, constants, attributes = specialised(launch)
     kind = ASTSource
     if launch.kernel.is_gluon():
         from triton.experimental.gluon._runtime import GluonASTSource
@@ -122,6 +132,10 @@ def compile_ahead(launch: Launch, architecture: Architecture) -> Compiled:
         tensor_core=Counter(_TENSOR_CORE.findall(ptx)),
         asynchronous=Counter(_ASYNCHRONOUS.findall(ptx)),
         ptx=ptx,
+        cubin=compiled.asm["cubin"],
+        entry=compiled.metadata.name,
+        signature=signature,
+        constants=constants,
     )
 
 
@@ -141,7 +155,16 @@ def performance_losses(kernel: Compiled) -> list[str]:
     return [line.strip() for line in said if "Performance Loss" in line]
 
 
-def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
+def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
+    """Return what a launch has its kernel compiled for.
+
+    Returns:
+        Types of parameters by name, `constexpr` among them; what those are; and attributes of the
+        others by position, as Triton's compiler takes them.
+
+    Raises:
+        LwcError: The kernel has no parameter of a name that is given.
+    """
     given = {**launch.arguments, **launch.compiled_for}
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}

@@ -7,7 +7,7 @@ from typing import Any
 
 from lwc.core.errors import LwcError, MissingExtraError
 
-__all__ = ["interpreting", "require_runnable", "require_triton"]
+__all__ = ["interpreting", "require_runnable", "require_triton", "runnable_device"]
 
 
 def require_triton() -> None:
@@ -36,11 +36,17 @@ def interpreting() -> bool:
 def require_runnable(*tensors: Any) -> None:
     """Check that kernels can run on tensors: all on one GPU, or all on the CPU interpreted.
 
+    Where launches are only recorded, they may lie anywhere.
+
     Raises:
         MissingExtraError: Triton is not installed.
         LwcError: The tensors lie on different devices, or where no kernel runs.
     """
     require_triton()
+    from lwc.backends.triton.recording import recorder
+
+    if recorder() is not None:
+        return
     devices = {str(tensor.device) for tensor in tensors if tensor is not None}
     if len(devices) > 1:
         raise LwcError(f"tensors lie on {' and '.join(sorted(devices))}: one device is needed")
@@ -59,3 +65,18 @@ def require_runnable(*tensors: Any) -> None:
         remedy="move them to cuda, or set TRITON_INTERPRET=1 before Python starts to run the "
         "kernels slowly on the CPU",
     )
+
+
+def runnable_device() -> str:
+    """Return where kernels run: `cuda`, or `cpu` in Triton's interpreter.
+
+    Raises:
+        MissingExtraError: Triton is not installed.
+        LwcError: There is no GPU, and the interpreter is off.
+    """
+    require_triton()
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
+    require_runnable(torch.empty(0, device=device))
+    return device

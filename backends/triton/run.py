@@ -2,65 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 from lwc.backends.triton.architectures import Architecture, nearest
 from lwc.backends.triton.availability import interpreting
 from lwc.backends.triton.operation import Configuration, Operation
-from lwc.core.errors import LwcError
+from lwc.backends.triton.recording import recorder
 
-__all__ = ["architecture_of", "computable", "run", "tuned"]
+__all__ = ["architecture_of", "computable", "run", "running_on"]
 
-_fastest: dict[Hashable, Configuration] = {}
+_wide = ContextVar("wide", default=False)
+
+_WIDEST = 8192
+"""Columns of the widest tile of a product where a step costs more than its numbers."""
 
 
 def run(operation: Operation) -> tuple[Any, ...]:
     """Run an operation on its tensors and return its results.
 
-    On a GPU the candidates are timed the first time that an operation of that key comes. The
-    interpreter takes the first one.
+    On a GPU it is tuned the first time that an operation of its key comes (see
+    `lwc.backends.triton.tuning`). The interpreter takes the first candidate. Within `recording`
+    nothing runs: the launches of the first candidate are written down.
     """
-    configuration = operation.candidates[0]
-    if not interpreting() and len(operation.candidates) > 1:
-        import torch
-
-        key = (operation.name, operation.key, torch.cuda.get_device_name())
-        if key not in _fastest:
-            _fastest[key] = tuned(operation, _milliseconds)
-        configuration = _fastest[key]
-    for launch in operation.prepare(configuration):
+    noted = recorder()
+    if noted is not None:
+        noted.launches.extend(operation.prepare(operation.candidates[0]))
+        return operation.results
+    for launch in operation.prepare(_chosen(operation)):
         launch.run()
     return operation.results
 
 
-def tuned(operation: Operation, measure: Callable[[Callable[[], None]], float]) -> Configuration:
-    """Return the fastest candidate; those that need more than the device has are left out.
+def _chosen(operation: Operation) -> Configuration:
+    first = operation.candidates[0]
+    if interpreting():
+        if _wide.get() and "SPLIT" in first.tiles:
+            columns = min(1 << (operation.results[0].shape[-1] - 1).bit_length(), _WIDEST)
+            wide = {"COLUMNS": max(columns, first["COLUMNS"]), "SPLIT": 1}
+            return replace(first, tiles={**first.tiles, **wide})
+        return first
+    if len(operation.candidates) == 1:
+        return first
+    from lwc.backends.triton.tuning import fastest
 
-    Args:
-        operation: What is run; its launches only write to its results.
-        measure: Returns the time of a call.
+    return fastest(operation)
 
-    Raises:
-        LwcError: No candidate runs on the device.
+
+@contextmanager
+def running_on(device: str) -> Iterator[None]:
+    """Run a whole model: without gradients, new tensors on its device.
+
+    In the interpreter products have tiles that no GPU has room for, as it takes as long for a small
+    one.
     """
-    from triton.runtime.errors import OutOfResources, PTXASError
+    import torch
 
-    times: list[tuple[float, int]] = []
-    for index, configuration in enumerate(operation.candidates):
-        launches = operation.prepare(configuration)
-
-        def call(launches: tuple[Any, ...] = launches) -> None:
-            for launch in launches:
-                launch.run()
-
-        try:
-            times.append((measure(call), index))
-        except (OutOfResources, PTXASError):
-            continue
-    if not times:
-        raise LwcError(f"no tiling of {operation.name} fits this device")
-    return operation.candidates[min(times)[1]]
+    token = _wide.set(True)
+    try:
+        with torch.no_grad(), torch.device(device):
+            yield
+    finally:
+        _wide.reset(token)
 
 
 def computable(tensor: Any) -> Any:
@@ -74,15 +80,12 @@ def computable(tensor: Any) -> Any:
 
 def architecture_of(tensor: Any) -> Architecture:
     """Return the facts that tilings for a tensor's device are chosen by."""
+    noted = recorder()
+    if noted is not None:
+        return noted.architecture
     if tensor.device.type != "cuda":
         return nearest(0)
     import torch
 
     major, minor = torch.cuda.get_device_capability(tensor.device)
     return nearest(10 * major + minor)
-
-
-def _milliseconds(call: Callable[[], None]) -> float:
-    from triton.testing import do_bench
-
-    return float(do_bench(call))

@@ -11,10 +11,10 @@ import numpy as np
 from lwc.backends.triton.availability import require_triton
 from lwc.core.dialect import DynamicQuantMatMul
 from lwc.core.errors import LwcError
-from lwc.core.quant_layout import unpack_codes
+from lwc.core.quant_layout import TILE, unpack_codes
 from lwc.core.tiled_bitmap import TiledBitmap
 
-__all__ = ["GROUP_SIZES", "SparseWeights", "W4Weights", "W8Weights"]
+__all__ = ["GROUP_SIZES", "SparseWeights", "W4Weights", "W8Weights", "column_order"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
@@ -67,15 +67,25 @@ class W8Weights(_Weights):
         """Take the weights of a `lwc::DynamicQuantMatMul` of 8 bits and one block.
 
         Raises:
-            LwcError: It has other bits, blocks, zero points, or is gated.
+            LwcError: It has other bits, blocks or zero points.
         """
-        if node.bits != 8 or node.block_size or node.zero_points or node.gated:
+        if node.bits != 8 or node.block_size or node.zero_points:
             raise LwcError(
                 f"{node.name} {node.overload} is not what the W8A8 kernel computes",
                 remedy="quantize to 8 bits, symmetrically, with a scale for each column",
             )
-        numbers = unpack_codes(codes, 8, node.K, node.N).astype(np.int16) - 128
-        return cls.pack(numbers.astype(np.int8).T, scales.reshape(-1)[: node.N])
+        order = column_order(node)
+        numbers = unpack_codes(codes, 8, node.K, node.N)[:, order].astype(np.int16) - 128
+        return cls.pack(numbers.astype(np.int8).T, scales.reshape(-1)[order])
+
+    @classmethod
+    def empty(cls, *, columns: int, depth: int) -> W8Weights:
+        """Return weights whose tensors have their shapes and types, and no content yet."""
+        import torch
+
+        width = -(-depth // 16) * 16
+        codes = torch.empty((columns, width), dtype=torch.int8)
+        return cls(columns, depth, codes, torch.empty(columns, dtype=torch.float32))
 
 
 @dataclass(frozen=True)
@@ -158,6 +168,53 @@ class W4Weights(_Weights):
             middles = _halves(zeros.reshape(columns, -1))[:, :blocks]
         return cls.pack(inputs, scales.reshape(columns, blocks), middles, block_size)
 
+    @classmethod
+    def from_dialect(
+        cls, node: DynamicQuantMatMul, codes: Array, scales: Array, zeros: Array | None
+    ) -> W4Weights:
+        """Take the weights of a `lwc::DynamicQuantMatMul` of 4 bits.
+
+        Blocks that are several groups long, or one for all inputs, give their scale to each group.
+
+        Raises:
+            LwcError: It has other bits, or blocks that are no whole groups; or as `pack`.
+        """
+        size = next((each for each in reversed(GROUP_SIZES) if node.block_size % each == 0), 0)
+        if node.bits != 4 or not size:
+            raise LwcError(
+                f"{node.name} {node.overload} is not what the W4A16 kernel computes",
+                remedy=f"quantize to 4 bits, in blocks of a multiple of {GROUP_SIZES[0]}",
+            )
+        order, groups = column_order(node), -(-node.K // size)
+        again = node.block_size // size if node.block_size else groups
+
+        def by_group(values: Array) -> Array:
+            by_column = values.reshape(-(-node.N // TILE), -1, TILE).transpose(0, 2, 1)
+            rows = by_column.reshape(-1, by_column.shape[-1])[order]
+            return np.repeat(rows, again, axis=1)[:, :groups]
+
+        return cls.pack(
+            unpack_codes(codes, 4, node.K, node.N)[:, order].T,
+            by_group(scales),
+            None if zeros is None else by_group(zeros),
+            size,
+        )
+
+    @classmethod
+    def empty(cls, *, columns: int, depth: int, group_size: int, zeros: bool) -> W4Weights:
+        """Return weights whose tensors have their shapes and types, and no content yet."""
+        import torch
+
+        pairs = -(-depth // (2 * group_size))
+        return cls(
+            columns,
+            depth,
+            group_size,
+            torch.empty((columns, pairs, group_size), dtype=torch.uint8),
+            torch.empty((pairs, columns), dtype=torch.int32),
+            torch.empty((pairs, columns), dtype=torch.uint8) if zeros else None,
+        )
+
 
 @dataclass(frozen=True)
 class SparseWeights(_Weights):
@@ -189,6 +246,17 @@ class SparseWeights(_Weights):
             _tensor(packed.pairs.view(np.int32).reshape(-1)),
             _tensor(packed.offsets),
         )
+
+
+def column_order(node: DynamicQuantMatMul) -> Array:
+    """Return the columns of a product in the order kernels have them: all of a gate first.
+
+    The dialect has tiles of the gate and of what it gates in turn.
+    """
+    columns = np.arange(node.N)
+    if not node.gated:
+        return columns
+    return columns.reshape(-1, 2, TILE).transpose(1, 0, 2).reshape(-1)
 
 
 def _paired(groups: Array, bits: int) -> Array:

@@ -20,6 +20,7 @@ __all__ = [
     "parse_matches",
     "parse_shapes",
     "parse_size",
+    "split_words",
 ]
 
 PROGRAM = "lwc-opt"
@@ -100,20 +101,23 @@ def _count(digits: str, option: str) -> int:
     return int(digits)
 
 
-def parse_shapes(texts: Sequence[str]) -> list[dict[str, int]]:
+def parse_shapes(texts: Sequence[str], option: str = "--measure") -> list[dict[str, int]]:
     """Read `NAME=N,NAME=N` as often as given; `default` is the empty binding.
 
     Raises:
         UsageError: A text is something else.
     """
-    shapes = [
-        {} if text == "default" else parse_counts(text.split(","), "--measure") for text in texts
-    ]
+    shapes = [{} if text == "default" else parse_counts(text.split(","), option) for text in texts]
     for shape in shapes:
         for name, extent in shape.items():
-            if extent < 1:
-                raise UsageError(f"--measure: dimension '{name}' cannot be {extent}")
+            if extent < (option == "--measure"):
+                raise UsageError(f"{option}: dimension '{name}' cannot be {extent}")
     return shapes
+
+
+def split_words(texts: Sequence[str]) -> list[str]:
+    """Read words joined by commas, as often as given."""
+    return [word for text in texts for word in text.split(",")]
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -136,6 +140,7 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     _add_pipeline_options(parser.add_argument_group("pipeline"))
     _add_action_options(parser.add_argument_group("actions"))
+    _add_backend_options(parser.add_argument_group("backend"))
     _add_watching_options(parser.add_argument_group("watching"))
     _add_general_options(parser.add_argument_group("general"))
     return parser
@@ -269,6 +274,37 @@ def _add_action_options(group: argparse._ArgumentGroup) -> None:
         "--tokenizer",
         metavar="PATH",
         help="the tokenizer of --text and --calibrate; by default the input's",
+    )
+
+
+def _add_backend_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--backend",
+        choices=("onnxruntime", "fx", "triton"),
+        help="what runs the model where passes ask for its activations: onnxruntime (default), fx "
+        "(PyTorch) or triton (kernels for GPUs). With --emit, what code is written for; passes ask "
+        "ONNX Runtime then",
+    )
+    group.add_argument(
+        "--emit",
+        metavar="DIR",
+        help="for --backend=triton, write the model as Python that calls kernels, its weights, and "
+        "the kernels compiled ahead of time; needs no GPU",
+    )
+    group.add_argument(
+        "--arch",
+        metavar="sm_XX,…",
+        action="append",
+        default=[],
+        help="for --emit, the GPUs to compile for: sm_80, sm_90, sm_100 or A100, H100, B200 (all)",
+    )
+    group.add_argument(
+        "--shapes",
+        metavar="NAME=N,…",
+        action="append",
+        default=[],
+        help="for --emit, the dimensions to compile kernels for (repeatable); by default a prompt "
+        "of 512 tokens and, with a cache, one token behind it",
     )
 
 

@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from lwc.cli.arguments import MODEL_SUFFIXES, REPORT_SUFFIXES
+from lwc.cli.arguments import MODEL_SUFFIXES, REPORT_SUFFIXES, parse_shapes, split_words
 from lwc.core.errors import UsageError
 from lwc.core.paths import is_folder_target
 
@@ -19,6 +19,7 @@ _NEVER_EMPTY = {
     "feeds": "a file",
     "calibrate": "a file or folder",
     "resume": "a folder",
+    "emit": "a folder",
     "pass_pipeline_crash_reproducer": "a file",
 }
 
@@ -55,6 +56,7 @@ def check_options(options: argparse.Namespace) -> None:
             "--tokenizer needs a text to read", remedy="add --text FILE or --calibrate FILE"
         )
     _check_calibration(options, action)
+    _check_emitted(options)
     _check_written(options)
 
 
@@ -70,7 +72,8 @@ def _action(options: argparse.Namespace) -> str | None:
     action, *others = actions
     if others:
         raise UsageError(f"--{action} and --{others[0]} do not go together")
-    for name in ("output", "report", "require_match", "resume", "pass_pipeline_crash_reproducer"):
+    writing = ("output", "report", "emit", "require_match", "resume")
+    for name in (*writing, "pass_pipeline_crash_reproducer"):
         if getattr(options, name):
             option = name.replace("_", "-")
             what = "its own file only" if action == "reduce" else "nothing"
@@ -103,6 +106,33 @@ def _check_calibration(options: argparse.Namespace, action: str | None) -> None:
             raise UsageError(f"--{option} needs calibration data", remedy="add --calibrate PATH")
     if options.resume and os.path.exists(options.resume) and not os.path.isdir(options.resume):
         raise UsageError(f"--resume '{options.resume}': it is a file", remedy="name a folder")
+
+
+def _check_emitted(options: argparse.Namespace) -> None:
+    if options.emit is None:
+        for name in ("arch", "shapes"):
+            if getattr(options, name):
+                raise UsageError(f"--{name} is for what is emitted", remedy="add --emit DIR")
+        return
+    if options.backend != "triton":
+        given = f"the backend '{options.backend}' writes no code" if options.backend else None
+        raise UsageError(given or "--emit needs a backend", remedy="use --backend=triton")
+    from lwc.backends.triton.architectures import architecture
+    from lwc.backends.triton.availability import require_triton
+
+    require_triton()
+    for name in split_words(options.arch):
+        architecture(name)
+    parse_shapes(options.shapes, "--shapes")
+    folder = Path(options.emit)
+    _check_other_file(options.emit, options.input, "the input")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--emit '{folder}': it is a file", remedy="name a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "manifest.json").exists():
+        raise UsageError(
+            f"--emit '{folder}': the folder has other files, which would be lost",
+            remedy="name a new or empty folder, or one that was emitted",
+        )
 
 
 def _check_written(options: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lwc.backends.decoding import CacheInterface
     from lwc.core.module import Module
 
-__all__ = ["phases_table"]
+__all__ = ["phases_table", "token_dimensions"]
 
 _CONTEXT = 512
 
@@ -46,7 +46,7 @@ def phases_table(
         interface = find_interface(module)
     except LwcError:
         return None
-    names = _token_dimensions(module, interface, analyses.get(Shapes))
+    names = token_dimensions(module, interface, analyses.get(Shapes))
     if not interface.tensors or names is None:
         return None
     new, cached, total, batch = names
@@ -84,7 +84,7 @@ def phases_table(
     return table
 
 
-def _token_dimensions(
+def token_dimensions(
     module: Module, interface: CacheInterface, shapes: Shapes
 ) -> tuple[str, str, str, str] | None:
     """Return the names of new, cached, and all tokens, and of the sequences; "" where fixed.

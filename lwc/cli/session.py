@@ -10,7 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lwc.cli.arguments import parse_counts, parse_matches, parse_shapes, parse_size
+from lwc.cli.arguments import (
+    parse_counts,
+    parse_matches,
+    parse_shapes,
+    parse_size,
+    split_words,
+)
 from lwc.cli.option_checks import check_options
 from lwc.cli.progress import ProgressDisplay
 from lwc.cli.summary import remark_lines, summary_lines, written_line
@@ -167,6 +173,8 @@ class Session:
             with self.progress.phase(f"writing {output}"):
                 saved = save_module(result.module, output)
             self._say([written_line(saved, result.record.output)])
+        if options.emit:
+            self._emit(result.module)
         entries: list[LayerSensitivity] = []
         if ranked is not None:
             from lwc.cli.sensitivity import print_ranking, rank
@@ -178,9 +186,22 @@ class Session:
         if source is not None:
             self._report(result, source, None if output == "-" else output, shapes, entries)
         printed = ranked is not None or any(isinstance(each, IrPrinter) for each in instruments)
-        if output == "-" or (output is None and not options.report and not printed):
+        written = options.report or options.emit or printed
+        if output == "-" or (output is None and not written):
             sys.stdout.write(f"{str(result.module).rstrip()}\n")
         return 0
+
+    def _emit(self, module: Module) -> None:
+        """Write code, and print what became of each node."""
+        from lwc.cli.emit import emit_code
+
+        options, before = self.options, len(module.remarks)
+        targets = split_words(options.arch)
+        shapes = parse_shapes(options.shapes, "--shapes")
+        with self.progress.phase(f"writing {options.emit}") as rename:
+            lines = emit_code(module, options.emit, targets, shapes, rename)
+        self._say(lines)
+        self._say(remark_lines(module.remarks.since(before), options.remarks))
 
     def _settled_shapes(self, before: Module, after: Module) -> list[dict[str, int]]:
         """Return the numbers to measure at, for every free dimension of `before`."""
@@ -294,6 +315,7 @@ class Session:
 
         return RunSettings(
             verify=config.verify,
+            backend="onnxruntime" if self.options.emit else self.options.backend or "onnxruntime",
             threads=config.threads,
             seed=config.seed,
             max_memory=config.max_memory,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator
 from typing import BinaryIO, Self, cast
 
 from lwc.core.errors import LwcError
 
-__all__ = ["StagedFile", "link_into_place", "sync_folder", "writing"]
+__all__ = ["StagedFile", "link_into_place", "staged_folder", "sync_folder", "writing"]
 
 
 @contextlib.contextmanager
@@ -76,6 +77,39 @@ class StagedFile:
                     os.unlink(self._path)
 
 
+@contextlib.contextmanager
+def staged_folder(target: str) -> Iterator[str]:
+    """Yield a new folder that becomes `target` when the block ends; if it raises, it is removed.
+
+    What is there before is replaced as a whole.
+
+    Raises:
+        OSError: The folder cannot be made.
+    """
+    parent, name = os.path.split(os.path.abspath(target))
+    os.makedirs(parent, exist_ok=True)
+    draft = tempfile.mkdtemp(dir=parent, prefix=f".{name}.", suffix=".tmp")
+    old = f"{draft}.old"
+    try:
+        yield draft
+        for place, _, files in os.walk(draft):
+            for file in files:
+                _sync(os.path.join(place, file))
+            sync_folder(place)
+        os.chmod(draft, 0o777 & ~_mask())
+        if os.path.isdir(target):
+            os.rename(target, old)
+        os.rename(draft, target)
+        sync_folder(parent)
+    except BaseException:
+        if os.path.isdir(old):
+            os.rename(old, target)
+        raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
 def link_into_place(descriptor: int, target: str) -> None:
     """Give an open file without a name (O_TMPFILE) the name `target`, replacing what is there."""
     os.fsync(descriptor)
@@ -95,7 +129,11 @@ def link_into_place(descriptor: int, target: str) -> None:
 
 def sync_folder(folder: str) -> None:
     """Make the renames done in a folder last."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    _sync(folder)
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -103,6 +141,10 @@ def sync_folder(folder: str) -> None:
 
 
 def _default_mode() -> int:
+    return 0o666 & ~_mask()
+
+
+def _mask() -> int:
     mask = os.umask(0)
     os.umask(mask)
-    return 0o666 & ~mask
+    return mask

@@ -64,6 +64,7 @@ SMALL = {
         "512",
     ],
     "simplify": ["--only", "magika", "--repeats", "1"],
+    "triton_model": ["--layers", "1", "--tokens", "4", "--settings", "w8a8"],
     "triton_static": ["--only", "rotary"],
     "verification": ["--models", "magika", "--repeats", "1"],
     "window": ["--lengths", "256", "--rounds", "1"],

@@ -33,7 +33,7 @@ from lwc.backends.triton.kernels.flash_attention import Attended, flash_operatio
 from lwc.backends.triton.kernels.norm import norm_operation  # noqa: E402
 from lwc.backends.triton.kernels.rotary import rotary_operation  # noqa: E402
 from lwc.backends.triton.operation import Configuration, Operation  # noqa: E402
-from lwc.backends.triton.run import tuned  # noqa: E402
+from lwc.backends.triton.tuning import tuned  # noqa: E402
 from lwc.core.errors import LwcError  # noqa: E402
 
 EVERY = pytest.mark.parametrize("gpu", ARCHITECTURES, ids=lambda gpu: gpu.target)

@@ -15,6 +15,7 @@ from lwc.backends.triton.architectures import ARCHITECTURES, architecture, neare
 from lwc.core.errors import MissingExtraError, UsageError
 
 ROOT = Path(__file__).parents[2]
+ABS = '<ir_version: 9, opset_import: ["" : 17]> g (float x) => (float y) { y = Abs(x) }'
 
 
 @pytest.mark.parametrize("missing", ["torch", "triton"])
@@ -69,3 +70,61 @@ def test_architectures_are_found_by_name_target_and_capability() -> None:
     ]  # fmt: skip
     with pytest.raises(UsageError, match="no architecture is called 'V100'"):
         architecture("V100")
+
+
+@pytest.mark.parametrize("missing", ["torch", "triton"])
+def test_lwc_works_without_the_extra_and_names_it_when_asked(missing: str) -> None:
+    program = (
+        "from importlib.machinery import PathFinder\n"
+        "find = PathFinder.find_spec\n"
+        "def find_others(name, path=None, target=None):\n"
+        f"    return None if name == {missing!r} else find(name, path, target)\n"
+        "PathFinder.find_spec = find_others\n"
+        "import onnx.parser\n"
+        "import lwc\n"
+        "from lwc.core.errors import LwcError\n"
+        f"text = {ABS!r}\n"
+        "module = lwc.optimize(onnx.parser.parse_model(text), 'canonicalize').module\n"
+        "for ask in (\n"
+        "    lambda: lwc.to_triton(module),\n"
+        "    lambda: lwc.optimizer.find_backend('triton')(),\n"
+        "):\n"
+        "    try:\n"
+        "        ask()\n"
+        "    except LwcError as error:\n"
+        "        print(error)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
+    )
+    told = "the Triton backend needs an optional dependency (pip install 'lwc[triton]')\n"
+    assert ended.stdout == 2 * told, ended.stderr[-2000:]
+
+
+def test_the_backend_asks_for_a_gpu() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed: pip install 'lwc[triton]'")
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    program = (
+        "import onnx.parser\n"
+        "import lwc\n"
+        "from lwc.core.errors import LwcError\n"
+        f"text = {ABS!r}\n"
+        "module = lwc.optimize(onnx.parser.parse_model(text)).module\n"
+        "try:\n"
+        "    lwc.optimizer.find_backend('triton')().compile(module)\n"
+        "except LwcError as error:\n"
+        "    print(error)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    needed = "Triton kernels need a GPU and the tensors lie on cpu (move them to cuda, or set "
+    assert ended.stdout.startswith(needed), ended.stderr[-2000:]
+    assert len(ended.stdout.splitlines()) == 1

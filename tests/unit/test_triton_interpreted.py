@@ -17,7 +17,10 @@ pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'lwc[triton]'")
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted(path.name for path in (ROOT / "tests" / "interpreted").glob("*.py"))
+FILES = [
+    pytest.param(path.name, marks=[pytest.mark.models] * ("models" in path.name))
+    for path in sorted((ROOT / "tests" / "interpreted").glob("*.py"))
+]
 
 
 @pytest.mark.slow

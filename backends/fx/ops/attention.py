@@ -10,7 +10,7 @@ import torch
 
 from lwc.backends.fx.registry import op
 
-__all__ = ["as_heads", "as_rows", "softmax_or_zero"]
+__all__ = ["as_heads", "as_rows", "bias_of", "opened", "softmax_or_zero", "unpacked"]
 
 Tensor: TypeAlias = torch.Tensor
 
@@ -78,7 +78,7 @@ def attention(
     keys, values = _repeated(k, q.shape[1]), _repeated(v, q.shape[1])
     products = torch.matmul(q * root, (keys * root).mT)
     capped = torch.tanh(products / softcap) * softcap if softcap > 0 else products
-    bias = _bias(mask, keys.shape[2], q.dtype)
+    bias = bias_of(mask, keys.shape[2], q.dtype)
     visible = _visible(
         q.shape[2], keys.shape[2], offset, is_causal, left_window_size, right_window_size
     )
@@ -96,7 +96,7 @@ def attention(
     return (y, k, v, shown)[:outputs] if outputs > 1 else y
 
 
-def _bias(mask: Tensor | None, length: int, dtype: torch.dtype) -> Tensor | None:
+def bias_of(mask: Tensor | None, length: int, dtype: torch.dtype) -> Tensor | None:
     """Return a mask as numbers to add; one that is too short hides the keys after it."""
     if mask is None:
         return None
@@ -147,7 +147,7 @@ def _attended(
         logits = logits + bias
     length, total = q.shape[2], k.shape[2]
     if mask is not None:
-        logits = logits + torch.where(_opened(mask, total), 0.0, fill).to(logits.dtype)
+        logits = logits + torch.where(opened(mask, total), 0.0, fill).to(logits.dtype)
     if unidirectional:
         ahead = torch.arange(total) - torch.arange(length).unsqueeze(-1) - (total - length)
         lowest = torch.full_like(logits, torch.finfo(logits.dtype).min)
@@ -155,7 +155,7 @@ def _attended(
     return as_rows(torch.matmul(torch.softmax(logits, -1), v)), k, v, logits
 
 
-def _opened(mask: Tensor, total: int) -> Tensor:
+def opened(mask: Tensor, total: int) -> Tensor:
     """Read a mask of any of ONNX Runtime's forms: `[batch, 1, queries or 1, total]`."""
     if mask.dim() == 1:
         return (torch.arange(total) < mask.reshape(-1, 1)).reshape(-1, 1, 1, total)
@@ -182,7 +182,7 @@ def multi_head_attention(
     outputs: int = 1,
 ) -> Any:
     """Attend; keys and values may be rows or heads, or packed with the queries."""
-    q, k, v = _unpacked(query, key, value, num_heads, bias)
+    q, k, v = unpacked(query, key, value, num_heads, bias)
     found = _attended(
         q,
         k,
@@ -198,9 +198,10 @@ def multi_head_attention(
     return found[:outputs] if outputs > 1 else found[0]
 
 
-def _unpacked(
+def unpacked(
     query: Tensor, key: Tensor | None, value: Tensor | None, heads: int, bias: Tensor | None
 ) -> list[Tensor]:
+    """Return queries, keys and values as heads, from rows, heads, or what packs several of them."""
     if query.dim() == 5:  # [batch, length, heads, 3, size]
         return [part.transpose(1, 2) for part in query.unbind(3)]
     rows = [query, key, value]

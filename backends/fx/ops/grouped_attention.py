@@ -11,7 +11,7 @@ from lwc.backends.fx.ops.attention import as_heads, as_rows
 from lwc.backends.fx.ops.rotary import rotated
 from lwc.backends.fx.registry import op
 
-__all__: list[str] = []
+__all__ = ["split_heads", "written"]
 
 Tensor: TypeAlias = torch.Tensor
 
@@ -53,7 +53,7 @@ def group_query_attention(
     `total_sequence_length` that of the longest. Where it is the number of new tokens there is no
     past. A cache of integers holds round(x / scale), and 4-bit ones 8 more, two to a byte.
     """
-    q, k, v = _heads(query, key, value, num_heads, kv_num_heads)
+    q, k, v = split_heads(query, key, value, num_heads, kv_num_heads)
     new = q.shape[2]
     total = total_sequence_length
     total = total[0] if isinstance(total, list) else total
@@ -70,8 +70,8 @@ def group_query_attention(
         k = rotated(k, cos, sin, interleaved=rotary_interleaved, width=width)
     stored_k = _stored(k, k_scale, k_quant_type, kv_cache_bit_width)
     stored_v = _stored(v, v_scale, v_quant_type, kv_cache_bit_width)
-    present_k = _written(past_key, stored_k, places, total)
-    present_v = _written(past_value, stored_v, places, total)
+    present_k = written(past_key, stored_k, places, total)
+    present_v = written(past_value, stored_v, places, total)
     keys = _read(present_k, k_scale, k_quant_type, kv_cache_bit_width, q.dtype)
     values = _read(present_v, v_scale, v_quant_type, kv_cache_bit_width, q.dtype)
     groups = num_heads // kv_num_heads
@@ -95,9 +95,10 @@ def group_query_attention(
     return (y, present_k, present_v)[:outputs] if outputs > 1 else y
 
 
-def _heads(
+def split_heads(
     query: Tensor, key: Tensor | None, value: Tensor | None, heads: int, kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values as heads; keys may be heads, or packed with the queries."""
     if key is None or value is None:
         size = query.shape[-1] // (heads + 2 * kv_heads)
         parts = [heads * size, kv_heads * size, kv_heads * size]
@@ -116,7 +117,7 @@ def _shares(logits: Tensor, smooth: int, sink: Tensor | None) -> Tensor:
     return torch.softmax(torch.cat([logits, extra], -1), -1)[..., :-1]
 
 
-def _written(past: Tensor | None, new: Tensor, places: Tensor, total: int) -> Tensor:
+def written(past: Tensor | None, new: Tensor, places: Tensor, total: int) -> Tensor:
     """Put new keys or values at their places of a cache that holds `total` at least."""
     batch, heads, length, size = new.shape
     if past is None:

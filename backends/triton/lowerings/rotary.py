@@ -1,0 +1,26 @@
+"""Rotary embeddings."""
+
+from __future__ import annotations
+
+from lwc.backends.triton import rotate
+from lwc.backends.triton.lowerings.registry import Results, Site, kernel
+
+
+@kernel("RotaryEmbedding", runs="rotary_kernel")
+def _standard(site: Site) -> Results:
+    site.need_floats("x", "cos_cache", "sin_cache")
+    _has_heads(site)
+    return site.same(rotate.rotary_embedding)
+
+
+@kernel("com.microsoft::RotaryEmbedding", runs="rotary_kernel")
+def _contrib(site: Site) -> Results:
+    site.need_floats("x", "cos_cache", "sin_cache")
+    site.need(site.given("scale") == 1.0, "it scales what it turns")
+    return site.same(rotate.contrib_rotary_embedding)
+
+
+def _has_heads(site: Site) -> None:
+    shape = site.shape(site.given("x"))
+    site.need(shape is not None, "the rank of x is not known")
+    site.need(len(shape) == 4 or site.given("num_heads") > 0, "the number of heads is not known")

@@ -1,0 +1,187 @@
+"""A lowered module as a Python file that people can read."""
+
+from __future__ import annotations
+
+import builtins
+import importlib
+import re
+from collections.abc import Iterator, Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from lwc.backends.triton.packed_linear import PackedLinear
+from lwc.core.errors import LwcError
+
+__all__ = ["WEIGHTS", "python_source", "state_of"]
+
+WEIGHTS = "weights.safetensors"
+
+_TEMPLATE = '''\
+"""{title}
+
+Made by lwc {version}. It needs lwc[triton], whose operators and kernels it calls. On a GPU, where
+Triton compiles kernels on first use:
+
+    from model import load
+
+    model = load()
+    outputs = model(*inputs)
+
+With TRITON_INTERPRET=1 set before Python starts, `load(device="cpu")` runs slowly on the CPU.
+"""
+
+from __future__ import annotations
+
+{imports}
+
+FOLDER = Path(__file__).parent
+
+
+class {name}(torch.nn.Module):
+    """{interface}
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+{weights}
+
+    @on_its_device
+{forward}
+
+
+def load(folder: str | Path = FOLDER, device: str = "cuda") -> {name}:
+    """Return the model with its weights on a device.
+
+    Args:
+        folder: Where `{file}` lies: that of this file by default.
+        device: `cuda`, or `cpu` in Triton's interpreter.
+    """
+    return loaded({name}, Path(folder) / "{file}", device)
+'''
+
+
+def python_source(
+    graph_module: torch.fx.GraphModule, title: str, interface: Mapping[str, Mapping[str, str]]
+) -> str:
+    """Return a module with a class of the lowered module, and `load`, which fills it.
+
+    Args:
+        graph_module: What `lwc.to_triton` made.
+        title: A line about the model.
+        interface: Types and shapes, for people, by `inputs` and `outputs` and their names.
+
+    Raises:
+        LwcError: The code calls what cannot be written as Python.
+    """
+    from lwc import __version__
+
+    code = graph_module.graph.python_code("self")
+    body, imports = _with_modules(code.src.strip(), code.globals)
+    lines = [
+        f"{kind.capitalize()}:\n" + "\n".join(f"    {name}: {told}" for name, told in told.items())
+        for kind, told in interface.items()
+    ]
+    return _TEMPLATE.format(
+        title=title,
+        version=__version__,
+        imports="\n".join(imports),
+        name="".join(map(str.title, re.findall("[A-Za-z0-9]+", type(graph_module).__name__))),
+        interface=_indented("\n\n".join([title, *lines]), 4).strip(),
+        weights="\n".join(
+            f"        attach(self, {path!r}, {_constructor(made)})"
+            for path, made in _attributes(graph_module)
+        ),
+        forward=_indented(body, 4),
+        file=WEIGHTS,
+    )
+
+
+def state_of(graph_module: torch.fx.GraphModule) -> dict[str, torch.Tensor]:
+    """Return the tensors of a lowered module by name, each once.
+
+    Calls that read one tensor under several names are changed to read it under the first.
+
+    Raises:
+        LwcError: It has nested graphs or constants that are no tensors.
+    """
+    first: dict[int, str] = {}
+    for node in graph_module.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        value = _fetched(graph_module, node.target)
+        if not isinstance(value, torch.Tensor):
+            kind = "a nested graph" if isinstance(value, torch.nn.Module) else "no tensor"
+            raise LwcError(
+                f"'{node.target}' is {kind}, which cannot be emitted",
+                file=graph_module.meta["lwc"]["file"],
+                remedy="run the model by backend='triton' instead",
+            )
+        node.target = first.setdefault(id(value), node.target)
+    graph_module.recompile()
+    state: dict[str, torch.Tensor] = {}
+    for path, made in _attributes(graph_module):
+        if isinstance(made, PackedLinear):
+            state |= {f"{path}.{name}": tensor for name, tensor in made.named_buffers()}
+        else:
+            state[path] = made
+    return {name: tensor.detach().contiguous() for name, tensor in state.items()}
+
+
+def _attributes(graph_module: torch.fx.GraphModule) -> Iterator[tuple[str, Any]]:
+    """Yield the tensors and modules that a graph reads, by path, in the order of the graph."""
+    seen = set()
+    for node in graph_module.graph.nodes:
+        if node.op in ("get_attr", "call_module") and node.target not in seen:
+            seen.add(node.target)
+            yield node.target, _fetched(graph_module, node.target)
+
+
+def _fetched(root: Any, path: str) -> Any:
+    for part in path.split("."):
+        root = getattr(root, part)
+    return root
+
+
+def _constructor(made: Any) -> str:
+    if isinstance(made, PackedLinear):
+        return made.constructor()
+    return f"torch.empty({tuple(made.shape)}, dtype={made.dtype})"
+
+
+def _with_modules(source: str, names: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """Write functions as those of their modules, `fx_layout.reshape`; return the imports too."""
+    imports = {
+        "import torch": None,
+        "from pathlib import Path": None,
+        "from lwc.backends.triton.emitted import attach, loaded, on_its_device": None,
+        "from lwc.backends.triton.packed_linear import PackedLinear": None,
+        "from lwc.backends.triton.weights import W4Weights, W8Weights": None,
+    }
+    for name, value in names.items():
+        if not re.search(rf"\b{name}\b", source) or name == "torch":
+            continue
+        if name in ("inf", "nan"):
+            imports[f"from math import {name}"] = None
+        elif isinstance(value, ModuleType):
+            imports[f"import {value.__name__} as {name}"] = None
+        elif getattr(builtins, name, None) is not value:
+            package, _, module = value.__module__.rpartition(".")
+            if getattr(importlib.import_module(value.__module__), value.__name__, None) != value:
+                raise LwcError(f"a call of {value} cannot be written as Python")
+            alias = f"{package.split('.')[2] if package.startswith('lwc.') else 'py'}_{module}"
+            while re.search(rf"\b{alias}\b(?!\.)", source):
+                alias += "_"
+            source = re.sub(rf"\b{name}\b", f"{alias}.{value.__name__}", source)
+            start = f"from {package} import {module}" if package else f"import {module}"
+            imports[f"{start} as {alias}"] = None
+    return source, sorted(imports, key=_import_order)
+
+
+def _import_order(line: str) -> tuple[bool, bool, str]:
+    return "lwc" in line, "torch" in line, line
+
+
+def _indented(text: str, spaces: int) -> str:
+    return "\n".join(" " * spaces + line if line.strip() else "" for line in text.splitlines())

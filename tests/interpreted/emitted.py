@@ -1,0 +1,157 @@
+"""Emitted modules, imported from their folder and run in the interpreter; dry runs beside runs."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fx_agreement import parsed, run_fx
+from tiny_llama import as_module, tiny_llama
+
+import lwc
+from lwc.backends.triton.architectures import nearest
+from lwc.backends.triton.dry_run import dry_run
+from lwc.backends.triton.emit import emit
+from lwc.backends.triton.lower import placements
+from lwc.backends.triton.operation import Launch
+from lwc.backends.triton.session import TritonBackend
+from lwc.core.errors import LwcError
+
+FUSED = "fuse-norm,fuse-activation,canonicalize,quantize-weights{bits=4 symmetric=true}"
+RTOL = 2e-3
+"""Of the norm: scales are rounded to float16, by 2**-11 at most, in each of a dozen products."""
+
+
+@functools.cache
+def decoder() -> lwc.Module:
+    """A decoder with a cache, which turns queries and keys by positions that it counts."""
+    module = as_module(tiny_llama(), "gqa-rotary")
+    return lwc.optimize(module, FUSED, grant="all", backend=None).module
+
+
+def feed(module: lwc.Module, new: int, past: int) -> dict[str, Any]:
+    random = np.random.default_rng(new)
+    found: dict[str, Any] = {
+        "input_ids": random.integers(0, 60, (2, new)),
+        "attention_mask": np.ones((2, past + new), np.int64),
+    }
+    for value in module.graph.inputs:
+        if value.name not in found:
+            found[value.name or ""] = random.normal(size=(2, 2, past, 16)).astype(np.float32)
+    return found
+
+
+def imported(folder: Path) -> Any:
+    spec = importlib.util.spec_from_file_location("emitted_model", folder / "model.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("new", "past"), [(7, 0), (1, 9)])
+def test_a_decoder_with_its_cache(new: int, past: int, tmp_path: Path) -> None:
+    module = decoder()
+    emit(module, tmp_path / "out", architectures=[])
+    model = imported(tmp_path / "out").load(device="cpu")
+    given = feed(module, new, past)
+    found = model(*(torch.from_numpy(given[value.name or ""]) for value in module.graph.inputs))
+    for a, b in zip(found, run_fx(module, given), strict=True):
+        assert np.linalg.norm(a.numpy() - b) <= RTOL * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_sixteen_bits(dtype: str) -> None:
+    """The kernels round less often than PyTorch does, each time by 2**-11 or 2**-8 at most.
+
+    There are some ten roundings of a layer, which add up as random steps.
+    """
+    passes = f"fuse-norm,fuse-activation,convert-dtype{{{dtype}}},canonicalize"
+    module = lwc.optimize(as_module(tiny_llama(), "gqa-rotary"), passes, backend=None).module
+    given = feed(module, 7, 0)
+    with TritonBackend().compile(module) as executable:
+        assert "flash_kernel or decode_kernel, by length" in {
+            each.kernels for each in placements(executable.graph_module)
+        }
+        found = list(executable.run(given).values())
+    step = {"float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype]
+    for a, b in zip(found, run_fx(module, given), strict=True):
+        assert a.dtype == b.dtype
+        a, b = a.astype(float), b.astype(float)  # noqa: PLW2901
+        assert np.linalg.norm(a - b) <= 20**0.5 * step * np.linalg.norm(b)
+
+
+def test_a_tensor_that_is_read_under_two_names_is_written_once(tmp_path: Path) -> None:
+    module = parsed("""<ir_version: 10, opset_import: ["" : 20]>
+        g (float[n, 2] x) => (float[n, 2] y, float[n, 2] z)
+        <float[2, 2] a = {1, 2, 3, 4}, float[2, 2] b = {0, 0, 0, 0}>
+        { y = MatMul(x, a)  z = MatMul(x, b) }""")
+    module.graph.initializers["b"].const_value = module.graph.initializers["a"].const_value
+    emit(module, tmp_path / "out", architectures=[])
+    model = imported(tmp_path / "out").load(device="cpu")
+    assert list(model.state_dict()) == ["a"]
+    y, z = model(torch.eye(2))
+    assert y.tolist() == z.tolist() == [[1, 2], [3, 4]]
+
+
+def test_what_is_not_python_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    module = parsed("""<ir_version: 10, opset_import: ["" : 20]>
+        g (bool c, float[n] x) => (float[n] y)
+        { y = If (c) <then_branch = t () => (float[n] a) { a = Abs(x) },
+                      else_branch = e () => (float[n] b) { b = Neg(x) }> }""")
+    with pytest.raises(LwcError, match="a nested graph, which cannot be emitted"):
+        emit(module, tmp_path / "out", architectures=[])
+    with pytest.raises(LwcError, match="is for Triton's interpreter here and cannot be compiled"):
+        emit(decoder(), tmp_path / "out", architectures=[nearest(80)])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("new", "past"), [(7, 0), (1, 9)])
+def test_a_dry_run_records_what_a_run_launches(
+    new: int, past: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = decoder()
+    lowered = lwc.to_triton(module)
+    given = feed(module, new, past)
+    inputs = [torch.from_numpy(given[value.name or ""]) for value in module.graph.inputs]
+    ran: list[Launch] = []
+    run = Launch.run
+
+    def watched(launch: Launch) -> None:
+        ran.append(launch)
+        run(launch)
+
+    monkeypatch.setattr(Launch, "run", watched)
+    with torch.no_grad():
+        lowered(*inputs)
+    recorded = dry_run(lowered, inputs, nearest(0))
+    flat = [launch for launches in recorded.values() for launch in launches]
+    assert [_facts(launch) for launch in flat] == [_facts(launch) for launch in ran]
+    attends = "decode_kernel" if past else "flash_kernel"
+    assert attends in {launch.name for launch in flat}
+
+
+def _facts(launch: Launch) -> Any:
+    plain = {
+        name: (tuple(value.shape), value.stride(), value.dtype)
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in launch.arguments.items()
+    }
+    return launch.name, launch.grid, plain, launch.compiled_for
+
+
+def test_a_dry_run_says_where_a_number_is_missing() -> None:
+    module = parsed(
+        """<ir_version: 10, opset_import: ["" : 20]>
+        g (float x) => (int64[m] y) <int64 i = {0}, int64 d = {1}>
+        { s = Cast<to = 7>(x)  y = Range(i, s, d) }"""
+    )
+    with pytest.raises(LwcError, match="what it would launch is not known"):
+        dry_run(lwc.to_triton(module), [torch.tensor(3.0)], nearest(0))

@@ -1,0 +1,443 @@
+"""Modules lowered to kernels, in the interpreter, against the fx backend: one node or a few."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from dialect import draw_case, expected
+from dialect import module_of as dialect_module
+from fx_agreement import compare, one_node, parsed, run_fx
+
+from lwc.backends.triton import launch
+from lwc.backends.triton.lower import placements
+from lwc.backends.triton.lowerings.registry import KERNELS, Results, Site, kernel
+from lwc.backends.triton.session import TritonBackend
+from lwc.core.dialect import DynamicQuantMatMul
+from lwc.core.module import Module
+
+MS = "com.microsoft"
+RTOL, ATOL = 1e-4, 2e-5
+"""float32 with sums of up to 100 terms in another order, of numbers of the size of 1."""
+
+
+def normal(*shape: int, seed: int = 0) -> Any:
+    random = np.random.default_rng(hash((shape, seed)) % 2**32)
+    return random.normal(size=shape).astype(np.float32)
+
+
+def integers(low: int, high: int, *shape: int, dtype: Any = np.uint8) -> Any:
+    return np.random.default_rng(sum(shape)).integers(low, high, shape).astype(dtype)
+
+
+def run(module: Module, feed: Mapping[str, Any]) -> list[Any]:
+    with TritonBackend().compile(module, threads=1) as executable:
+        return list(executable.run(dict(feed)).values())
+
+
+def reasons(module: Module) -> list[str]:
+    """Return what keeps nodes out of kernels."""
+    with TritonBackend().compile(module) as executable:
+        found = [each.reason for each in placements(executable.graph_module)]
+    return [each for each in found if each is not None]
+
+
+def agree(module: Module, feed: Mapping[str, Any], rtol: float = RTOL, atol: float = ATOL) -> None:
+    """Check that the last node runs in a kernel and computes what the fx backend does."""
+    with TritonBackend().compile(module) as executable:
+        assert placements(executable.graph_module)[-1].kernels is not None, reasons(module)
+    for a, b in zip(run(module, feed), run_fx(module, feed), strict=True):
+        compare(a, b, rtol, atol)
+
+
+def check(op: str, inputs: Mapping[str, Any], **rest: Any) -> None:
+    agree(*one_node(op, inputs, **rest))
+
+
+# Norms
+
+
+@pytest.mark.parametrize(
+    ("op", "domain"),
+    [("RMSNormalization", ""), ("SimplifiedLayerNormalization", MS), ("LayerNormalization", "")],
+)
+def test_norms(op: str, domain: str) -> None:
+    given = {"x": normal(2, 3, 40), "w": normal(40)}
+    if op == "LayerNormalization":
+        given["b"] = normal(40, seed=1)
+    check(op, given, domain=domain, opset=23, epsilon=1e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("outputs", [1, 4])
+@pytest.mark.parametrize("op", ["SkipSimplifiedLayerNormalization", "SkipLayerNormalization"])
+def test_norms_of_sums(op: str, outputs: int, *, bias: bool) -> None:
+    given = {"x": normal(2, 3, 40), "skip": normal(2, 3, 40, seed=1), "gamma": normal(40)}
+    if op == "SkipLayerNormalization":
+        given["beta"] = normal(40, seed=2)
+    if bias:
+        given["bias"] = normal(40, seed=3)
+    module, feed = one_node(op, given, domain=MS, outputs=outputs)
+    for value in module.graph.outputs[1:3]:
+        value.name = ""
+    del module.graph.outputs[1:3]
+    agree(module, feed)
+
+
+def test_what_norms_refuse() -> None:
+    x, w = normal(2, 3, 8), normal(8)
+    module, _ = one_node("LayerNormalization", {"x": x, "w": normal(3, 8)}, axis=1)
+    assert reasons(module) == ["it spans several axes"]
+    module, _ = one_node("LayerNormalization", {"x": x, "w": w}, outputs=2)
+    assert reasons(module) == ["its output 1 is read"]
+    module, _ = one_node("LayerNormalization", {"x": x.astype(np.float64), "w": w})
+    assert reasons(module) == ["x is double, not float16, bfloat16 or float32"]
+    module, _ = one_node(
+        "SkipLayerNormalization", {"x": x, "skip": normal(3, 8), "gamma": w}, domain=MS
+    )
+    assert reasons(module) == ["skip has another shape than x"]
+    module, _ = one_node("LayerNormalization", {"x": normal(1, 20000), "w": normal(20000)})
+    assert reasons(module) == ["rows are longer than 16384"]
+
+
+# Rotary embeddings
+
+
+@pytest.mark.parametrize("rank", [3, 4])
+@pytest.mark.parametrize("interleaved", [0, 1])
+@pytest.mark.parametrize("positions", ["none", "each", "first"])
+def test_rotary(positions: str, interleaved: int, rank: int) -> None:
+    x = normal(2, 5, 3 * 16) if rank == 3 else normal(2, 3, 5, 16)
+    rows = normal(2, 5, 8) if positions == "none" else normal(20, 8)
+    given = {"cos": np.cos(rows), "sin": np.sin(rows)}
+    heads = {"num_heads": 3} if rank == 3 else {}
+    if positions == "first":
+        places = {"places": np.array([4], np.int64)}
+        given = {"x": x, **places, **given}
+        check("RotaryEmbedding", given, domain=MS, interleaved=interleaved, **heads)
+        return
+    if positions == "each":
+        given["places"] = integers(0, 20, 2, 5, dtype=np.int64)
+    check("RotaryEmbedding", {"x": x, **given}, opset=23, interleaved=interleaved, **heads)
+
+
+def test_rotary_of_a_part_of_a_head() -> None:
+    rows = normal(20, 4)
+    given = {"x": normal(2, 3, 5, 16), "cos": np.cos(rows), "sin": np.sin(rows)}
+    given["places"] = integers(0, 20, 2, 5, dtype=np.int64)
+    check("RotaryEmbedding", given, opset=23, rotary_embedding_dim=8)
+
+
+# Attention
+
+
+def grouped(new: int, past: int, batch: int, **attributes: Any) -> dict[str, Any]:
+    total = new + past
+    given = {
+        "q": normal(batch, new, 64),
+        "k": normal(batch, new, 32),
+        "v": normal(batch, new, 32, seed=1),
+        "past_k": normal(batch, 2, past, 16),
+        "past_v": normal(batch, 2, past, 16, seed=1),
+        "seqlens": np.full(batch, total - 1, np.int32),
+        "total": np.array(total, np.int32),
+    }
+    if attributes.get("do_rotary"):
+        angles = normal(32, 8)
+        given |= {"cos": np.cos(angles), "sin": np.sin(angles)}
+    return given
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {},
+        {"do_rotary": 1},
+        {"do_rotary": 1, "rotary_interleaved": 1},
+        {"local_window_size": 3},
+        {"softcap": 2.0, "scale": 0.2},
+        {"causal": 0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("new", "past"), [(5, 0), (1, 6), (3, 4), (40, 9)])
+def test_grouped_attention(attributes: Any, new: int, past: int) -> None:
+    """Prompts, one token and several behind a cache, and too many for the kernel of caches."""
+    given = grouped(new, past, 2, **attributes)
+    sizes = {"num_heads": 4, "kv_num_heads": 2}
+    if attributes.get("do_rotary") and new + past > 32:
+        angles = normal(64, 8)
+        given |= {"cos": np.cos(angles), "sin": np.sin(angles)}
+    check("GroupQueryAttention", given, domain=MS, outputs=3, **sizes, **attributes)
+
+
+def test_grouped_attention_of_sequences_of_other_lengths() -> None:
+    sizes: dict[str, Any] = {"domain": MS, "num_heads": 4, "kv_num_heads": 2, "outputs": 3}
+    for new, past in ((1, 6), (7, 0)):
+        given = grouped(new, past, 2)
+        given["seqlens"] = np.array([6, 3], np.int32)
+        module, feed = one_node("GroupQueryAttention", given, **sizes)
+        found, wanted = run(module, feed), run_fx(module, feed)
+        for a, b in zip(found, wanted, strict=True):
+            if new == 7 and a.ndim == 3:  # queries behind the end of a sequence mean nothing
+                a, b = a[1:, :4], b[1:, :4]  # noqa: PLW2901
+            compare(a, b, RTOL, ATOL)
+
+
+def test_grouped_attention_with_a_bias_and_packed() -> None:
+    given = grouped(3, 4, 2)
+    absent = dict.fromkeys(("cos", "sin", "positions"))
+    biased = {**given, **absent, "bias": normal(1, 4, 3, 7)}
+    check("GroupQueryAttention", biased, domain=MS, num_heads=4, kv_num_heads=2)
+    given |= {"q": normal(2, 3, 128), "k": None, "v": None}
+    check("GroupQueryAttention", given, domain=MS, outputs=3, num_heads=4, kv_num_heads=2)
+
+
+def test_what_grouped_attention_refuses() -> None:
+    sizes: dict[str, Any] = {"num_heads": 4, "kv_num_heads": 2}
+    module, _ = one_node(
+        "GroupQueryAttention", grouped(3, 0, 1), domain=MS, smooth_softmax=1, **sizes
+    )
+    assert reasons(module) == ["it has smooth_softmax"]
+    wide = {**grouped(3, 0, 1), "q": normal(1, 3, 2048), "k": normal(1, 3, 1024)}
+    wide |= {"v": normal(1, 3, 1024), "past_k": None, "past_v": None}
+    module, _ = one_node("GroupQueryAttention", wide, domain=MS, **sizes)
+    assert reasons(module) == ["heads of 512 elements are larger than 256"]
+
+
+@pytest.mark.parametrize("causal", [0, 1])
+@pytest.mark.parametrize(
+    "mask", [None, [5, 3], [[1, 1, 1, 1, 1], [0, 1, 1, 1, 1]], "whole"], ids=str
+)
+def test_multi_head_attention(mask: Any, causal: int) -> None:
+    given = {name: normal(2, 5, 16, seed=i) for i, name in enumerate("qkv")}
+    given |= {"bias": normal(48), "mask": None, "more": None}
+    if mask == "whole":
+        # Each token sees itself: scores that are all -10000 have no digits left for a difference.
+        open_ = integers(0, 2, 2, 5, 5, dtype=np.int32) | np.eye(5, dtype=np.int32)
+        given |= {"more": normal(1, 2, 5, 5), "mask": open_}
+    elif mask is not None:
+        given["mask"] = np.array(mask, np.int32)
+    check("MultiHeadAttention", given, domain=MS, num_heads=2, unidirectional=causal)
+
+
+def test_multi_head_attention_with_a_past_and_across() -> None:
+    given = {name: normal(2, 3, 16, seed=i) for i, name in enumerate("qkv")}
+    past = {"past_k": normal(2, 2, 4, 8), "past_v": normal(2, 2, 4, 8, seed=1)}
+    whole = {**given, "bias": None, "mask": None, "more": None, **past}
+    check("MultiHeadAttention", whole, domain=MS, num_heads=2, outputs=3)
+    across = {"q": normal(2, 3, 16), "k": normal(2, 2, 7, 8), "v": normal(2, 2, 7, 8, seed=1)}
+    check("MultiHeadAttention", across, domain=MS, num_heads=2)
+
+
+@pytest.mark.parametrize("past", [False, True])
+def test_packed_attention(*, past: bool) -> None:
+    given = {"x": normal(2, 5, 8), "weights": normal(8, 48), "bias": normal(48)}
+    given["mask"] = None if past else integers(0, 2, 2, 5, dtype=np.int32)
+    if past:
+        given["past"] = normal(2, 2, 2, 3, 8)
+    outputs = 2 if past else 1
+    module, feed = one_node(
+        "Attention", given, domain=MS, outputs=outputs, num_heads=2, unidirectional=1
+    )
+    agree(module, feed, atol=1e-4)  # the projections by torch are of the size of 10
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [{}, {"is_causal": 1}, {"softcap": 1.5}, {"is_causal": 1, "scale": 0.3}],
+    ids=str,
+)
+@pytest.mark.parametrize("mask", ["none", "bool", "float", "short"])
+def test_standard_attention(mask: str, attributes: Any) -> None:
+    given = {"q": normal(2, 5, 64), "k": normal(2, 7, 32), "v": normal(2, 7, 32, seed=1)}
+    masks = {
+        "bool": integers(0, 2, 5, 7, dtype=bool),
+        "float": normal(2, 1, 5, 7),
+        "short": integers(0, 2, 5, 6, dtype=bool),
+    }
+    if mask != "none":
+        given["mask"] = masks[mask]
+    opset = 24 if mask == "short" else 23
+    check("Attention", given, opset=opset, q_num_heads=4, kv_num_heads=2, **attributes)
+
+
+def test_standard_attention_with_a_cache() -> None:
+    given = {name: normal(2, heads, 1, 16) for name, heads in (("q", 4), ("k", 2), ("v", 2))}
+    past = {"past_k": normal(2, 2, 9, 16), "past_v": normal(2, 2, 9, 16, seed=1)}
+    for causal in (0, 1):
+        check("Attention", {**given, "mask": None, **past}, opset=23, outputs=3, is_causal=causal)
+    full = {"q": normal(2, 4, 3, 16), "k": normal(2, 2, 9, 16), "v": normal(2, 2, 9, 16, seed=1)}
+    more = dict.fromkeys(("mask", "past_k", "past_v"))
+    lengths = np.array([9, 6], np.int64)
+    for causal in (0, 1):
+        check("Attention", {**full, **more, "lengths": lengths}, opset=24, is_causal=causal)
+
+
+# Activations
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        "com.microsoft.QuickGelu <alpha = 1.0>", "Relu", "Gelu", 'Gelu <approximate = "tanh">',
+        "com.microsoft.Gelu", "com.microsoft.FastGelu",
+    ],
+)  # fmt: skip
+def test_gates(activation: str) -> None:
+    module = parsed(f"""<ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>
+        g (float[n, 48] x, float[n, 48] up) => (float[n, 48] y)
+        {{ gate = {activation} (x)  y = Mul(up, gate) }}""")
+    agree(module, {"x": normal(5, 48), "up": normal(5, 48, seed=1)})
+    with TritonBackend().compile(module) as executable:
+        assert [each.kernels for each in placements(executable.graph_module)] == [
+            "activation_kernel", "activation_kernel",
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("gate = Relu(x) y = Mul(gate, row)", "the branches have not one shape"),
+        (
+            "gate = Relu(x) z = Mul(gate, x) y = Add(z, gate)",
+            "the activation is read elsewhere too",
+        ),
+    ],
+)
+def test_gates_that_stay(body: str, reason: str) -> None:
+    module = parsed(f"""<ir_version: 10, opset_import: ["" : 20]>
+        g (float[n, 8] x, float[8] row) => (float[n, 8] y) {{ {body} }}""")
+    assert reasons(module) == [reason]
+
+
+def test_gates_given_apart() -> None:
+    given = {"x": normal(5, 48), "up": normal(5, 48, seed=1)}
+    check("SwiGLU", given, opset=28)
+    module, _ = one_node("SwiGLU", given, opset=28, alpha=2.0)
+    assert reasons(module) == ["its sigmoid is not SiLU's"]
+
+
+# Products
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_matmul_nbits(*, bias: bool, zeros: bool) -> None:
+    blocks = 3
+    given = {
+        "x": normal(2, 3, 80),
+        "codes": integers(0, 256, 40, blocks, 16),
+        "scales": np.exp2(integers(-6, -3, 40 * blocks, dtype=np.float32)),  # float16 holds them
+        "zeros": integers(0, 256, 40 * 2) if zeros else None,
+        "groups": None,
+    }
+    if bias:
+        given["bias"] = normal(40)
+    constant = [name for name in given if name != "x"]
+    check("MatMulNBits", given, domain=MS, constant=constant, K=80, N=40, bits=4, block_size=32)
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"bits": 8, "block_size": 32}, "weights have 8 bits, the kernel takes 4"),
+        ({"bits": 4, "block_size": 16}, "blocks of 16 inputs are not among (32, 64, 128)"),
+    ],
+)
+def test_what_matmul_nbits_refuses(more: Any, reason: str) -> None:
+    block = more["block_size"]
+    shape = (8, 64 // block, block * more["bits"] // 8)
+    given = {"x": normal(2, 64), "codes": integers(0, 256, *shape), "scales": normal(8 * shape[1])}
+    constant = ["codes", "scales"]
+    module, _ = one_node("MatMulNBits", given, domain=MS, constant=constant, K=64, N=8, **more)
+    assert reasons(module) == [reason]
+    given["scales"] *= 1e6
+    module, _ = one_node(
+        "MatMulNBits", given, domain=MS, constant=["scales"], K=64, N=8, bits=4, block_size=32
+    )
+    assert reasons(module) == ["codes is not constant"]
+
+
+VARIANTS = [
+    DynamicQuantMatMul(K=70, N=35, bits=8),
+    DynamicQuantMatMul(K=70, N=35, bits=8, bias=1, activation="gelu_tanh"),
+    DynamicQuantMatMul(K=64, N=96, bits=8, bias=1, activation="silu", gated=1),
+    DynamicQuantMatMul(K=64, N=64, bits=8, gated=1),
+    DynamicQuantMatMul(K=70, N=35, bits=4),
+    DynamicQuantMatMul(K=70, N=35, bits=4, block_size=32, x_block=1, zero_points=1),
+    DynamicQuantMatMul(K=300, N=64, bits=4, block_size=256, bias=1, activation="relu", gated=1),
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: str(variant.overload))
+def test_the_dialect(variant: DynamicQuantMatMul) -> None:
+    """8 bits: sums are exact, so that only roundings at a half differ; 4 bits: of weights only."""
+    case = draw_case(np.random.default_rng(3), variant, np.float16)
+    x = normal(3, variant.K)
+    module = dialect_module(case)
+    assert reasons(module) == []
+    (found,) = run(module, {"x": x})
+    wanted = expected(case, x)
+    error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+    # The reference rounds activations to 8 bits: by up to half a step of max|x| / 127, uniformly,
+    # which is 1 / (127 * sqrt(12)) of the maximum, about 3 times the root mean square.
+    assert error < (1e-5 if variant.bits == 8 else 3 * 3 / (127 * 12**0.5))
+
+
+def test_what_the_dialect_refuses() -> None:
+    for variant, reason in (
+        (DynamicQuantMatMul(K=64, N=32, bits=2), "weights have 2 bits, kernels take 4 or 8"),
+        (
+            DynamicQuantMatMul(K=64, N=32, bits=8, block_size=32),
+            "8-bit weights have a scale for each block, not each column",
+        ),
+        (DynamicQuantMatMul(K=64, N=32, bits=8, zero_points=1), "8-bit weights have zero points"),
+    ):
+        case = draw_case(np.random.default_rng(3), variant, np.float16)
+        assert reasons(dialect_module(case)) == [reason]
+
+
+# What the user sees
+
+
+def test_remarks_tell_of_every_node_that_a_kernel_may_compute() -> None:
+    module = parsed("""<ir_version: 10, opset_import: ["" : 23]>
+        g (float[n, 8] x, float[8] w) => (float[n, 8] y, float[n, 8] z)
+        { a = Abs(x)  y = RMSNormalization(a, w)  z = RMSNormalization <stash_type = 11> (a, w)
+        }""")
+    with TritonBackend().compile(module):
+        told = [str(remark) for remark in module.remarks]
+    assert told == [
+        "applied: triton at RMSNormalization -> 'y': runs in norm_kernel",
+        "missed: triton at RMSNormalization -> 'z': stays in PyTorch: its statistics are not taken "
+        "in float32",
+    ]
+
+
+def test_remarks_tell_that_bodies_stay() -> None:
+    module = parsed("""<ir_version: 10, opset_import: ["" : 20]>
+        g (bool c, float[n] x) => (float[n] y)
+        { y = If (c) <then_branch = t () => (float[n] a) { a = Abs(x) },
+                      else_branch = e () => (float[n] b) { b = Neg(x) }> }""")
+    assert reasons(module) == ["no kernel is looked for in its bodies"]
+
+
+def test_a_kernel_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docs/triton.md tells, with an operator that the fx backend knows."""
+    monkeypatch.delitem(KERNELS, "SimplifiedLayerNormalization")
+
+    @kernel("SimplifiedLayerNormalization", runs="norm_kernel")
+    def root_mean_square(site: Site) -> Results:
+        site.need_floats("x", "scale")
+        site.need(site.given("axis") == -1, "it spans other axes than the last")
+        return {0: site.call(launch.rms_norm, site.given("x"), site.given("scale"), eps=1e-5)}
+
+    given = {"x": normal(3, 8), "w": normal(8)}
+    check("SimplifiedLayerNormalization", given)
+    module, _ = one_node("SimplifiedLayerNormalization", given, axis=1)
+    assert reasons(module) == ["it spans other axes than the last"]
+    with pytest.raises(ValueError, match="has two kernels"):
+        kernel("SimplifiedLayerNormalization", runs="x")(root_mean_square)

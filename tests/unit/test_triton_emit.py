@@ -1,0 +1,182 @@
+"""What `lwc-opt --emit` writes, or says where it cannot. Kernels are compiled, and none runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx.parser
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+pytest.importorskip("triton", reason="Triton is not installed: pip install 'lwc[triton]'")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("kernels are for Triton's interpreter here", allow_module_level=True)
+
+from tiny_llama import as_module, tiny_llama  # noqa: E402
+
+from lwc.cli.arguments import parse_arguments  # noqa: E402
+from lwc.cli.emit import example_shapes  # noqa: E402
+from lwc.cli.opt import main  # noqa: E402
+from lwc.optimizer import BACKENDS  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+
+MODEL = """<ir_version: 10, opset_import: ["" : 23]>
+    mlp (float[batch, length, 64] x) => (float[batch, length, 64] y, float[batch, length, 64] z)
+    <float[64] w = {%s}>
+    { n = RMSNormalization(x, w)  s = Sigmoid(n)  g = Mul(n, s)  y = Mul(g, x)
+      z = RMSNormalization <stash_type = 11> (y, w) }""" % ", ".join(["2"] * 64)  # noqa: UP031
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "mlp.onnx"
+    onnx.save(onnx.parser.parse_model(MODEL), path)
+    return path
+
+
+def emitted(model: Path, folder: Path, *more: str) -> int:
+    words = [str(model), "-p", "fuse-activation", "--backend=triton", f"--emit={folder}"]
+    return main([*words, "--arch", "sm_80,H100", "--shapes", "batch=2,length=3", *more])
+
+
+def test_a_folder_with_all_that_is_needed(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    assert emitted(model, folder, "--remarks=all") == 0
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert (
+        f"wrote {folder}: 3 nodes in kernels, 1 in PyTorch; compiled 2 for sm_80, 2 for sm_90"
+        in (told.err)
+    )
+    assert "missed: triton at RMSNormalization -> 'z': stays in PyTorch" in told.err
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "kernels", "manifest.json", "model.py", "weights.safetensors",
+    ]  # fmt: skip
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["architectures"] == ["sm_80", "sm_90"]
+    assert manifest["inputs"] == {"x": "float [batch, length, 64]"}
+    assert manifest["shapes"] == [{"batch": 2, "length": 3}]
+    assert [(node["op"], node.get("kernels", node.get("torch"))) for node in manifest["nodes"]] == [
+        ("RMSNormalization", ["norm_kernel"]),
+        ("com.microsoft::QuickGelu", ["activation_kernel"]),
+        ("Mul", ["activation_kernel"]),
+        ("RMSNormalization", "its statistics are not taken in float32"),
+    ]
+
+
+def test_kernels_come_with_what_launches_them(model: Path, tmp_path: Path) -> None:
+    assert emitted(model, tmp_path / "out", "-q") == 0
+    folder = tmp_path / "out" / "kernels" / "sm_90"
+    cubins = sorted(folder.glob("*.cubin"))
+    assert [path.stem.partition("-")[0] for path in cubins] == ["activation_kernel", "norm_kernel"]
+    for cubin in cubins:
+        assert cubin.read_bytes()[:4] == b"\x7fELF"
+        facts: dict[str, Any] = json.loads(cubin.with_suffix(".json").read_text())
+        assert facts["entry"].encode() in cubin.read_bytes()
+        assert facts["architecture"] == "sm_90"
+        assert facts["spilled_bytes"] == 0
+        assert 0 < facts["registers"] <= 255
+        plain = {name for name, kind in facts["signature"].items() if kind != "constexpr"}
+        assert set(facts["divisible_by_16"]) <= plain
+        assert set(facts["constants"]) == set(facts["signature"]) - plain
+        (launched,) = facts["launches"]
+        assert launched["shape"] == 0
+        assert len(launched["grid"]) == 3
+
+
+def test_the_module_runs_where_kernels_do(model: Path, tmp_path: Path) -> None:
+    assert emitted(model, tmp_path / "out", "-q") == 0
+    program = (
+        "import torch\n"
+        "from model import load\n"
+        "x = torch.linspace(-3, 3, 128).reshape(1, 2, 64)\n"
+        "y, z = load(device='cpu')(x)\n"
+        "n = torch.nn.functional.rms_norm(x, (64,), torch.full((64,), 2.0), 1e-5)\n"
+        "torch.testing.assert_close(y, torch.nn.functional.silu(n) * x, rtol=1e-5, atol=1e-6)\n"
+        "print('same')\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{tmp_path / 'out'}:{ROOT}"},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.stdout == "same\n", ended.stderr[-2000:]
+
+
+def test_what_was_emitted_before_is_replaced_as_a_whole_or_stays(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "out"
+    assert emitted(model, folder, "-q") == 0
+    (folder / "stale").write_text("")
+
+    def fails(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("safetensors.torch.save_file", fails)
+        assert emitted(model, folder, "-q") == 1
+    assert (folder / "stale").exists()
+    assert emitted(model, folder, "-q") == 0
+    assert not (folder / "stale").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mlp.onnx", "out"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--emit=out"], "--emit needs a backend (use --backend=triton)"),
+        (["--emit=out", "--backend=fx"], "the backend 'fx' writes no code (use --backend=triton)"),
+        (["--emit="], "--emit needs a folder, not nothing"),
+        (["--arch=sm_90"], "--arch is for what is emitted (add --emit DIR)"),
+        (["--shapes=n=3"], "--shapes is for what is emitted (add --emit DIR)"),
+        (["--emit=out", "--backend=triton", "--arch=V100"], "no architecture is called 'V100'"),
+        (["--emit=out", "--backend=triton", "--shapes=x"], "--shapes takes NAME=N, not 'x'"),
+        (["--emit=mlp.onnx", "--backend=triton"], "'mlp.onnx' is the input itself"),
+        (["--emit=.", "--backend=triton"], "the folder has other files, which would be lost"),
+        (["--emit=out", "--backend=triton", "--plan"], "--plan writes nothing"),
+        (["--backend=tpu"], "argument --backend: invalid choice: 'tpu'"),
+    ],
+)
+def test_what_cannot_be_is_told_before_any_work(
+    words: list[str], told: str, model: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(model.parent)
+    assert main([model.name, *words]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert len(error.splitlines()) == 1
+    assert [path.name for path in model.parent.iterdir()] == [model.name]
+
+
+def test_every_backend_can_be_asked_for() -> None:
+    for name in BACKENDS:
+        assert parse_arguments([f"--backend={name}"]).backend == name
+
+
+def test_a_dimension_that_is_not_there_is_told(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["-q", "--backend=triton", f"--emit={tmp_path / 'out'}", "--shapes", "tokens=3"]
+    assert main([str(model), *words]) == 2
+    assert "no input has a dimension 'tokens' (the dimensions are" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_decoders_are_compiled_for_a_prompt_and_for_a_token_behind_it() -> None:
+    module = as_module(tiny_llama(), "gqa-rotary")
+    assert example_shapes(module) == [
+        {"batch": 1, "sequence": 512, "past": 0, "total": 512},
+        {"batch": 1, "sequence": 1, "past": 512, "total": 513},
+    ]
