@@ -490,9 +490,7 @@ def _gradient_maker(
 ) -> Callable[[Module, GradientRequest], AbstractContextManager[GradientRunner]]:
     """Return what makes modules differentiable: in PyTorch, whatever backend runs them."""
 
-    def make(
-        module: Module, request: GradientRequest
-    ) -> AbstractContextManager[GradientRunner]:
+    def make(module: Module, request: GradientRequest) -> AbstractContextManager[GradientRunner]:
         from lwc.backends.fx.convert import make_gradient_runner
 
         return make_gradient_runner(module, request, threads=threads)

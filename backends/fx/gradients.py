@@ -18,7 +18,6 @@ from lwc.pipeline.gradients import Gradients
 from lwc.pipeline.options import did_you_mean
 
 if TYPE_CHECKING:
-    from lwc.backends.fx.module import OnnxGraphModule
     from lwc.core.module import Module
     from lwc.pipeline.gradients import GradientRequest, Loss
     from lwc.pipeline.passes import Feed
@@ -163,7 +162,9 @@ class FxGradientRunner:
     def _forward(self, feed: Feed, loss: Loss) -> torch.Tensor:
         check_feed(self._inputs, feed, self._file)
         given = {
-            name: tensor_of_array(feed[name], self._inputs[name].dtype or ir.tensor(feed[name]).dtype)
+            name: tensor_of_array(
+                feed[name], self._inputs[name].dtype or ir.tensor(feed[name]).dtype
+            )
             for name in self._names
             if name in feed
         }
@@ -241,7 +242,8 @@ class _Tap(torch.nn.Module):  # type: ignore[misc]
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = _floating(x, self.name)
         if torch.is_grad_enabled():
-            y = y if y.requires_grad else y.detach().requires_grad_()
+            # A new tensor: a segment's input is the same one when it is computed anew.
+            y = y.view_as(y) if y.requires_grad else y.detach().requires_grad_()
             self.like = torch.empty_like(y, device="meta")
             y.register_hook(self._keep)
         return y
