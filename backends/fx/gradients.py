@@ -195,9 +195,9 @@ class FxGradientRunner:
             tap.gradient = None
 
     def _taken(self, loss: float, factor: float = 1.0) -> Gradients:
-        def array(gradient: torch.Tensor | None, like: torch.Tensor | None) -> Array:
+        def array(gradient: torch.Tensor | None, like: torch.Tensor) -> Array:
             if gradient is None:
-                gradient = torch.zeros(()) if like is None else torch.zeros_like(like)
+                gradient = torch.zeros_like(like, device="cpu")
             return np.array(array_of(gradient * factor if factor != 1.0 else gradient, None))
 
         return Gradients(
@@ -217,13 +217,14 @@ class _Gate(torch.nn.Module):  # type: ignore[misc]
         self.mask = torch.nn.Parameter(torch.from_numpy(np.array(mask)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = _floating(x, self.name) * self.mask.to(x.dtype)
-        if y.shape != x.shape:
+        factors = self.mask.to(_floating(x, self.name).dtype)
+        try:
+            return x * factors.expand_as(x)
+        except RuntimeError as error:
             raise LwcError(
-                f"a mask {list(self.mask.shape)} does not fit value '{self.name}' {list(x.shape)}",
+                f"a mask {list(factors.shape)} does not fit value '{self.name}' {list(x.shape)}",
                 remedy="it must broadcast against the value without widening it",
-            )
-        return y
+            ) from error
 
 
 class _Tap(torch.nn.Module):  # type: ignore[misc]
@@ -237,7 +238,7 @@ class _Tap(torch.nn.Module):  # type: ignore[misc]
         super().__init__()
         self.name = name
         self.gradient: torch.Tensor | None = None
-        self.like: torch.Tensor | None = None
+        self.like = torch.empty(0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = _floating(x, self.name)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import weakref
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,23 +19,20 @@ __all__ = ["Sizes", "segmented"]
 
 
 class Sizes:
-    """What the nodes of a graph make on one run, in bytes, and where it could be cut.
-
-    A backward pass keeps about what operators make: some results are not kept, and some operators
-    keep more than their result.
+    """What the nodes of a graph make and keep on one run, in bytes, and where it could be cut.
 
     Args:
-        graph_module: The lowered module; it runs once.
+        graph_module: The lowered module; it runs once, and nothing is kept.
         arguments: Its arguments.
     """
 
     def __init__(self, graph_module: torch.fx.GraphModule, arguments: Sequence[Any]) -> None:
         meter = _Meter(graph_module)
-        with torch.no_grad():
-            meter.run(*arguments)
-        self._nodes = [node for node in graph_module.graph.nodes if node in meter.new]
+        meter.measure(arguments)
+        self._nodes = [node for node in graph_module.graph.nodes if node in meter.sizes]
         self._sizes = [meter.sizes[node] for node in self._nodes]
-        self._made = list(itertools.accumulate((meter.new[n] for n in self._nodes), initial=0))
+        kept = (meter.kept.get(node, 0) for node in self._nodes)
+        self._kept = list(itertools.accumulate(kept, initial=0))
         places = {node: index for index, node in enumerate(self._nodes)}
         self._last = [
             max((places.get(user, len(places)) for user in node.users), default=index)
@@ -61,20 +60,20 @@ class Sizes:
         return best
 
     def _plan(self, count: int) -> Plan:
-        """Cut near equal shares of what is made, where the fewest bytes are alive."""
-        share = self._made[-1] / count
+        """Cut near equal shares of what is kept, where the fewest bytes are alive."""
+        share = self._kept[-1] / count
         cuts: list[int] = []
         for number in range(1, count):
             ideal, first = number * share, cuts[-1] + 1 if cuts else 1
             places = range(first, len(self._nodes) - (count - 1 - number))
-            near = [place for place in places if abs(self._made[place] - ideal) <= share / 3]
-            off = {place: abs(self._made[place] - ideal) for place in near or places}
+            near = [place for place in places if abs(self._kept[place] - ideal) <= share / 3]
+            off = {place: abs(self._kept[place] - ideal) for place in near or places}
             if near:
                 cuts.append(min(off, key=lambda place: (self._alive([place]), off[place])))
             else:
                 cuts.append(min(off, key=lambda place: off[place]))
         ends = [0, *cuts, len(self._nodes)]
-        largest = max(self._made[b] - self._made[a] for a, b in itertools.pairwise(ends))
+        largest = max(self._kept[b] - self._kept[a] for a, b in itertools.pairwise(ends))
         starts = {self._nodes[place].name for place in cuts}
         return Plan(frozenset(starts), count, self._alive(cuts) + largest)
 
@@ -95,7 +94,7 @@ class Plan:
         starts: Names of the nodes that begin a segment, without the first one.
         segments: How many there are.
         kept: Bytes that are held at once: what lives across cuts, and what the largest segment
-            makes.
+            keeps for its backward pass.
     """
 
     starts: frozenset[str]
@@ -139,24 +138,45 @@ _MOST = 64
 
 
 class _Meter(torch.fx.Interpreter):  # type: ignore[misc]
-    """Runs a graph; keeps the bytes of what each node makes, and those not in its arguments."""
+    """Runs a graph, and counts what each node makes and what it keeps for its backward pass.
+
+    What would be kept is let go of at once.
+    """
 
     def __init__(self, graph_module: torch.fx.GraphModule) -> None:
         super().__init__(graph_module)
         self.sizes: dict[torch.fx.Node, int] = {}
-        self.new: dict[torch.fx.Node, int] = {}
+        self.kept: Counter[torch.fx.Node] = Counter()
+        self._node: torch.fx.Node | None = None
+        self._seen: dict[int, Any] = {}
+
+    def measure(self, arguments: Sequence[Any]) -> None:
+        """Run the graph."""
+        weights = (*self.module.parameters(), *self.module.buffers())
+        for tensor in (*weights, *_tensors(arguments)):
+            self._is_new(tensor)
+        hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda _: None)
+        with torch.enable_grad(), hooks:
+            self.run(*arguments)
 
     def run_node(self, node: torch.fx.Node) -> Any:
+        self._node = node
         result = super().run_node(node)
         if node.op not in ("placeholder", "get_attr", "output"):
-            arguments = [self.env.get(each) for each in node.all_input_nodes]
-            held = {each.untyped_storage().data_ptr() for each in _tensors(arguments)}
-            made = list(_tensors([result]))
-            self.sizes[node] = sum(each.nbytes for each in made)
-            self.new[node] = sum(
-                each.nbytes for each in made if each.untyped_storage().data_ptr() not in held
-            )
+            self.sizes[node] = sum(each.nbytes for each in _tensors([result]))
         return result
+
+    def _keep(self, tensor: torch.Tensor) -> None:
+        if self._node is not None and self._is_new(tensor):
+            self.kept[self._node] += tensor.untyped_storage().nbytes()
+
+    def _is_new(self, tensor: torch.Tensor) -> bool:
+        storage = tensor.untyped_storage()
+        known = self._seen.get(storage._cdata)
+        if known is not None and known() is storage:
+            return False
+        self._seen[storage._cdata] = weakref.ref(storage)
+        return True
 
 
 def _tensors(values: Sequence[Any]) -> list[Any]:

@@ -71,8 +71,8 @@ class GradientRunner(Protocol):
         parameters: The weights asked for, by initializer, as torch Parameters: what an optimizer
             takes. The module keeps its own.
         segments: Segments the graph is cut into for the feeds seen so far; 1 before the first.
-        kept: Bytes of activations that are held at once in the backward pass, as estimated from
-            the results of the operators on the largest feed seen so far.
+        kept: Bytes of activations that are held at once for the backward pass, as measured on the
+            largest feed seen so far; 0 where no bound and no number of segments was asked for.
     """
 
     parameters: Mapping[str, Any]
