@@ -95,8 +95,10 @@ def train(
     optimizer = torch.optim.AdamW(
         list(parameters.values()), lr=schedule.learning_rate, weight_decay=schedule.weight_decay
     )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.factor)
-    start = _resume(parameters, optimizer, scheduler, schedule, trail)
+    start = _resume(parameters, optimizer, schedule, trail)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = schedule.learning_rate
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.factor, start - 1)
     losses: list[float] = []
 
     def described() -> str:
@@ -151,7 +153,6 @@ def _keep(
 def _resume(
     parameters: Mapping[str, torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LambdaLR,
     schedule: Schedule,
     trail: Trail,
 ) -> int:
@@ -168,7 +169,5 @@ def _resume(
             parts = {key.removeprefix(start): entry[key] for key in entry if key.startswith(start)}
             state[number] = {part: torch.from_numpy(array) for part, array in parts.items()}
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        scheduler.load_state_dict({**scheduler.state_dict(), "last_epoch": step - 1})
-        scheduler.step()
         return step
     return 0
