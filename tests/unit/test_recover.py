@@ -23,11 +23,8 @@ from lwc.passes.training.recover import Recover
 Array = np.ndarray[Any, Any]
 
 WORDS, WIDTH = 11, 16
-TEXT = f"""g (int64[b, s] ids) => (float[b, s, {WORDS}] logits)
-    <float[{WORDS}, {WIDTH}] table, float[{WIDTH}, {WIDTH}] up, float[{WIDTH}, {WIDTH}] down,
-     float[{WIDTH}, {WORDS}] head> {{
-        x = Gather(table, ids) h = MatMul(x, up) t = Tanh(h) d = MatMul(t, down) r = Add(x, d)
-        logits = MatMul(r, head) }}"""
+BODY = """x = Gather(table, ids) h = MatMul(x, up) t = Tanh(h) d = MatMul(t, down) r = Add(x, d)
+    logits = MatMul(r, head)"""
 
 
 def language(seed: int = 0, dead: bool = False) -> Module:
@@ -36,8 +33,9 @@ def language(seed: int = 0, dead: bool = False) -> Module:
     shapes = {"table": (WORDS, WIDTH), "up": (WIDTH, WIDTH), "down": (WIDTH, WIDTH),
               "head": (WIDTH, WORDS)}  # fmt: skip
     declared = ", ".join(f"float{list(shape)} {name}" for name, shape in shapes.items())
-    body = TEXT[TEXT.index("{", TEXT.index("<")) :] if "<" in TEXT else TEXT
-    module = module_of(f"g (int64[b, s] ids, {declared}) => (float[b, s, {WORDS}] logits) {body}")
+    module = module_of(
+        f"g (int64[b, s] ids, {declared}) => (float[b, s, {WORDS}] logits) {{ {BODY} }}"
+    )
     for value in list(module.graph.inputs)[1:]:
         module.graph.inputs.remove(value)
         name = value.name or ""
@@ -116,8 +114,9 @@ def test_a_teacher_teaches_and_dead_neurons_stay_dead(method: str, teacher: Path
     assert not weight(module, "up")[:, ::2].any()
     assert not weight(module, "down")[::2].any()
     assert weight(module, "up")[:, 1::2].all()
-    free, _, _ = recovered(language(dead=True), f"{options} keep-zeros=false")
-    assert weight(free, "up")[:, ::2].any()
+    if method == "lora":  # no gradient reaches a neuron of which all weights are 0
+        free, _, _ = recovered(language(dead=True), f"{options} keep-zeros=false")
+        assert weight(free, "up")[:, ::2].any()
 
 
 def test_scattered_zeros_get_no_adapter_but_full_training_keeps_them() -> None:
@@ -150,7 +149,6 @@ def test_the_module_before_the_pipeline_is_the_teacher() -> None:
 
 def test_a_module_that_gives_the_same_is_no_teacher() -> None:
     module = language()
-    list(module.graph)[0].name = "a name"
     result = lwc.optimize(
         module, "fold-linear,add-lora{rank=2},recover{steps=2}", calibration=texts(), threads=1
     )
@@ -166,20 +164,20 @@ def test_adapters_that_are_there_are_trained_further() -> None:
     assert again["held-out loss before"] == pytest.approx(found["held-out loss after"], rel=1e-6)
     assert again["held-out loss after"] < again["held-out loss before"]
     assert again["trained parameters"] == found["trained parameters"]
-    merged, _, _ = recovered(once, "steps=1 learning-rate=1e-9")
-    assert not any("lora" in name for name in merged.graph.initializers) or True
+    merged, _, _ = recovered(once, "steps=10 learning-rate=1e-2")
+    assert set(merged.graph.initializers) == {"table", "up", "down", "head"}
+    feed = texts()[0]
+    # Products are of sixteen numbers of size 1.
+    np.testing.assert_allclose(
+        run_plain(merged, feed)[0], run_plain(twice, feed)[0], rtol=0, atol=1e-5
+    )
 
 
 def test_worse_is_refused() -> None:
     module, found, told = recovered(language(), "rank=4 steps=30 learning-rate=30")
     assert not found["held-out loss after"] < found["held-out loss before"]
     assert "missed: the held-out loss did not fall" in told
-    assert module.fingerprint() == language().fingerprint() or set(module.graph.initializers) == {
-        "table",
-        "up",
-        "down",
-        "head",
-    }
+    assert set(module.graph.initializers) == {"table", "up", "down", "head"}
     assert np.array_equal(weight(module, "up"), weight(language(), "up"))
 
 
