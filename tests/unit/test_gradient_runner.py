@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -85,10 +85,11 @@ def test_finite_differences_in_float64() -> None:
         return gradients(module, {"x": x}, weights=("w",), masks={"b": mask}).loss
 
     found = gradients(module, feed, values=("x",), masks={"b": mask})
-    for given, gradient, of in (
+    cases: list[tuple[Array, Array, Callable[[Array], float]]] = [
         (mask, found.masks["b"], lambda each: loss(each, feed["x"])),
         (feed["x"], found.values["x"], lambda each: loss(mask, each)),
-    ):
+    ]
+    for given, gradient, of in cases:
         for place in np.ndindex(given.shape):
             step = np.zeros_like(given)
             step[place] = 1e-6
@@ -217,7 +218,7 @@ def test_what_is_not_reached_has_a_gradient_of_zeros() -> None:
 def test_errors_name_what_is_wrong(asked: dict[str, Any], words: str) -> None:
     text = """g (float[n] x, int64[n] i) => (float[n] y) <float[1] w = {2}, int64[1] count = {3}> {
         a = Mul(x, w) k = Add(i, count) c = Cast<to = 1>(k) y = Add(a, c) }"""
-    feed = {"x": np.ones(2, np.float32), "i": np.ones(2, np.int64)}
+    feed: dict[str, Array] = {"x": np.ones(2, np.float32), "i": np.ones(2, np.int64)}
     with pytest.raises(LwcError, match=words):
         gradients(module_of(text), feed, **asked)
 

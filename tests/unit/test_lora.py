@@ -23,11 +23,11 @@ from lwc.verify import check_pass
 X = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
 
 
-def filled(text: str, opset: int = 17, **shapes: tuple[int, ...]) -> Module:
+def filled(text: str, **shapes: tuple[int, ...]) -> Module:
     """Read a graph and give it random weights of these shapes, in the order of names."""
     declared = ", ".join(f"float{list(shape)} {name}" for name, shape in shapes.items())
     text = text.replace("(float[n, 8] x)", f"(float[n, 8] x, {declared})")
-    module = module_of(text, opset)
+    module = module_of(text)
     drawn = np.random.default_rng(1)
     for value in list(module.graph.inputs)[1:]:
         module.graph.inputs.remove(value)
@@ -48,7 +48,7 @@ def reasons(module: Module) -> str:
 
 PLAIN = "g (float[n, 8] x) => (float[n, 6] y) { y = MatMul(x, w) }"
 GEMM = "g (float[n, 8] x) => (float[n, 6] y) { y = Gemm<alpha = 0.5, transB = 1>(x, w, c) }"
-LAYERS = {
+LAYERS: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
     "matmul": (PLAIN, {"w": (8, 6)}),
     "gemm": (
         "g (float[n, 8] x) => (float[n, 6] y) { y = Gemm(x, w, c) }",

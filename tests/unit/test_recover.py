@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from lwc.passes.training.recover import Recover
 
 Array = np.ndarray[Any, Any]
 
+ROOT = Path(__file__).parents[2]
 WORDS, WIDTH = 11, 16
 BODY = """x = Gather(table, ids) h = MatMul(x, up) t = Tanh(h) d = MatMul(t, down) r = Add(x, d)
     logits = MatMul(r, head)"""
@@ -272,9 +275,7 @@ def test_errors(monkeypatch: pytest.MonkeyPatch, teacher: Path) -> None:
         ({"loss": "cross-entropy", "teacher": str(teacher)}, "no use for a teacher"),
     ):
         with pytest.raises(UsageError, match=words):
-            Recover(**options)  # type: ignore[arg-type]
-    import sys
-
+            Recover(**options)
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(MissingExtraError, match="gradient"):
         recovered(module, "rank=4")
@@ -295,3 +296,8 @@ def test_on_the_command_line(tmp_path: Path, teacher: Path) -> None:
     pipeline = f"recover{{rank=4 steps=20 learning-rate=1e-2 teacher='{teacher}'}}"
     assert main([*words, "-p", pipeline, "--verify", "numeric", "-q"]) == 0
     assert not np.array_equal(weight(lwc.load(out), "up"), weight(language(dead=True), "up"))
+
+
+def test_the_page_runs() -> None:
+    script, page = ROOT / "tools" / "run_page.py", ROOT / "docs" / "training.md"
+    subprocess.run([sys.executable, script, page], check=True, capture_output=True)
