@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lwc.calibration.data import Calibration
     from lwc.core.module import Module
     from lwc.frontend.onnx_writer import SaveResult
+    from lwc.pipeline.gradients import GradientRequest, GradientRunner
     from lwc.pipeline.instruments import Instrument
     from lwc.pipeline.passes import Checkpoint, Contract, Feed, Runner
     from lwc.report.data import Report
@@ -226,6 +227,7 @@ def run_passes(
         rollback=False,
     )
     ctx = make_context(module, settings)
+    ctx.find_original = lambda: history.modules[0]
     asked = _watch_calibration(ctx)
     record = manager.run(module, ctx)
     if settings.calibration is not None and settings.needs_calibration and not asked:
@@ -246,6 +248,7 @@ def make_context(module: Module, settings: RunSettings) -> PassContext:
     ctx = PassContext(
         AnalysisManager(module),
         make_runner=_runner_maker(backend, settings.threads),
+        make_gradient_runner=None if backend is None else _gradient_maker(settings.threads),
         max_memory=settings.max_memory,
         seed=settings.seed,
         granted=settings.grant,
@@ -485,6 +488,19 @@ def _runner_maker(
 
     def make(module: Module, expose: Sequence[str]) -> AbstractContextManager[Runner]:
         return backend().compile(module, threads=threads, expose=expose)
+
+    return make
+
+
+def _gradient_maker(
+    threads: int | None,
+) -> Callable[[Module, GradientRequest], AbstractContextManager[GradientRunner]]:
+    """Return what makes modules differentiable: in PyTorch, whatever backend runs them."""
+
+    def make(module: Module, request: GradientRequest) -> AbstractContextManager[GradientRunner]:
+        from lwc.backends.fx.convert import make_gradient_runner
+
+        return make_gradient_runner(module, request, threads=threads)
 
     return make
 

@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     import torch
 
     from lwc.backends.base import Backend
+    from lwc.backends.fx.gradients import FxGradientRunner
     from lwc.core.module import Module
+    from lwc.pipeline.gradients import GradientRequest
 
-__all__ = ["make_backend", "to_fx"]
+__all__ = ["make_backend", "make_gradient_runner", "to_fx"]
 
 
 def to_fx(
@@ -56,8 +58,23 @@ def make_backend() -> Backend:
     return FxBackend()
 
 
-def _need_torch() -> None:
+def make_gradient_runner(
+    module: Module, request: GradientRequest, *, threads: int | None = None
+) -> FxGradientRunner:
+    """Return a module that can be differentiated; see `lwc.backends.fx.gradients`.
+
+    Raises:
+        LwcError: An operator has no lowering, or what is asked for is not there.
+        MissingExtraError: PyTorch is not installed.
+    """
+    _need_torch("a gradient")
+    from lwc.backends.fx.gradients import FxGradientRunner
+
+    return FxGradientRunner(module, request, threads=threads)
+
+
+def _need_torch(what: str = "a torch.fx.GraphModule") -> None:
     try:
         import torch  # noqa: F401
     except ModuleNotFoundError as error:
-        raise MissingExtraError("a torch.fx.GraphModule", "torch") from error
+        raise MissingExtraError(what, "torch") from error

@@ -6,6 +6,7 @@ invalidated: what belongs to another weight has another key.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -115,6 +116,11 @@ class CheckpointFolder:
             sync_folder(self.folder)
         return made.hex()
 
+    def drop(self, kind: str, key: str) -> None:
+        """Remove a result, if it is there, that another one takes the place of."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path(kind, key))
+
     def _path(self, kind: str, key: str) -> str:
         return os.path.join(self.folder, f"{kind}-{key}.lwc")
 
@@ -182,6 +188,12 @@ class Trail:
             key = self._key(kind, name)
             self._step[kind, name] = self._checkpoint.put(kind, key, entry)
         return entry
+
+    def drop(self, kind: str, name: str) -> None:
+        """Forget a result of this step; see `CheckpointFolder.drop`."""
+        if self._checkpoint is not None:
+            self._checkpoint.drop(kind, self._key(kind, name))
+            self._step.pop((kind, name), None)
 
     def advance(self) -> None:
         """Begin the next step: its results rest on those of this one."""

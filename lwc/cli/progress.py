@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from lwc.core.module import Module
-    from lwc.pipeline.passes import Pass
+    from lwc.pipeline.passes import Description, Pass
 
 __all__ = ["ProgressDisplay"]
 
@@ -65,7 +65,7 @@ class ProgressDisplay(Instrument):
         self._rename(pass_.name)
 
     def track(
-        self, items: Iterable[Any], description: str, total: int | None = None
+        self, items: Iterable[Any], description: Description, total: int | None = None
     ) -> Iterator[Any]:
         """Yield from `items`, with a bar once the display is on."""
         if total is None and isinstance(items, Sized):
@@ -74,11 +74,12 @@ class ProgressDisplay(Instrument):
         task: TaskID | None = None
         for done, item in enumerate(items):
             yield item
+            text = description if isinstance(description, str) else description()
             if task is None and self._bars is not None:
                 bars = self._bars
-                task = bars.add_task(description, total=total)
+                task = bars.add_task(text, total=total)
             if bars is not None and task is not None:
-                bars.update(task, completed=done + 1)
+                bars.update(task, completed=done + 1, description=text)
         if bars is not None and task is not None:
             bars.remove_task(task)
 

@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 
     from lwc.analysis.target import Target
     from lwc.core.module import Module
+    from lwc.pipeline.gradients import GradientRequest, GradientRunner
     from lwc.rewrite import Editor, RewriteLimit, Rewriting
 
 __all__ = [
     "Approximate",
     "Checkpoint",
     "Contract",
+    "Description",
     "Exact",
     "Feed",
     "Lossy",
@@ -151,13 +153,16 @@ class Runner(Protocol):
         """Run one batch and return the named values (any value of the main graph), by name."""
 
 
+Description: TypeAlias = str | Callable[[], str]
+
+
 class Progress(Protocol):
     """Shows how far a long loop is."""
 
     def track(
-        self, items: Iterable[Any], description: str, total: int | None = None
+        self, items: Iterable[Any], description: Description, total: int | None = None
     ) -> Iterator[Any]:
-        """Yield from `items`, showing progress."""
+        """Yield from `items`, showing progress; a description may change with every item."""
 
 
 class Checkpoint(Protocol):
@@ -174,10 +179,13 @@ class Checkpoint(Protocol):
     def put(self, kind: str, key: str, entry: Mapping[str, Array]) -> str:
         """Keep a result and return its checksum."""
 
+    def drop(self, kind: str, key: str) -> None:
+        """Forget a result that another one takes the place of."""
+
 
 class _Silent:
     def track(
-        self, items: Iterable[Any], description: str, total: int | None = None
+        self, items: Iterable[Any], description: Description, total: int | None = None
     ) -> Iterator[Any]:
         yield from items
 
@@ -198,6 +206,9 @@ class PassContext:
         source: The name of the running pass, put on its remarks.
         make_runner: Builds a `Runner` for a module and the extra values to expose; given by
             whoever starts the pipeline, since passes import no backend.
+        make_gradient_runner: Builds a `GradientRunner` for a module, likewise.
+        find_original: Returns the module as it was before the first pass of the pipeline, which is
+            not to be changed, or None where nobody kept it.
         progress: Progress display.
         max_memory: Bound in bytes on what a single step may hold, or None.
         seed: Seed of everything random.
@@ -218,6 +229,10 @@ class PassContext:
     analyses: AnalysisManager
     source: str = ""
     make_runner: Callable[[Module, Sequence[str]], AbstractContextManager[Runner]] | None = None
+    make_gradient_runner: (
+        Callable[[Module, GradientRequest], AbstractContextManager[GradientRunner]] | None
+    ) = None
+    find_original: Callable[[], Module | None] = lambda: None
     progress: Progress = field(default_factory=_Silent)
     max_memory: int | None = None
     seed: int = 0
@@ -303,6 +318,37 @@ class PassContext:
                 remedy="pass backend= to lwc.optimize",
             )
         return self.make_runner(module, expose)
+
+    def gradient_runner(
+        self,
+        module: Module,
+        *,
+        weights: Sequence[str] = (),
+        values: Sequence[str] = (),
+        masks: Mapping[str, Array] | None = None,
+        segments: int | None = None,
+        straight_through: bool = True,
+    ) -> AbstractContextManager[GradientRunner]:
+        """Return a context manager that gives a `GradientRunner` for `module`.
+
+        Arguments are those of `lwc.pipeline.gradients.GradientRequest`; where `segments` does not
+        say, `max_memory` bounds the activations that are kept.
+
+        Raises:
+            PassError: The pipeline was started without a backend.
+            MissingExtraError: PyTorch is not installed.
+        """
+        from lwc.pipeline.gradients import GradientRequest
+
+        if self.make_gradient_runner is None:
+            raise PassError(
+                f"'{self.source}' needs gradients, but the pipeline has no backend",
+                remedy="pass backend= to lwc.optimize",
+            )
+        request = GradientRequest(
+            tuple(weights), tuple(values), masks or {}, segments, self.max_memory, straight_through
+        )
+        return self.make_gradient_runner(module, request)
 
     def calibration_feeds(self, module: Module) -> Iterable[Feed]:
         """Return the calibration data as feeds of `module`.

@@ -49,6 +49,7 @@ SMALL = {
         "ort/4-g32/rtn",
     ],
     "quantize_weights": ["--variants", "8 bits", "--tokens", "33"],
+    "recover": ["--layers", "2", "--steps", "2", "--tokens", "64", "--samples", "2"],
     "scale": [
         "--layers",
         "1",

@@ -1,0 +1,76 @@
+"""Losses of logits and other outputs, as torch scalars: means over positions, in nats."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+
+__all__ = ["kl_divergence", "mean_squares", "next_token_loss", "reverse_kl_divergence"]
+
+Tensor: TypeAlias = torch.Tensor
+
+
+def next_token_loss(logits: Tensor, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Cross-entropy of each token given those before it.
+
+    Args:
+        logits: `[batch, length, classes]`.
+        ids: `[batch, length]`; the label of a position is the token after it.
+        mask: `[batch, length]`, 0 where there is padding, which is neither label nor context.
+    """
+    labels = ids[:, 1:].flatten()
+    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.to(torch.int64), reduction="none")
+    if mask is None:
+        return losses.mean()
+    return _mean(losses, (mask[:, 1:] * mask[:, :-1]).flatten())
+
+
+def kl_divergence(
+    teacher: Tensor, student: Tensor, temperature: float = 1.0, mask: Tensor | None = None
+) -> Tensor:
+    """KL(teacher ‖ student) of softened distributions, times the squared temperature.
+
+    The square keeps the size of gradients (Hinton et al. 2015, section 2). It makes the student
+    cover all that the teacher thinks likely.
+
+    Args:
+        teacher: Logits `[..., classes]`.
+        student: Logits of the same shape.
+        temperature: What logits are divided by.
+        mask: `[...]`, 0 where a position does not count.
+    """
+    return _divergence(teacher, student, temperature, mask)
+
+
+def reverse_kl_divergence(
+    teacher: Tensor, student: Tensor, temperature: float = 1.0, mask: Tensor | None = None
+) -> Tensor:
+    """KL(student ‖ teacher), else as `kl_divergence`.
+
+    It keeps the student from what the teacher thinks unlikely, also at the cost of leaving some
+    of the likely out (Gu et al. 2024, MiniLLM; here at each position of given texts).
+    """
+    return _divergence(student, teacher, temperature, mask)
+
+
+def _divergence(p: Tensor, q: Tensor, temperature: float, mask: Tensor | None) -> Tensor:
+    log_p, log_q = (torch.log_softmax(each / temperature, -1) for each in (p, q))
+    each = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    mean = each.mean() if mask is None else _mean(each.flatten(), mask.flatten())
+    return mean * temperature**2
+
+
+def mean_squares(teacher: Tensor, student: Tensor) -> Tensor:
+    """Squared error over the mean square of the teacher, which makes it free of units.
+
+    Where the teacher is all zeros, the plain mean of squares.
+    """
+    size = teacher.square().mean()
+    return F.mse_loss(student, teacher) / torch.where(size > 0, size, torch.ones_like(size))
+
+
+def _mean(values: Tensor, weights: Tensor) -> Tensor:
+    weights = weights.to(values.dtype)
+    return (values * weights).sum() / weights.sum().clamp(min=1)

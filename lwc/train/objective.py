@@ -1,0 +1,237 @@
+"""What is minimised: which loss of which outputs, from what the module is and who teaches it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+import onnx_ir as ir
+
+from lwc.calibration.inputs import RoleKind, fed_inputs, input_role
+from lwc.calibration.text import id_input
+from lwc.core.errors import LwcError, PassError
+
+if TYPE_CHECKING:
+    from lwc.core.module import Module
+    from lwc.pipeline.passes import Feed, Runner
+
+__all__ = [
+    "LossName",
+    "Objective",
+    "TextModel",
+    "choose_objective",
+    "predicts_next",
+    "text_model",
+    "vocabulary",
+]
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+LossName: TypeAlias = Literal["cross-entropy", "kl", "reverse-kl", "mse"]
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """Inputs and outputs of a model that gives logits for token ids.
+
+    Attributes:
+        logits: The output, `[batch, length, classes]`.
+        ids: The input, `[batch, length]`.
+        mask: The input that is 0 where there is padding, `[batch, length]`, or None.
+    """
+
+    logits: str
+    ids: str
+    mask: str | None
+
+
+def text_model(module: Module) -> TextModel | None:
+    """Return how a module takes tokens and gives logits for each, or None where it does not."""
+    classes = vocabulary(module)
+    logits = [
+        value.name or ""
+        for value in module.graph.outputs
+        if value.shape is not None and len(value.shape) == 3 and value.shape[2] == classes
+    ]
+    if classes is None or not logits:
+        return None
+    ids = id_input(module)
+    masks = [
+        value.name
+        for value in fed_inputs(module)
+        if value is not ids
+        and value.shape is not None
+        and len(value.shape) == 2
+        and input_role(module, value).kind is RoleKind.MASK
+    ]
+    return TextModel(logits[0], ids.name or "", masks[0] if masks else None)
+
+
+def vocabulary(module: Module) -> int | None:
+    """Return the rows of the table that token ids look up, or None where there are no ids."""
+    try:
+        return input_role(module, id_input(module)).high + 1
+    except LwcError:
+        return None
+
+
+def predicts_next(model: TextModel, feeds: Sequence[Feed], runner: Runner) -> bool:
+    """Tell whether logits depend on no later token, by a run in which later ones are others.
+
+    Args:
+        model: Inputs and outputs.
+        feeds: What it may be fed; one with two tokens or more is used.
+        runner: Runs it.
+    """
+    feed = next((each for each in feeds if each[model.ids].shape[1] > 1), None)
+    if feed is None:
+        return False
+    if model.mask is not None:
+        feed = {**feed, model.mask: np.ones_like(feed[model.mask])}
+    ids = feed[model.ids]
+    half = ids.shape[1] // 2
+    # Ids that the data has, so that they are valid.
+    others = np.concatenate([ids[:, :half], np.roll(ids[:, half:], 1, axis=1)[:, ::-1]], axis=1)
+    if np.array_equal(others, ids):
+        others = np.concatenate([ids[:, :half], np.full_like(ids[:, half:], ids.min())], axis=1)
+    if np.array_equal(others, ids):
+        return False
+    names = [model.logits]
+    seen, changed = (
+        runner.run({**feed, model.ids: each}, names)[model.logits] for each in (ids, others)
+    )
+    if seen.shape[1] != ids.shape[1]:
+        return False
+    early, also = (each[:, :half].astype(np.float32) for each in (seen, changed))
+    return bool(np.allclose(early, also, rtol=0, atol=1e-3 * float(np.abs(early).max())))
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss of a module's outputs: (1 - weight) · cross-entropy + weight · distance.
+
+    Attributes:
+        loss: `cross-entropy`, where weight is 0, or the distance from the teacher.
+        outputs: What is compared with the teacher's.
+        text: Inputs and outputs for cross-entropy and masks, or None.
+        weight: Share of the distance.
+        temperature: Of the divergences.
+    """
+
+    loss: LossName
+    outputs: tuple[str, ...]
+    text: TextModel | None
+    weight: float
+    temperature: float = 1.0
+
+    @property
+    def told(self) -> str:
+        """The formula, for people."""
+        parts = ((1 - self.weight, "cross-entropy"), (self.weight, self.loss))
+        return " + ".join(
+            name if share == 1 else f"{share:g} {name}" for share, name in parts if share > 0
+        )
+
+    def __call__(
+        self, outputs: Mapping[str, Any], inputs: Mapping[str, Any], taught: Mapping[str, Array]
+    ) -> Any:
+        """Return the loss as a torch scalar.
+
+        Args:
+            outputs: Those of the module, as tensors by name.
+            inputs: What it was fed, as tensors by name.
+            taught: The teacher's outputs; empty where the weight is 0.
+        """
+        from lwc.train.losses import next_token_loss
+
+        total: Any = 0.0
+        if self.weight < 1:
+            assert self.text is not None
+            logits = outputs[self.text.logits]
+            ids = inputs[self.text.ids]
+            plain = next_token_loss(logits, ids, self._mask(inputs))
+            total = (1 - self.weight) * plain
+        if self.weight > 0:
+            parts = [self._distance(outputs[n], taught[n], inputs) for n in self.outputs]
+            total = total + self.weight * sum(parts)
+        return total
+
+    def _distance(self, student: Any, teacher: Array, inputs: Mapping[str, Any]) -> Any:
+        import torch
+
+        from lwc.train import losses
+
+        given = torch.from_numpy(np.array(teacher)).to(student.dtype)
+        if self.loss == "mse":
+            return losses.mean_squares(given, student)
+        diverge = losses.kl_divergence if self.loss == "kl" else losses.reverse_kl_divergence
+        return diverge(given, student, self.temperature, self._mask(inputs))
+
+    def _mask(self, inputs: Mapping[str, Any]) -> Any:
+        """Return the mask of padding, of the tokens alone where it covers a past too."""
+        if self.text is None or self.text.mask is None or self.text.mask not in inputs:
+            return None
+        return inputs[self.text.mask][:, -inputs[self.text.ids].shape[1] :]
+
+
+def choose_objective(
+    module: Module,
+    loss: LossName | Literal["auto"],
+    weight: float,
+    temperature: float,
+    *,
+    taught: bool,
+    causal: bool,
+) -> Objective:
+    """Choose the objective of a module.
+
+    Args:
+        module: The module.
+        loss: What is asked for. `auto` is, with a teacher, `kl` of logits and `mse` of all else,
+            and without one `cross-entropy`.
+        weight: Share of the distance from the teacher, where next tokens can be predicted too.
+        temperature: Of the divergences.
+        taught: Whether there is a teacher.
+        causal: Whether logits predict the next token.
+
+    Raises:
+        PassError: The loss needs a teacher or labels that are not there, or no output has floats.
+    """
+    text = text_model(module)
+    predicts = text is not None and causal
+    if loss == "auto":
+        loss = ("mse" if text is None else "kl") if taught else "cross-entropy"
+    if loss == "cross-entropy" and not predicts:
+        raise PassError(
+            "nothing says what its outputs should be: it gives no logits for the next token, and "
+            "has no teacher",
+            remedy="give teacher= a file, or run it after a pass that changed the model",
+        )
+    if loss != "cross-entropy" and not taught:
+        raise PassError(
+            f"loss={loss} needs a teacher",
+            remedy="give teacher= a file, or run it after a pass that changed the model",
+        )
+    if loss == "mse":
+        outputs = tuple(
+            v.name or "" for v in module.graph.outputs if v.dtype is None or _is_float(v.dtype)
+        )
+    else:
+        outputs = (_logits(module) if text is None else text.logits,)
+    if not outputs:
+        raise PassError("no output holds floats, so there is nothing to compare")
+    share = 0.0 if loss == "cross-entropy" else weight if predicts else 1.0
+    return Objective(loss, outputs, text, share, temperature)
+
+
+def _logits(module: Module) -> str:
+    """Return the output whose last axis is taken for classes: the first that holds floats."""
+    for value in module.graph.outputs:
+        if value.dtype is None or _is_float(value.dtype):
+            return value.name or ""
+    raise PassError("no output holds floats, so there is nothing to compare")
+
+
+def _is_float(dtype: ir.DataType) -> bool:
+    return dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)

@@ -1,0 +1,1 @@
+"""Passes that train, and the adapters they train."""

@@ -1,0 +1,260 @@
+"""How `recover` trains: on a copy, which the module becomes where the held-out loss fell."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import onnx_ir as ir
+
+from lwc.analysis.manager import AnalysisManager
+from lwc.calibration.checkpoint import Trail, module_digest
+from lwc.calibration.collect import checked_feeds
+from lwc.calibration.stages import filed
+from lwc.core.errors import InputError, PassError
+from lwc.core.text import size
+from lwc.passes.training.merging import merge
+from lwc.passes.training.trainable import Trainable, adapters_to_train, weights_to_train
+from lwc.pipeline.passes import PassResult
+from lwc.rewrite import RewriteLimit
+from lwc.train.lesson import Lesson, check_teacher
+from lwc.train.objective import choose_objective, predicts_next, text_model
+
+if TYPE_CHECKING:
+    from lwc.core.module import Module
+    from lwc.passes.training.recover import Recover
+    from lwc.pipeline.passes import Feed, PassContext
+
+__all__ = ["recover"]
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+
+_RATES = {"lora": 1e-3, "full": 1e-5}
+
+_SAME = 1e-3
+"""Relative difference of outputs up to which a teacher has nothing to teach."""
+
+
+def recover(module: Module, ctx: PassContext, options: Recover) -> PassResult:
+    """Train a module; see `Recover`.
+
+    Raises:
+        PassError: There is no calibration data, nothing to train or nothing to train it on, or a
+            loss is not finite.
+        InputError: The data has fewer than two feeds, or one that does not fit.
+        MissingExtraError: PyTorch is not installed.
+    """
+    if ctx.limit.exhausted:
+        return PassResult(changed=False)
+    begun = time.perf_counter()
+    trained, held = _divided(module, ctx, options.held_out)
+    twin = module.clone()
+    # What becomes of the copy is one rewrite of the module, or none.
+    inner = dataclasses.replace(ctx, analyses=AnalysisManager(twin), limit=RewriteLimit())
+    chosen = _chosen(twin, inner, options)
+    with _lesson(module, ctx, options, [*trained, *held]) as (lesson, teacher):
+        facts = () if ctx.checkpoint is None else _facts(ctx, teacher)
+        trail = Trail.begin(ctx, module, lambda: [*trained, *held], *facts)
+        before, after = _train(
+            twin, chosen, lesson, inner, options, trained=trained, held=held, trail=trail
+        )
+    statistics: dict[str, int | float | str] = {
+        "held-out loss before": before,
+        "held-out loss after": after,
+        "loss": lesson.objective.told,
+        "steps": options.steps,
+        "trained parameters": sum(_size(each) for each in chosen),
+        "feeds trained on": len(trained),
+        "feeds held out": len(held),
+    }
+    statistics["seconds"] = time.perf_counter() - begun
+    improved = after < before
+    for remark in twin.remarks:
+        if improved or remark.kind != "applied":
+            module.remarks.emit(remark)
+    if not improved:
+        ctx.missed(
+            f"the held-out loss did not fall: {before:.4g} before, {after:.4g} after; the module "
+            "stays as it is"
+        )
+        return PassResult(changed=False, statistics=statistics)
+    ctx.limit.spend("recover")
+    ctx.applied(f"trained, held-out loss {before:.4g} to {after:.4g}", rule="recover")
+    said = len(twin.remarks)
+    if options.merge and options.method == "lora":
+        inner.analyses.invalidate()
+        statistics["adapters merged"] = sum(merge(twin, inner).values())
+    for remark in twin.remarks.since(said):
+        module.remarks.emit(remark)
+    module.adopt(twin)
+    ctx.analyses.invalidate()
+    return PassResult(changed=True, statistics=statistics)
+
+
+def _train(
+    twin: Module,
+    chosen: Sequence[Trainable],
+    lesson: Lesson,
+    ctx: PassContext,
+    options: Recover,
+    *,
+    trained: Sequence[Feed],
+    held: Sequence[Feed],
+    trail: Trail,
+) -> tuple[float, float]:
+    """Train the copy; return the held-out loss before and after."""
+    names = [each.value.name or "" for each in chosen]
+    with ctx.gradient_runner(twin, weights=names) as runner:
+        # PyTorch is there: else there would be no runner.
+        import torch
+
+        from lwc.train.loop import Schedule, train
+
+        def judged(when: str) -> float:
+            feeds = ctx.progress.track(held, f"held-out loss {when}")
+            return sum(runner.loss(feed, lesson.loss(feed)) for feed in feeds) / len(held)
+
+        def backward(index: int, factor: float) -> float:
+            return runner.backward(trained[index], lesson.loss(trained[index]), factor)
+
+        before = judged("before")
+        rate = options.learning_rate or _RATES[options.method]
+        train(
+            runner.parameters,
+            backward,
+            len(trained),
+            Schedule(options.steps, options.batch, rate, seed=ctx.seed),
+            trail=trail,
+            progress=ctx.progress,
+            masks={
+                name: torch.from_numpy(each.mask)
+                for name, each in zip(names, chosen, strict=True)
+                if each.mask is not None
+            },
+        )
+        after = judged("after")
+        if ctx.max_memory is not None and runner.kept > ctx.max_memory:
+            ctx.warn(
+                f"activations take {size(runner.kept)} in the backward pass, although max-memory "
+                f"is {size(ctx.max_memory)}: {runner.segments} segments are the fewest bytes"
+            )
+        for name, each in zip(names, chosen, strict=True):
+            array = runner.parameters[name].detach().numpy()
+            twin.replace_initializer(each.value, twin.spilled(ir.Tensor(np.array(array))))
+    return before, after
+
+
+def _facts(ctx: PassContext, teacher: Module | None) -> tuple[object, ...]:
+    """Return what the last bits rest on besides model, data, options and backend."""
+    import torch
+
+    told = None if teacher is None else module_digest(teacher)
+    return ("recover", ctx.seed, ctx.max_memory, told, version("torch"), torch.get_num_threads())
+
+
+# Data and what is trained
+
+
+def _divided(module: Module, ctx: PassContext, share: float) -> tuple[list[Feed], list[Feed]]:
+    """Return the feeds to train on, and those to judge by."""
+    put = filed if ctx.max_memory is not None else np.asarray
+    feeds: list[Feed] = [
+        {name: put(array) for name, array in feed.items()} for feed in checked_feeds(module, ctx)
+    ]
+    if len(feeds) < 2:
+        raise InputError(
+            f"training takes two feeds or more, of which some are held out, not {len(feeds)}",
+            file=module.source.path,
+            remedy="give more data, or cut a text into shorter windows",
+        )
+    held = min(len(feeds) - 1, max(1, round(share * len(feeds))))
+    return feeds[:-held], feeds[-held:]
+
+
+def _chosen(twin: Module, ctx: PassContext, options: Recover) -> list[Trainable]:
+    if options.method == "full":
+        chosen = weights_to_train(twin, options.keep_zeros)
+    else:
+        chosen = adapters_to_train(
+            twin,
+            ctx,
+            rank=options.rank,
+            alpha=options.alpha,
+            layers=options.layers,
+            keep_zeros=options.keep_zeros,
+        )
+    if not chosen:
+        raise PassError("there is no layer to train", remedy="see which layers it takes, and why")
+    return chosen
+
+
+def _size(chosen: Trainable) -> int:
+    tensor = chosen.value.const_value
+    assert tensor is not None
+    return (
+        tensor.size
+        if chosen.mask is None
+        else int(np.broadcast_to(chosen.mask, tensor.shape.numpy()).sum())
+    )
+
+
+# The lesson
+
+
+@contextlib.contextmanager
+def _lesson(
+    module: Module, ctx: PassContext, options: Recover, feeds: Sequence[Feed]
+) -> Iterator[tuple[Lesson, Module | None]]:
+    """Decide on the objective, and give it with its teacher at hand."""
+    teacher = _teacher(module, ctx, options)
+    inputs = () if teacher is None else check_teacher(teacher, module)
+    text = text_model(module)
+    with contextlib.ExitStack() as stack:
+        runner = None if teacher is None else stack.enter_context(ctx.runner(teacher))
+        causal = False
+        if text is not None or (runner is not None and options.teacher == "auto"):
+            with ctx.runner(module) as student:
+                causal = text is not None and predicts_next(text, feeds, student)
+                if runner is not None and options.teacher == "auto":
+                    given = {name: feeds[0][name] for name in inputs if name in feeds[0]}
+                    if _agree(runner.run(given), student.run(feeds[0])):
+                        ctx.note("the module as it was before the pipeline gives the same outputs "
+                                 "on the first feed, so it is no teacher")  # fmt: skip
+                        runner, teacher = None, None
+        objective = choose_objective(
+            module,
+            options.loss,
+            options.kd_weight,
+            options.temperature,
+            taught=runner is not None,
+            causal=causal,
+        )
+        yield Lesson(objective, runner, inputs), teacher
+
+
+def _teacher(module: Module, ctx: PassContext, options: Recover) -> Module | None:
+    if options.teacher is None or options.loss == "cross-entropy":
+        return None
+    if options.teacher != "auto":
+        from lwc.frontend.load import load
+
+        return load(options.teacher)
+    original = ctx.find_original()
+    same = original is None or original.fingerprint() == module.fingerprint()
+    return None if same else original
+
+
+def _agree(taught: Mapping[str, Array], found: Mapping[str, Array]) -> bool:
+    """Tell whether outputs are the same up to rounding, by their norms."""
+    for name, array in found.items():
+        if array.dtype.kind != "f" or name not in taught:
+            continue
+        off = np.linalg.norm(np.subtract(array, taught[name], dtype=np.float64))
+        if off > _SAME * np.linalg.norm(array.astype(np.float64)):
+            return False
+    return True

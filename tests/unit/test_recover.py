@@ -1,0 +1,303 @@
+"""recover: training on calibration data, by adapters and by weights."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+pytest.importorskip("torch")
+
+from support import module_of, run_plain
+
+import lwc
+from lwc.cli.opt import main
+from lwc.core.errors import InputError, MissingExtraError, PassError, UsageError
+from lwc.core.module import Module
+from lwc.frontend.onnx_writer import save
+from lwc.passes.training.recover import Recover
+
+Array = np.ndarray[Any, Any]
+
+ROOT = Path(__file__).parents[2]
+WORDS, WIDTH = 11, 16
+BODY = """x = Gather(table, ids) h = MatMul(x, up) t = Tanh(h) d = MatMul(t, down) r = Add(x, d)
+    logits = MatMul(r, head)"""
+
+
+def language(seed: int = 0, dead: bool = False) -> Module:
+    """Make a model of the next token by the last one; `dead` neurons are zero."""
+    drawn = np.random.default_rng(seed)
+    shapes = {"table": (WORDS, WIDTH), "up": (WIDTH, WIDTH), "down": (WIDTH, WIDTH),
+              "head": (WIDTH, WORDS)}  # fmt: skip
+    declared = ", ".join(f"float{list(shape)} {name}" for name, shape in shapes.items())
+    module = module_of(
+        f"g (int64[b, s] ids, {declared}) => (float[b, s, {WORDS}] logits) {{ {BODY} }}"
+    )
+    for value in list(module.graph.inputs)[1:]:
+        module.graph.inputs.remove(value)
+        name = value.name or ""
+        content = drawn.normal(size=shapes[name]).astype(np.float32) / 2
+        if dead and name == "up":
+            content[:, ::2] = 0
+        if dead and name == "down":
+            content[::2] = 0
+        value.const_value = ir.Tensor(content, name=name)
+        module.graph.register_initializer(value)
+    return module
+
+
+def texts(count: int = 6) -> list[dict[str, Array]]:
+    """Draw texts in which each word is mostly followed by the next one."""
+    drawn = np.random.default_rng(5)
+    start = drawn.integers(0, WORDS, (count, 4, 1))
+    steps = drawn.choice([1, 3], (count, 4, 11), p=[0.9, 0.1])
+    ids = np.concatenate([start, start + np.cumsum(steps, axis=2)], axis=2) % WORDS
+    return [{"ids": each} for each in ids]
+
+
+def weight(module: Module, name: str) -> Array:
+    found = module.graph.initializers[name].const_value
+    assert found is not None
+    return np.array(found.numpy())
+
+
+def recovered(module: Module, options: str, **given: Any) -> tuple[Module, dict[str, Any], str]:
+    result = lwc.optimize(
+        module, f"recover{{{options}}}", calibration=given.pop("data", texts()), threads=1, **given
+    )
+    (record,) = result.record.passes
+    told = "\n".join(f"{each.kind}: {each.message}" for each in record.remarks)
+    assert record.changed == (result.module.fingerprint() != module.fingerprint())
+    return result.module, dict(record.statistics), told
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    save(language(), tmp_path / "teacher.onnx")
+    return tmp_path / "teacher.onnx"
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_next_tokens_are_learned(method: str) -> None:
+    module, found, _ = recovered(
+        language(), f"method={method} rank=4 steps=60 learning-rate=1e-2 batch=2"
+    )
+    assert found["loss"] == "cross-entropy"
+    assert (found["feeds trained on"], found["feeds held out"]) == (5, 1)
+    assert found["held-out loss after"] < 0.8 * found["held-out loss before"]
+    names = {"table", "up", "down", "head"}
+    assert set(module.graph.initializers) == names
+    changed = {n for n in names if not np.array_equal(weight(module, n), weight(language(), n))}
+    assert changed == ({"up", "down"} if method == "lora" else {"up", "down", "head"})
+    counts = {"lora": 2 * 4 * 2 * WIDTH, "full": 2 * WIDTH**2 + WIDTH * WORDS}
+    assert found["trained parameters"] == counts[method]
+
+
+def test_the_reported_loss_is_that_of_the_result() -> None:
+    module, found, _ = recovered(language(), "rank=4 steps=20 learning-rate=1e-2")
+    ids = texts()[-1]["ids"]
+    logits = run_plain(module, {"ids": ids})[0].astype(np.float64)[:, :-1]
+    chances = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    losses = -np.take_along_axis(chances, ids[:, 1:, None], -1)
+    assert found["held-out loss after"] == pytest.approx(losses.mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_teacher_teaches_and_dead_neurons_stay_dead(method: str, teacher: Path) -> None:
+    options = f"method={method} rank=4 steps=60 learning-rate=1e-2 teacher={teacher} kd-weight=1"
+    module, found, _ = recovered(language(dead=True), options)
+    assert found["loss"] == "kl"
+    assert found["held-out loss after"] < 0.7 * found["held-out loss before"]
+    assert not weight(module, "up")[:, ::2].any()
+    assert not weight(module, "down")[::2].any()
+    assert weight(module, "up")[:, 1::2].all()
+    if method == "lora":  # no gradient reaches a neuron of which all weights are 0
+        free, _, _ = recovered(language(dead=True), f"{options} keep-zeros=false")
+        assert weight(free, "up")[:, ::2].any()
+
+
+def test_scattered_zeros_get_no_adapter_but_full_training_keeps_them() -> None:
+    sparse = language()
+    gone = np.random.default_rng(2).random((WIDTH, WIDTH)) < 0.5
+    pruned = ir.Tensor(np.where(gone, 0, weight(sparse, "up")).astype(np.float32), name="up")
+    sparse.replace_initializer(sparse.graph.initializers["up"], pruned)
+    module, _, told = recovered(sparse, "rank=4 steps=10 learning-rate=1e-2")
+    assert "of its weights are 0, which keep-zeros keeps" in told
+    assert np.array_equal(weight(module, "up"), pruned.numpy())
+    module, _, _ = recovered(sparse, "method=full steps=10 learning-rate=1e-2")
+    assert np.array_equal(weight(module, "up") == 0, gone)
+    assert not np.array_equal(weight(module, "up"), pruned.numpy())
+
+
+def test_the_module_before_the_pipeline_is_the_teacher() -> None:
+    result = lwc.optimize(
+        language(),
+        "quantize-weights{bits=2 block-size=16 embeddings=none symmetric=true},"
+        "recover{rank=4 steps=40 learning-rate=1e-2}",
+        calibration=texts(),
+        threads=1,
+    )
+    first, second = result.record.passes
+    assert first.changed
+    assert second.statistics["loss"] == "0.5 cross-entropy + 0.5 kl"
+    told = " ".join(each.message for each in second.remarks)
+    assert "quantized" in told or second.statistics["adapters merged"] == 2
+
+
+def test_a_module_that_gives_the_same_is_no_teacher() -> None:
+    module = language()
+    result = lwc.optimize(
+        module, "fold-linear,add-lora{rank=2},recover{steps=2}", calibration=texts(), threads=1
+    )
+    assert "so it is no teacher" in " ".join(r.message for r in result.record.passes[-1].remarks)
+    assert result.record.passes[-1].statistics["loss"] == "cross-entropy"
+
+
+def test_adapters_that_are_there_are_trained_further() -> None:
+    options = "steps=10 learning-rate=1e-2 merge=false"
+    once, found, _ = recovered(language(), f"rank=2 {options}")
+    twice, again, _ = recovered(once, f"rank=7 {options}")
+    assert set(twice.graph.initializers) == set(once.graph.initializers)
+    assert again["held-out loss before"] == pytest.approx(found["held-out loss after"], rel=1e-6)
+    assert again["held-out loss after"] < again["held-out loss before"]
+    assert again["trained parameters"] == found["trained parameters"]
+    merged, _, _ = recovered(once, "steps=10 learning-rate=1e-2")
+    assert set(merged.graph.initializers) == {"table", "up", "down", "head"}
+    feed = texts()[0]
+    # Products are of sixteen numbers of size 1.
+    np.testing.assert_allclose(
+        run_plain(merged, feed)[0], run_plain(twice, feed)[0], rtol=0, atol=1e-5
+    )
+
+
+def test_worse_is_refused() -> None:
+    module, found, told = recovered(language(), "rank=4 steps=30 learning-rate=30")
+    assert not found["held-out loss after"] < found["held-out loss before"]
+    assert "missed: the held-out loss did not fall" in told
+    assert set(module.graph.initializers) == {"table", "up", "down", "head"}
+    assert np.array_equal(weight(module, "up"), weight(language(), "up"))
+
+
+def test_killed_and_resumed_it_gives_the_same_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lwc.calibration.checkpoint import CheckpointFolder
+
+    options = "rank=4 steps=20 learning-rate=1e-2"
+
+    def run(**given: Any) -> tuple[bytes, dict[str, Any]]:
+        module, found, _ = recovered(language(), options, **given)
+        save(module, tmp_path / "out.onnx")
+        return (tmp_path / "out.onnx").read_bytes(), found
+
+    wanted, plain = run()
+    put, left = CheckpointFolder.put, [3]
+
+    class Killed(BaseException):
+        pass
+
+    def dying(self: Any, *words: Any) -> str:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return put(self, *words)
+
+    monkeypatch.setattr(CheckpointFolder, "put", dying)
+    with pytest.raises(Killed):
+        run(resume=tmp_path / "kept")
+    monkeypatch.setattr(CheckpointFolder, "put", put)
+    made, found = run(resume=tmp_path / "kept")
+    assert made == wanted
+    assert found["training resumed"] == 6
+    assert found["held-out loss after"] == plain["held-out loss after"]
+    assert run(resume=tmp_path / "kept")[1]["training resumed"] == 20
+    other = recovered(language(1), options, resume=tmp_path / "kept")[1]
+    assert other["training resumed"] == 0
+
+
+def test_memory_bound_changes_nothing_but_rounding() -> None:
+    plain, _, _ = recovered(language(), "rank=4 steps=10 learning-rate=1e-2")
+    bound, _, _ = recovered(language(), "rank=4 steps=10 learning-rate=1e-2", max_memory=20000)
+    np.testing.assert_allclose(weight(bound, "up"), weight(plain, "up"), atol=1e-4)
+
+
+def test_outputs_that_are_no_logits_are_learned_from_a_teacher() -> None:
+    text = "g (float[n, 16] x) => (float[n, 16] y) { a = Tanh(x) y = MatMul(a, w) }"
+    text = text.replace("(float[n, 16] x)", "(float[n, 16] x, float[16, 16] w)")
+    module = module_of(text, 21, 10)
+    value = module.graph.inputs.pop()
+    drawn = np.random.default_rng(0)
+    value.const_value = ir.Tensor(drawn.normal(size=(16, 16)).astype(np.float32), name="w")
+    module.graph.register_initializer(value)
+    feeds = [{"x": drawn.normal(size=(8, 16)).astype(np.float32)} for _ in range(5)]
+    result = lwc.optimize(
+        module,
+        "quantize-weights{bits=2 block-size=16 format=matmulnbits},recover{rank=6 steps=60 "
+        "learning-rate=1e-2}",
+        calibration=feeds,
+        threads=1,
+    )
+    found = result.record.passes[-1].statistics
+    assert found["loss"] == "mse"
+    assert found["held-out loss after"] < 0.8 * found["held-out loss before"]  # type: ignore[operator]
+    # What is said of the loss is said of the file too, which ONNX Runtime runs.
+    y, wanted = (run_plain(each, feeds[-1])[0] for each in (result.module, module))
+    share = ((y - wanted) ** 2).mean() / (wanted**2).mean()
+    assert share == pytest.approx(found["held-out loss after"], rel=1e-3)
+    with pytest.raises(PassError, match="has no teacher"):
+        lwc.optimize(module, "recover{rank=4}", calibration=feeds)
+
+
+def test_errors(monkeypatch: pytest.MonkeyPatch, teacher: Path) -> None:
+    module = language()
+    with pytest.raises(PassError, match="no calibration data"):
+        lwc.optimize(module, "recover")
+    with pytest.raises(InputError, match="two feeds or more"):
+        recovered(module, "rank=4", data=texts(1))
+    with pytest.raises(PassError, match="there is no layer to train"):
+        recovered(module, "rank=99")
+    with pytest.raises(PassError, match="is no finite number at step"):
+        recovered(module, "rank=4 steps=99 method=full learning-rate=1e38")
+    with pytest.raises(PassError, match="small updates are lost"):
+        lwc.optimize(module, "convert-dtype,recover{method=full}", calibration=texts())
+    for options, words in (
+        ({"rank": 0}, "rank=0"),
+        ({"steps": 0}, "steps=0"),
+        ({"kd_weight": 1.5}, "kd-weight=1.5"),
+        ({"held_out": 1.0}, "held-out=1"),
+        ({"learning_rate": 0.0}, "learning-rate=0"),
+        ({"loss": "cross-entropy", "teacher": str(teacher)}, "no use for a teacher"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            Recover(**options)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(MissingExtraError, match="gradient"):
+        recovered(module, "rank=4")
+
+
+def test_on_the_command_line(tmp_path: Path, teacher: Path) -> None:
+    save(language(dead=True), tmp_path / "dead.onnx")
+    lines = [str(feed["ids"][0].tolist()) for feed in texts(8)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines) + "\n")
+    out = tmp_path / "out.onnx"
+    words = [
+        str(tmp_path / "dead.onnx"),
+        "-o",
+        str(out),
+        "--calibrate",
+        str(tmp_path / "text.jsonl"),
+    ]
+    pipeline = f"recover{{rank=4 steps=20 learning-rate=1e-2 teacher='{teacher}'}}"
+    assert main([*words, "-p", pipeline, "--verify", "numeric", "-q"]) == 0
+    assert not np.array_equal(weight(lwc.load(out), "up"), weight(language(dead=True), "up"))
+
+
+def test_the_page_runs() -> None:
+    script, page = ROOT / "tools" / "run_page.py", ROOT / "docs" / "training.md"
+    subprocess.run([sys.executable, script, page], check=True, capture_output=True)
