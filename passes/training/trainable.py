@@ -50,7 +50,10 @@ def weights_to_train(module: Module, keep_zeros: bool) -> list[Trainable]:
     """
     found: dict[ir.Value, None] = {}
     for weight in find_weights(module):
-        if weight.belongs_to(module.graph) and any(use.role != "Gather" for use in weight.uses):
+        linear = any(use.role != "Gather" for use in weight.uses)
+        rows, *_ = weight.extents if len(weight.tensor.shape) == 2 else weight.tensor.shape.numpy()
+        # What multiplies a single number is a table of angles or the like.
+        if linear and rows > 1 and weight.belongs_to(module.graph):
             found[weight.value] = None
     for node in module.graph:
         if op_name(node) in ("Conv", "ConvTranspose") and node.inputs[1] is not None:
@@ -58,9 +61,7 @@ def weights_to_train(module: Module, keep_zeros: bool) -> list[Trainable]:
     chosen = []
     for value in found:
         tensor = constant_tensor(value)
-        inside = value.is_initializer() and value.graph is module.graph
-        # A matrix of one row or column is a table of angles or the like.
-        if tensor is None or not inside or min(tensor.shape.numpy()) < 1 or tensor.size < 2:
+        if tensor is None or not value.is_initializer() or value.graph is not module.graph:
             continue
         _check_type(value, tensor)
         mask = None

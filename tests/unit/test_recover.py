@@ -21,6 +21,7 @@ from lwc.core.errors import InputError, MissingExtraError, PassError, UsageError
 from lwc.core.module import Module
 from lwc.frontend.onnx_writer import save
 from lwc.passes.training.recover import Recover
+from lwc.passes.training.trainable import weights_to_train
 
 Array = np.ndarray[Any, Any]
 
@@ -301,3 +302,16 @@ def test_on_the_command_line(tmp_path: Path, teacher: Path) -> None:
 def test_the_page_runs() -> None:
     script, page = ROOT / "tools" / "run_page.py", ROOT / "docs" / "training.md"
     subprocess.run([sys.executable, script, page], check=True, capture_output=True)
+
+
+def test_convolutions_are_weights_and_tables_of_angles_are_none() -> None:
+    module = module_of("""g (float[1, 1, 8, 8] x, float[n, 1] p)
+        => (float[1, 2, 7, 7] y, float[n, 3] z)
+        <float[2, 1, 2, 2] kernel = {1, 0, 2, 3, 4, 5, 6, 7}, float[1, 3] angles = {1, 2, 3}> {
+        y = Conv(x, kernel) z = MatMul(p, angles) }""")
+    (chosen,) = weights_to_train(module, keep_zeros=True)
+    assert chosen.value.name == "kernel"
+    assert chosen.mask is not None
+    assert chosen.mask.sum() == 7
+    (free,) = weights_to_train(module, keep_zeros=False)
+    assert free.mask is None

@@ -80,7 +80,7 @@ def test_mean_squares_have_no_unit() -> None:
     assert float(mean_squares(torch.zeros(2), torch.tensor([1.0, 1.0]))) == 1
 
 
-@settings(max_examples=3, deadline=None, derandomize=True, phases=[Phase.generate])
+@settings(max_examples=2, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
     distance=st.floats(2.0, 3.0),
     side=st.sampled_from([-1, 1]),
