@@ -7,7 +7,7 @@ news text in windows of 512 tokens, with the undamaged model as teacher; the oth
 comes back is the share of the lost logarithm of perplexity. Adapters stay beside the weights at
 first, and `merge-lora` folds them in afterwards, so that both can be compared.
 
-    python tools/bench/recover.py [--share 0.2] [--steps 150] [--rank 8] [--options 'batch=2']
+    python tools/bench/recover.py [--share 0.2] [--steps 50] [--rank 8] [--options 'batch=2']
         [--threads 2] [--tokens 16384] [--samples 64] [--layers N] [--json FILE]
 """
 
@@ -177,7 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--share", type=float, default=0.2, help="of the neurons to set to zero")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--options", default="", help="more options of recover")
     parser.add_argument("--threads", type=int, default=2)
