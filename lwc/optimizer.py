@@ -7,8 +7,7 @@ import operator
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,45 +16,44 @@ from lwc.core.diagnostics import Remark
 from lwc.core.errors import InputError, RequirementError, UsageError
 from lwc.core.paths import is_folder_target
 from lwc.pipeline.instruments import History
-from lwc.pipeline.manager import NumericCheck, PassManager
+from lwc.pipeline.manager import PassManager
 from lwc.pipeline.options import did_you_mean
 from lwc.pipeline.passes import Pass, PassContext, Progress, Verify, check_settings
 from lwc.pipeline.record import PipelineRecord
 from lwc.pipeline.registry import default_registry
 from lwc.pipeline.spec import resolve
+from lwc.wiring import (
+    checkpoint,
+    find_backend,
+    make_gradient_runners,
+    make_runners,
+    numeric_check,
+    target_finder,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lwc.analysis.target import Target
     from lwc.backends.base import Backend
     from lwc.calibration.data import Calibration
     from lwc.core.module import Module
     from lwc.frontend.onnx_writer import SaveResult
-    from lwc.pipeline.gradients import GradientRequest, GradientRunner
     from lwc.pipeline.instruments import Instrument
-    from lwc.pipeline.passes import Checkpoint, Contract, Feed, Runner
+    from lwc.pipeline.passes import Feed
     from lwc.report.data import Report
-    from lwc.verify.numeric.comparer import Comparer
 
 __all__ = [
-    "BACKENDS",
     "OptimizeResult",
     "RunSettings",
     "as_module",
     "bind_pass",
     "check_required",
-    "find_backend",
     "make_context",
-    "numeric_check",
     "optimize",
     "required_rewrites",
     "run_passes",
     "save_module",
 ]
-
-
-BACKENDS = ("onnxruntime", "fx", "triton")
 
 
 @dataclass(frozen=True)
@@ -247,15 +245,15 @@ def make_context(module: Module, settings: RunSettings) -> PassContext:
     backend = find_backend(settings.backend)
     ctx = PassContext(
         AnalysisManager(module),
-        make_runner=_runner_maker(backend, settings.threads),
-        make_gradient_runner=None if backend is None else _gradient_maker(settings.threads),
+        make_runner=make_runners(backend, settings.threads),
+        make_gradient_runner=None if backend is None else make_gradient_runners(settings.threads),
         max_memory=settings.max_memory,
         seed=settings.seed,
         granted=settings.grant,
         explain=settings.explain,
-        find_target=_target_finder(settings),
+        find_target=target_finder(settings.backend, settings.threads),
         calibration=None if settings.calibration is None else settings.calibration.feeds,
-        checkpoint=_checkpoint(settings),
+        checkpoint=checkpoint(settings.resume, settings.backend, settings.threads),
     )
     if settings.progress is not None:
         ctx.progress = settings.progress
@@ -274,26 +272,6 @@ def _watch_calibration(ctx: PassContext) -> list[Module]:
 
         ctx.calibration = watched
     return asked
-
-
-def _checkpoint(settings: RunSettings) -> Checkpoint | None:
-    if settings.resume is None:
-        return None
-    from lwc.calibration.checkpoint import CheckpointFolder, surroundings
-
-    backend = settings.backend
-    if backend == "onnxruntime":
-        from lwc.backends.onnxruntime.measure import runtime_name
-
-        name = runtime_name()
-    elif backend in ("fx", "triton"):
-        from importlib.metadata import version
-
-        name = f"{backend}, torch {version('torch')}"
-        name += f", triton {version('triton')}" if backend == "triton" else ""
-    else:
-        name = f"{type(backend).__module__}.{type(backend).__qualname__}"
-    return CheckpointFolder(settings.resume, surroundings(name, settings.threads))
 
 
 def _calibration(
@@ -427,95 +405,6 @@ def save_module(module: Module, path: str | os.PathLike[str]) -> SaveResult:
     if is_folder_target(text):
         return save_folder(module, text)
     return save(module, text)
-
-
-def find_backend(backend: str | Backend | None) -> Callable[[], Backend] | None:
-    """Return what makes the backend; it is imported only when something is run.
-
-    Raises:
-        UsageError: No backend has that name.
-    """
-    if backend is None:
-        return None
-    if not isinstance(backend, str):
-        return lambda: backend
-    if backend not in BACKENDS:
-        raise UsageError(f"unknown backend '{backend}'", remedy=did_you_mean(backend, BACKENDS))
-
-    def make() -> Backend:
-        if backend == "fx":
-            from lwc.backends.fx.convert import make_backend
-
-            return make_backend()
-        if backend == "triton":
-            from lwc.backends.triton import convert
-
-            return convert.make_backend()
-        from lwc.backends.onnxruntime.session import OnnxRuntimeBackend
-
-        return OnnxRuntimeBackend()
-
-    return make
-
-
-def numeric_check(*, seed: int = 0, threads: int | None = None) -> NumericCheck:
-    """Return the check that executes both modules on ONNX Runtime and compares their outputs.
-
-    It remembers what the last module gave: in a pipeline each module is run once.
-    """
-    comparer: Comparer | None = None
-
-    def check(before: Module, after: Module, contract: Contract) -> str:
-        from lwc.verify.numeric.comparer import Comparer
-
-        nonlocal comparer
-        comparer = comparer or Comparer(seed=seed, threads=threads)
-        found = comparer(before, after, contract)
-        if found.skipped is not None:
-            return f"outputs not compared: {found.skipped}"
-        worst = found.worst
-        error = 0.0 if worst is None else worst.max_error
-        return f"outputs within {error:.2g} on {found.feeds} feed{'s' * (found.feeds != 1)}"
-
-    return check
-
-
-def _runner_maker(
-    backend: Callable[[], Backend] | None, threads: int | None
-) -> Callable[[Module, Sequence[str]], AbstractContextManager[Runner]] | None:
-    if backend is None:
-        return None
-
-    def make(module: Module, expose: Sequence[str]) -> AbstractContextManager[Runner]:
-        return backend().compile(module, threads=threads, expose=expose)
-
-    return make
-
-
-def _gradient_maker(
-    threads: int | None,
-) -> Callable[[Module, GradientRequest], AbstractContextManager[GradientRunner]]:
-    """Return what makes modules differentiable: in PyTorch, whatever backend runs them."""
-
-    def make(module: Module, request: GradientRequest) -> AbstractContextManager[GradientRunner]:
-        from lwc.backends.fx.convert import make_gradient_runner
-
-        return make_gradient_runner(module, request, threads=threads)
-
-    return make
-
-
-def _target_finder(settings: RunSettings) -> Callable[[], Target | None]:
-    """Return what finds the machine that was measured with ONNX Runtime, where it is to run."""
-
-    def find() -> Target | None:
-        if settings.backend != "onnxruntime":
-            return None
-        from lwc.backends.onnxruntime.measure import load_target
-
-        return load_target(settings.threads or 1)
-
-    return find
 
 
 def _is_instance(value: object, module: str, name: str) -> bool:

@@ -17,7 +17,6 @@ from lwc.analysis.manager import AnalysisManager
 from lwc.cli.opt import main
 from lwc.core.errors import PassError, VerificationError
 from lwc.core.module import Module
-from lwc.optimizer import numeric_check
 from lwc.pipeline.bisect import Culprit, bisect
 from lwc.pipeline.instruments import History
 from lwc.pipeline.manager import PassManager
@@ -25,6 +24,7 @@ from lwc.pipeline.passes import Lossy, Pass, PassContext, PassResult
 from lwc.pipeline.registry import default_registry
 from lwc.pipeline.rule_pass import RulePass
 from lwc.rewrite import ANY, Editor, Outcome, Rule, rule
+from lwc.wiring import numeric_check
 
 COUNT = 300
 """Rewrites of the planted pass."""

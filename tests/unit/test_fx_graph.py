@@ -25,7 +25,7 @@ from lwc.backends.fx.session import FxBackend
 from lwc.core.errors import LwcError
 from lwc.core.module import Module
 from lwc.frontend.onnx_writer import save
-from lwc.optimizer import find_backend
+from lwc.wiring import find_backend
 
 ROOT = Path(__file__).parents[2]
 

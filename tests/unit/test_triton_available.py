@@ -87,7 +87,7 @@ def test_lwc_works_without_the_extra_and_names_it_when_asked(missing: str) -> No
         "module = lwc.optimize(onnx.parser.parse_model(text), 'canonicalize').module\n"
         "for ask in (\n"
         "    lambda: lwc.to_triton(module),\n"
-        "    lambda: lwc.optimizer.find_backend('triton')(),\n"
+        "    lambda: lwc.wiring.find_backend('triton')(),\n"
         "):\n"
         "    try:\n"
         "        ask()\n"
@@ -114,7 +114,7 @@ def test_the_backend_asks_for_a_gpu() -> None:
         f"text = {ABS!r}\n"
         "module = lwc.optimize(onnx.parser.parse_model(text)).module\n"
         "try:\n"
-        "    lwc.optimizer.find_backend('triton')().compile(module)\n"
+        "    lwc.wiring.find_backend('triton')().compile(module)\n"
         "except LwcError as error:\n"
         "    print(error)\n"
     )

@@ -23,7 +23,7 @@ from tiny_llama import as_module, tiny_llama  # noqa: E402
 from lwc.cli.arguments import parse_arguments  # noqa: E402
 from lwc.cli.emit import example_shapes  # noqa: E402
 from lwc.cli.opt import main  # noqa: E402
-from lwc.optimizer import BACKENDS  # noqa: E402
+from lwc.wiring import BACKENDS  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
