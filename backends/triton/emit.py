@@ -18,6 +18,7 @@ from lwc.backends.triton.ahead import Compiled, compile_ahead, specialised
 from lwc.backends.triton.architectures import Architecture
 from lwc.backends.triton.convert import to_triton
 from lwc.backends.triton.dry_run import dry_run
+from lwc.backends.triton.folder import FORMAT, MANIFEST, check_folder, files_in
 from lwc.backends.triton.lower import Placement, placements
 from lwc.backends.triton.operation import Launch
 from lwc.backends.triton.source import WEIGHTS, python_source, state_of
@@ -27,11 +28,7 @@ from lwc.core.module import Module
 from lwc.core.torch_types import tensor_of_array
 from lwc.frontend.atomic import staged_folder, writing
 
-__all__ = ["MANIFEST", "Emitted", "emit"]
-
-MANIFEST = "manifest.json"
-
-_FORMAT = 1
+__all__ = ["Emitted", "emit"]
 
 
 @dataclass(frozen=True)
@@ -67,15 +64,15 @@ def emit(
 ) -> Emitted:
     """Write a module as Python, its weights, and its kernels compiled ahead of time.
 
-    The folder appears whole or not at all, and replaces one that is there. It has:
+    The folder appears whole or not at all, and replaces one that was emitted before. It has:
 
     - `model.py`: the lowered module as a class, and `load`, which returns it with its weights;
     - `weights.safetensors`: packed as kernels read them;
     - `kernels/sm_XX/`: a `.cubin` for each kernel and what it is specialised to, and a `.json` that
       says what a program needs to launch it, what it takes of a multiprocessor, and where in the
       model it is launched with which grid;
-    - `manifest.json`: versions, inputs and outputs, the shapes that kernels were compiled for, and
-      for each node the kernels that compute it, or why none does.
+    - `manifest.json`: versions, files, inputs and outputs, the shapes that kernels were compiled
+      for, and for each node the kernels that compute it, or why none does.
 
     `model.py` has Triton compile kernels where it runs; the cubins are for programs that launch
     kernels by themselves.
@@ -91,8 +88,10 @@ def emit(
     Raises:
         LwcError: The module cannot be lowered or written as Python, a kernel does not compile, or
             the folder cannot be written.
+        UsageError: The folder has files that were not emitted.
         MissingExtraError: PyTorch, Triton or safetensors is not installed.
     """
+    check_folder(folder)
     progress("lowering")
     graph_module = to_triton(module)
     try:
@@ -122,7 +121,9 @@ def emit(
                     used[launched["call"]].add(kernel.name)
             counts[gpu.target] = len(variants)
         manifest = _manifest(graph_module, interface, architectures, shapes, used)
+        manifest["files"] = sorted(files_in(Path(draft)))
         Path(draft, MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        check_folder(target)  # again: compiling takes its time
     return Emitted(counts, tuple(spilling), placements(graph_module))
 
 
@@ -196,7 +197,7 @@ def _manifest(
             entry["kernels"] = sorted(launched) or [placement.kernels]
         nodes.append(entry)
     return {
-        "format": _FORMAT,
+        "format": FORMAT,
         "lwc": __version__,
         "torch": torch.__version__,
         "triton": triton.__version__,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,8 +51,10 @@ def on_its_device(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def run(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        device = next(self.buffers()).device.type
-        with running_on(device):
+        # A model without weights runs where its inputs lie.
+        tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)]
+        device = next(itertools.chain(self.buffers(), tensors), torch.empty(0)).device
+        with running_on(device.type):
             return forward(self, *args, **kwargs)
 
     return run

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import builtins
 import importlib
+import keyword
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from types import ModuleType
 from typing import Any
 
@@ -78,16 +79,19 @@ def python_source(
     from lwc import __version__
 
     code = graph_module.graph.python_code("self")
-    body, imports = _with_modules(code.src.strip(), code.globals)
+    names = {node.name for node in graph_module.graph.nodes}
+    body, imports = _with_modules(code.src.strip(), code.globals, names)
+    title = _quoted(title)
     lines = [
-        f"{kind.capitalize()}:\n" + "\n".join(f"    {name}: {told}" for name, told in told.items())
+        f"{kind.capitalize()}:\n"
+        + "\n".join(f"    {_quoted(name)}: {_quoted(told)}" for name, told in told.items())
         for kind, told in interface.items()
     ]
-    return _TEMPLATE.format(
+    source = _TEMPLATE.format(
         title=title,
         version=__version__,
         imports="\n".join(imports),
-        name="".join(map(str.title, re.findall("[A-Za-z0-9]+", type(graph_module).__name__))),
+        name=_class_name(type(graph_module).__name__, [*imports, body]),
         interface=_indented("\n\n".join([title, *lines]), 4).strip(),
         weights="\n".join(
             f"        attach(self, {path!r}, {_constructor(made)})"
@@ -96,6 +100,30 @@ def python_source(
         forward=_indented(body, 4),
         file=WEIGHTS,
     )
+    try:
+        compile(source, "model.py", "exec")
+    except SyntaxError as error:
+        raise LwcError(
+            f"its code cannot be written as Python: {error}",
+            file=graph_module.meta["lwc"]["file"],
+            remedy="run the model by backend='triton' instead",
+        ) from error
+    return source
+
+
+def _quoted(text: str) -> str:
+    """Return text as it is written within the quotes of a docstring."""
+    shown = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+    return shown.replace("\\", "\\\\").replace('"', '\\"')
+
+
+def _class_name(name: str, taken: Iterable[str]) -> str:
+    """Return a name for the class of a model that no other part of the code has."""
+    words = {word for text in (_TEMPLATE, *taken) for word in re.findall(r"\w+", text)}
+    found = "".join(map(str.title, re.findall("[A-Za-z0-9]+", name)))
+    while not found.isidentifier() or keyword.iskeyword(found) or found in words:
+        found = f"Model{found}"
+    return found
 
 
 def state_of(graph_module: torch.fx.GraphModule) -> dict[str, torch.Tensor]:
@@ -150,7 +178,7 @@ def _constructor(made: Any) -> str:
     return f"torch.empty({tuple(made.shape)}, dtype={made.dtype})"
 
 
-def _with_modules(source: str, names: Mapping[str, Any]) -> tuple[str, list[str]]:
+def _with_modules(source: str, names: Mapping[str, Any], taken: Set[str]) -> tuple[str, list[str]]:
     """Write functions as those of their modules, `fx_layout.reshape`; return the imports too."""
     imports = {
         "import torch": None,
@@ -171,7 +199,7 @@ def _with_modules(source: str, names: Mapping[str, Any]) -> tuple[str, list[str]
             if getattr(importlib.import_module(value.__module__), value.__name__, None) != value:
                 raise LwcError(f"a call of {value} cannot be written as Python")
             alias = f"{package.split('.')[2] if package.startswith('lwc.') else 'py'}_{module}"
-            while re.search(rf"\b{alias}\b(?!\.)", source):
+            while alias in taken:
                 alias += "_"
             source = re.sub(rf"\b{name}\b", f"{alias}.{value.__name__}", source)
             start = f"from {package} import {module}" if package else f"import {module}"

@@ -124,15 +124,18 @@ def _check_emitted(options: argparse.Namespace) -> None:
     for name in split_words(options.arch):
         architecture(name)
     parse_shapes(options.shapes, "--shapes")
-    folder = Path(options.emit)
+    from lwc.backends.triton.folder import check_folder
+
     _check_other_file(options.emit, options.input, "the input")
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--emit '{folder}': it is a file", remedy="name a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "manifest.json").exists():
-        raise UsageError(
-            f"--emit '{folder}': the folder has other files, which would be lost",
-            remedy="name a new or empty folder, or one that was emitted",
-        )
+    check_folder(options.emit)
+    folder = Path(os.path.realpath(options.emit))
+    files = [options.input, options.output, options.resume, options.text, options.tokenizer]
+    files += [options.calibrate, options.config, options.pass_pipeline_crash_reproducer]
+    for path in (*files, *options.report):
+        if path and path != "-" and Path(os.path.realpath(path)).is_relative_to(folder):
+            raise UsageError(
+                f"'{path}' lies in what --emit replaces", remedy=f"keep it outside of '{folder}'"
+            )
 
 
 def _check_written(options: argparse.Namespace) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -81,33 +83,99 @@ class StagedFile:
 def staged_folder(target: str) -> Iterator[str]:
     """Yield a new folder that becomes `target` when the block ends; if it raises, it is removed.
 
-    What is there before is replaced as a whole.
+    What is there before is replaced as a whole; where `target` is a symbolic link, what it leads
+    to. Killed at any moment, the old folder or the new one is there: Linux exchanges them in one
+    step. Elsewhere a kill between two renames can leave the old one under a hidden name, from
+    which the next call brings it back. Drafts of killed processes are removed.
 
     Raises:
         OSError: The folder cannot be made.
     """
-    parent, name = os.path.split(os.path.abspath(target))
+    target = os.path.realpath(target)
+    parent, name = os.path.split(target)
     os.makedirs(parent, exist_ok=True)
+    _clear_up(parent, name)
     draft = tempfile.mkdtemp(dir=parent, prefix=f".{name}.", suffix=".tmp")
-    old = f"{draft}.old"
-    try:
-        yield draft
-        for place, _, files in os.walk(draft):
-            for file in files:
-                _sync(os.path.join(place, file))
-            sync_folder(place)
-        os.chmod(draft, 0o777 & ~_mask())
-        if os.path.isdir(target):
-            os.rename(target, old)
+    # As long as it is locked, its process lives.
+    with _locked(draft):
+        try:
+            yield draft
+            for place, _, files in os.walk(draft):
+                for file in files:
+                    _sync(os.path.join(place, file))
+                sync_folder(place)
+            os.chmod(draft, 0o777 & ~_mask())
+            _replace_folder(draft, target)
+            sync_folder(parent)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def _replace_folder(draft: str, target: str) -> None:
+    """Put `draft` in the place of `target`, which may be absent; leave the old one as `draft`."""
+    if not os.path.lexists(target):
         os.rename(draft, target)
-        sync_folder(parent)
-    except BaseException:
-        if os.path.isdir(old):
+    elif not _exchange(draft, target):
+        old = f"{draft}.old"
+        os.rename(target, old)
+        try:
+            os.rename(draft, target)
+        except OSError:
             os.rename(old, target)
-        raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+            raise
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: str, other: str) -> bool:
+    """Exchange two names in one step; tell whether the system can."""
+    import ctypes
+
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    at_current, exchange = -100, 2
+    if rename(at_current, os.fsencode(one), at_current, os.fsencode(other), exchange) == 0:
+        return True
+    error = ctypes.get_errno()
+    if error in (errno.EINVAL, errno.ENOSYS):  # the file system, or the kernel, cannot
+        return False
+    raise OSError(error, os.strerror(error), other)
+
+
+def _clear_up(parent: str, name: str) -> None:
+    """Remove what killed processes left beside the folder `name`, or bring it back."""
+    left = re.compile(rf"(\.{re.escape(name)}\.\w{{8}}\.tmp)(\.old)?")
+    for entry in sorted(os.listdir(parent), reverse=True):
+        found = left.fullmatch(entry)
+        place = os.path.join(parent, entry)
+        if found is None or not os.path.isdir(place):
+            continue
+        draft = os.path.join(parent, found[1])
+        try:
+            with _locked(draft) if os.path.isdir(draft) else contextlib.nullcontext():
+                if found[2] and not os.path.lexists(os.path.join(parent, name)):
+                    os.rename(place, os.path.join(parent, name))
+                else:
+                    shutil.rmtree(place, ignore_errors=True)
+        except BlockingIOError:  # its process lives
+            continue
+
+
+@contextlib.contextmanager
+def _locked(folder: str) -> Iterator[None]:
+    """Lock a folder until the block or the process ends.
+
+    Raises:
+        BlockingIOError: Another process has locked it.
+    """
+    import fcntl  # Unix has it
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def link_into_place(descriptor: int, target: str) -> None:

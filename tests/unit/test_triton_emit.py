@@ -20,9 +20,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from tiny_llama import as_module, tiny_llama  # noqa: E402
 
+from lwc.backends.triton.architectures import architecture  # noqa: E402
+from lwc.backends.triton.emit import emit  # noqa: E402
+from lwc.backends.triton.folder import check_folder  # noqa: E402
 from lwc.cli.arguments import parse_arguments  # noqa: E402
 from lwc.cli.emit import example_shapes  # noqa: E402
 from lwc.cli.opt import main  # noqa: E402
+from lwc.core.errors import UsageError  # noqa: E402
+from lwc.frontend.load import load  # noqa: E402
 from lwc.wiring import BACKENDS  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -118,7 +123,8 @@ def test_what_was_emitted_before_is_replaced_as_a_whole_or_stays(
 ) -> None:
     folder = tmp_path / "out"
     assert emitted(model, folder, "-q") == 0
-    (folder / "stale").write_text("")
+    (folder / "__pycache__").mkdir()
+    before = (folder / "manifest.json").stat().st_ino
 
     def fails(*_: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -126,10 +132,33 @@ def test_what_was_emitted_before_is_replaced_as_a_whole_or_stays(
     with monkeypatch.context() as patched:
         patched.setattr("safetensors.torch.save_file", fails)
         assert emitted(model, folder, "-q") == 1
-    assert (folder / "stale").exists()
+    assert (folder / "manifest.json").stat().st_ino == before
     assert emitted(model, folder, "-q") == 0
-    assert not (folder / "stale").exists()
+    assert not (folder / "__pycache__").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mlp.onnx", "out"]
+
+
+@pytest.mark.parametrize("foreign", ["notes.txt", "kernels/sm_90/mine.cubin"])
+def test_files_that_were_not_emitted_are_not_lost(
+    foreign: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    assert emitted(model, folder, "-q") == 0
+    (folder / foreign).write_text("kept")
+    told = f"cannot emit to '{folder}': '{foreign}' in it would be lost"
+    assert emitted(model, folder, "-q") == 2
+    assert told in capsys.readouterr().err
+    with pytest.raises(UsageError, match="would be lost"):
+        emit(load(model), folder, architectures=[architecture("sm_90")])
+    assert (folder / foreign).read_text() == "kept"
+
+
+@pytest.mark.parametrize("manifest", ["", "{", "[]", '{"files": ["mine"]}', '{"format": 2}'])
+def test_a_manifest_of_others_is_no_leave_to_replace(manifest: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(manifest)
+    (tmp_path / "mine").write_text("kept")
+    with pytest.raises(UsageError, match="and 1 more in it would be lost"):
+        check_folder(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +172,12 @@ def test_what_was_emitted_before_is_replaced_as_a_whole_or_stays(
         (["--emit=out", "--backend=triton", "--arch=V100"], "no architecture is called 'V100'"),
         (["--emit=out", "--backend=triton", "--shapes=x"], "--shapes takes NAME=N, not 'x'"),
         (["--emit=mlp.onnx", "--backend=triton"], "'mlp.onnx' is the input itself"),
-        (["--emit=.", "--backend=triton"], "the folder has other files, which would be lost"),
+        (["--emit=.", "--backend=triton"], "cannot emit to '.': 'mlp.onnx' in it would be lost"),
+        (
+            ["--emit=out", "--backend=triton", "-o", "out/small.onnx"],
+            "lies in what --emit replaces",
+        ),
+        (["--emit=o", "--backend=triton", "--report", "o/r.md"], "'o/r.md' lies in what --emit"),
         (["--emit=out", "--backend=triton", "--plan"], "--plan writes nothing"),
         (["--backend=tpu"], "argument --backend: invalid choice: 'tpu'"),
     ],
