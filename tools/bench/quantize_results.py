@@ -82,7 +82,7 @@ class Results:
         if not kept.exists():
             shutil.rmtree(home, ignore_errors=True)
             home.mkdir(parents=True)
-            own = _linked(base, home / "base")
+            own = _copied(base, home / "base")
             request = {
                 "quantizer": setting.quantizer,
                 "base": str(own),
@@ -182,15 +182,12 @@ def stored_bytes(model: Path) -> int:
     return sum(file.stat().st_size for file in (model, *(model.parent / name for name in named)))
 
 
-def _linked(model: Path, folder: Path) -> Path:
-    """Return a model in a folder of its own: quantizers that are stopped leave files beside it."""
-    folder.mkdir()
-    for file in model.parent.iterdir():
-        try:
-            os.link(file, folder / file.name)
-        except OSError:  # another file system
-            shutil.copy2(file, folder / file.name)
-    return folder / model.name
+def _copied(model: Path, folder: Path) -> Path:
+    """Return a model in a folder of its own: quantizers that are stopped leave files beside it.
+
+    Its files are no links: onnx refuses data that has another name too.
+    """
+    return shutil.copytree(model.parent, folder) / model.name
 
 
 def _digest(file: Path) -> str:
