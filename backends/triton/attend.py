@@ -50,7 +50,7 @@ def group_query_attention(
     if not prompt:
         places = places + (lengths - new).unsqueeze(-1)
     if do_rotary:
-        at = places if position_ids is None else position_ids
+        at = places if position_ids is None else position_ids.expand_as(places)
         q, k = (
             launch.rotary(
                 x.transpose(1, 2), cos_cache, sin_cache, at, interleaved=bool(rotary_interleaved)

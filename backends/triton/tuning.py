@@ -66,13 +66,13 @@ class Tunings:
     def fastest(
         self, operation: Operation, architecture: Architecture, measure: Measure
     ) -> Configuration:
-        """Return the fastest tiling of an operation, measured where it is not known.
+        """Return the fastest tiling of an operation, measured where none of its own is known.
 
         Raises:
             LwcError: No candidate runs on the device.
         """
         key = _key(operation)
-        if key not in self.known:
+        if self.known.get(key) not in operation.candidates:
             self.known[key] = tuned(operation, measure, promising(operation, architecture))
             self._write()
         return self.known[key]

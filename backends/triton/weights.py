@@ -109,7 +109,7 @@ class W4Weights(_Weights):
 
     @classmethod
     def pack(cls, codes: Array, scales: Array, zeros: Array | None, group_size: int) -> W4Weights:
-        """Take codes and what belongs to their groups. Scales are rounded to float16.
+        """Take codes and what belongs to their groups. Scales are rounded to float16, to 2^-11.
 
         Args:
             codes: uint8 [columns, depth], below 16.
@@ -118,7 +118,7 @@ class W4Weights(_Weights):
             group_size: 32, 64 or 128.
 
         Raises:
-            LwcError: Shapes do not fit, or a scale is not a number of float16.
+            LwcError: Shapes do not fit, or a scale is outside of the normal numbers of float16.
         """
         _check(codes, np.uint8, 2)
         columns, depth = codes.shape
@@ -132,6 +132,9 @@ class W4Weights(_Weights):
             halves = scales.astype(np.float16)
         if not np.isfinite(halves).all():
             raise LwcError("a scale of 4-bit weights is too large for float16, or not a number")
+        exact = scales.astype(np.float64)
+        if (np.abs(halves - exact) > 2.0**-11 * np.abs(exact)).any():
+            raise LwcError("a scale of 4-bit weights is too small for float16")
         pairs = -(-groups // 2)
         whole = np.pad(codes, [(0, 0), (0, pairs * 2 * group_size - depth)])
         sides = whole.reshape(columns, pairs, 2, group_size)

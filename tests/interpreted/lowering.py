@@ -100,6 +100,9 @@ def test_what_norms_refuse() -> None:
     assert reasons(module) == ["skip has another shape than x"]
     module, _ = one_node("LayerNormalization", {"x": normal(1, 20000), "w": normal(20000)})
     assert reasons(module) == ["rows are longer than 16384"]
+    module = parsed("""<ir_version: 9, opset_import: ["" : 17]>
+        g (float[n, m] x, float[1] w) => (float[n, m] y) { y = LayerNormalization (x, w) }""")
+    assert reasons(module) == ["the length of rows is not known, and scale is a single number"]
 
 
 # Rotary embeddings
@@ -193,6 +196,11 @@ def test_grouped_attention_with_a_bias_and_packed() -> None:
     check("GroupQueryAttention", biased, domain=MS, num_heads=4, kv_num_heads=2)
     given |= {"q": normal(2, 3, 128), "k": None, "v": None}
     check("GroupQueryAttention", given, domain=MS, outputs=3, num_heads=4, kv_num_heads=2)
+
+
+def test_positions_of_one_sequence_stand_for_all() -> None:
+    given = {**grouped(4, 0, 2, do_rotary=1), "positions": np.array([[3, 4, 5, 9]], np.int64)}
+    check("GroupQueryAttention", given, domain=MS, num_heads=4, kv_num_heads=2, do_rotary=1)
 
 
 def test_what_grouped_attention_refuses() -> None:
@@ -354,7 +362,16 @@ def test_what_matmul_nbits_refuses(more: Any, reason: str) -> None:
     constant = ["codes", "scales"]
     module, _ = one_node("MatMulNBits", given, domain=MS, constant=constant, K=64, N=8, **more)
     assert reasons(module) == [reason]
-    given["scales"] *= 1e6
+    if more["bits"] == 4:
+        return
+    given = {"x": normal(2, 64), "codes": integers(0, 256, 8, 2, 16), "scales": normal(16)}
+    for scale, told in ((1e6, "too large"), (1e-6, "too small"), (1e-9, "too small")):
+        tiny = {**given, "scales": given["scales"] * np.float32(scale)}
+        module, _ = one_node(
+            "MatMulNBits", tiny, domain=MS, constant=constant, K=64, N=8, bits=4, block_size=32
+        )
+        (found,) = reasons(module)
+        assert f"a scale of 4-bit weights is {told} for float16" in found
     module, _ = one_node(
         "MatMulNBits", given, domain=MS, constant=["scales"], K=64, N=8, bits=4, block_size=32
     )

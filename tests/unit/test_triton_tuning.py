@@ -181,6 +181,21 @@ def test_a_damaged_file_is_ignored_with_a_warning_and_written_anew(
     assert [each.name for each in path.parent.iterdir()] == [path.name]
 
 
+def test_a_kept_tiling_that_is_no_candidate_is_measured_anew(tmp_path: Path) -> None:
+    """Readable nonsense, or a tiling that the kernel does not take."""
+    measured: list[str] = []
+    tunings = Tunings(tmp_path / "kept.json")
+    key = "thing ('float16', 4096)"
+    tunings.known[key] = Configuration({"one": 7})
+    for _ in range(2):
+        found = tunings.fastest(
+            operation(COSTS), GPU, measure_in({"one": 2.0, "two": 1.0}, measured)
+        )
+        assert found == Configuration({"two": 1})
+    assert measured == ["one", "two"]
+    assert list(tunings.known) == [key]
+
+
 def test_what_others_wrote_meanwhile_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LWC_CACHE", str(tmp_path))
     measure = measure_in({"one": 1.0, "two": 2.0}, [])

@@ -76,6 +76,10 @@ def _is_vector(site: Site, name: str) -> None:
         return
     shape, columns = site.shape(given), site.extent(site.given("x"), -1)
     site.need(shape is not None and len(shape) == 1, f"{name} is no vector")
-    columns = columns or site.extent(given, 0)
-    site.need(columns == site.extent(given, 0), f"{name} is not as long as a row")
+    length = site.extent(given, 0)
+    if columns is None:
+        # A single number may stand for a row of any length; no other vector is broadcast.
+        site.need(length != 1, f"the length of rows is not known, and {name} is a single number")
+        columns = length
+    site.need(columns == length, f"{name} is not as long as a row")
     site.need(columns is not None and columns <= LONGEST, f"rows are longer than {LONGEST}")
