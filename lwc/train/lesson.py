@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import onnx_ir as ir
+
 from lwc.calibration.inputs import fed_inputs
 from lwc.core.errors import PassError
 
@@ -45,20 +47,46 @@ def check_teacher(teacher: Module, student: Module) -> tuple[str, ...]:
     """Return the inputs that a teacher takes of the student's feeds.
 
     Raises:
-        PassError: It needs other inputs, or lacks an output.
+        PassError: It needs other inputs, or gives other outputs: by name, type, or an extent that
+            both state.
     """
+    named = f"the teacher '{teacher.source.path}'" if teacher.source.path else "the teacher"
     known = {value.name for value in student.graph.inputs}
     for value in fed_inputs(teacher):
         if value.name not in known:
             raise PassError(
-                f"the teacher takes '{value.name}', which is no input of the model",
+                f"{named} takes '{value.name}', which is no input of the model",
                 remedy="give one of the same inputs, or teacher=none",
             )
-    given = {value.name for value in teacher.graph.outputs}
+    given = {value.name: value for value in teacher.graph.outputs}
     for value in student.graph.outputs:
-        if value.name not in given:
+        taught = given.get(value.name)
+        if taught is None:
             raise PassError(
-                f"the teacher does not give '{value.name}', as the model does",
+                f"{named} does not give '{value.name}', as the model does",
+                remedy="give one of the same outputs, or teacher=none",
+            )
+        if not _may_agree(taught, value):
+            raise PassError(
+                f"{named} gives '{value.name}' as {_told(taught)}, the model as {_told(value)}",
                 remedy="give one of the same outputs, or teacher=none",
             )
     return tuple(value.name or "" for value in teacher.graph.inputs if value.name in known)
+
+
+def _may_agree(one: ir.Value, other: ir.Value) -> bool:
+    """Tell whether two values may have the same shape and be numbers of one kind."""
+    floats = [each.dtype.is_floating_point() for each in (one, other) if each.dtype is not None]
+    if len(set(floats)) > 1:
+        return False
+    if one.shape is None or other.shape is None:
+        return True
+    return len(one.shape) == len(other.shape) and all(
+        a == b or not (isinstance(a, int) and isinstance(b, int))
+        for a, b in zip(one.shape, other.shape, strict=True)
+    )
+
+
+def _told(value: ir.Value) -> str:
+    kind = "any type" if value.dtype is None else value.dtype.name.lower()
+    return kind if value.shape is None else f"{kind} {value.shape}"

@@ -19,11 +19,14 @@ def next_token_loss(logits: Tensor, ids: Tensor, mask: Tensor | None = None) -> 
         logits: `[batch, length, classes]`.
         ids: `[batch, length]`; the label of a position is the token after it.
         mask: `[batch, length]`, 0 where there is padding, which is neither label nor context.
+
+    Returns:
+        The mean over labels, 0 where there is none.
     """
     labels = ids[:, 1:].flatten()
     losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.to(torch.int64), reduction="none")
     if mask is None:
-        return losses.mean()
+        mask = torch.ones_like(ids)
     return _mean(losses, (mask[:, 1:] * mask[:, :-1]).flatten())
 
 
@@ -62,13 +65,22 @@ def _divergence(p: Tensor, q: Tensor, temperature: float, mask: Tensor | None) -
     return mean * temperature**2
 
 
-def mean_squares(teacher: Tensor, student: Tensor) -> Tensor:
+def mean_squares(teacher: Tensor, student: Tensor, mask: Tensor | None = None) -> Tensor:
     """Squared error over the mean square of the teacher, which makes it free of units.
 
     Where the teacher is all zeros, the plain mean of squares.
+
+    Args:
+        teacher: Numbers of any shape; with a mask `[..., size]`.
+        student: Of the same shape.
+        mask: `[...]`, 0 where a position does not count.
     """
-    size = teacher.square().mean()
-    return F.mse_loss(student, teacher) / torch.where(size > 0, size, torch.ones_like(size))
+
+    def mean(squares: Tensor) -> Tensor:
+        return squares.mean() if mask is None else _mean(squares.mean(-1).flatten(), mask.flatten())
+
+    size = mean(teacher.square())
+    return mean((student - teacher).square()) / torch.where(size > 0, size, torch.ones_like(size))
 
 
 def _mean(values: Tensor, weights: Tensor) -> Tensor:

@@ -21,9 +21,11 @@ __all__ = [
     "LossName",
     "Objective",
     "TextModel",
+    "TokenInputs",
     "choose_objective",
     "predicts_next",
     "text_model",
+    "token_inputs",
     "vocabulary",
 ]
 
@@ -32,18 +34,46 @@ LossName: TypeAlias = Literal["cross-entropy", "kl", "reverse-kl", "mse"]
 
 
 @dataclass(frozen=True)
+class TokenInputs:
+    """Inputs of a model of tokens.
+
+    Attributes:
+        ids: `[batch, length]`.
+        mask: 0 where there is padding, `[batch, past and length]`, or None.
+    """
+
+    ids: str
+    mask: str | None
+
+
+@dataclass(frozen=True)
 class TextModel:
     """Inputs and outputs of a model that gives logits for token ids.
 
     Attributes:
         logits: The output, `[batch, length, classes]`.
-        ids: The input, `[batch, length]`.
-        mask: The input that is 0 where there is padding, `[batch, length]`, or None.
+        inputs: Its ids and their mask.
     """
 
     logits: str
-    ids: str
-    mask: str | None
+    inputs: TokenInputs
+
+
+def token_inputs(module: Module) -> TokenInputs | None:
+    """Return the inputs of a module that takes token ids, else None."""
+    try:
+        ids = id_input(module)
+    except LwcError:
+        return None
+    masks = [
+        value.name
+        for value in fed_inputs(module)
+        if value is not ids
+        and value.shape is not None
+        and len(value.shape) == 2
+        and input_role(module, value).kind is RoleKind.MASK
+    ]
+    return TokenInputs(ids.name or "", masks[0] if masks else None)
 
 
 def text_model(module: Module) -> TextModel | None:
@@ -56,16 +86,8 @@ def text_model(module: Module) -> TextModel | None:
     ]
     if classes is None or not logits:
         return None
-    ids = id_input(module)
-    masks = [
-        value.name
-        for value in fed_inputs(module)
-        if value is not ids
-        and value.shape is not None
-        and len(value.shape) == 2
-        and input_role(module, value).kind is RoleKind.MASK
-    ]
-    return TextModel(logits[0], ids.name or "", masks[0] if masks else None)
+    inputs = token_inputs(module)
+    return None if inputs is None else TextModel(logits[0], inputs)
 
 
 def vocabulary(module: Module) -> int | None:
@@ -83,13 +105,17 @@ def predicts_next(model: TextModel, feeds: Sequence[Feed], runner: Runner) -> bo
         model: Inputs and outputs.
         feeds: What it may be fed; one with two tokens or more is used.
         runner: Runs it.
+
+    Raises:
+        PassError: Logits are not finite.
     """
-    feed = next((each for each in feeds if each[model.ids].shape[1] > 1), None)
+    name, mask = model.inputs.ids, model.inputs.mask
+    feed = next((each for each in feeds if each[name].shape[1] > 1), None)
     if feed is None:
         return False
-    if model.mask is not None:
-        feed = {**feed, model.mask: np.ones_like(feed[model.mask])}
-    ids = feed[model.ids]
+    if mask is not None:
+        feed = {**feed, mask: np.ones_like(feed[mask])}
+    ids = feed[name]
     half = ids.shape[1] // 2
     # Ids that the data has, so that they are valid.
     others = np.concatenate([ids[:, :half], np.roll(ids[:, half:], 1, axis=1)[:, ::-1]], axis=1)
@@ -99,11 +125,16 @@ def predicts_next(model: TextModel, feeds: Sequence[Feed], runner: Runner) -> bo
         return False
     names = [model.logits]
     seen, changed = (
-        runner.run({**feed, model.ids: each}, names)[model.logits] for each in (ids, others)
+        runner.run({**feed, name: each}, names)[model.logits] for each in (ids, others)
     )
     if seen.shape[1] != ids.shape[1]:
         return False
     early, also = (each[:, :half].astype(np.float32) for each in (seen, changed))
+    if not np.isfinite(early).all():
+        raise PassError(
+            f"'{model.logits}' has numbers that are not finite, of the calibration data",
+            remedy="look at the model before this pass",
+        )
     return bool(np.allclose(early, also, rtol=0, atol=1e-3 * float(np.abs(early).max())))
 
 
@@ -114,7 +145,8 @@ class Objective:
     Attributes:
         loss: `cross-entropy`, where weight is 0, or the distance from the teacher.
         outputs: What is compared with the teacher's.
-        text: Inputs and outputs for cross-entropy and masks, or None.
+        text: Inputs and outputs for cross-entropy, or None.
+        tokens: Inputs that say where there is padding, which does not count, or None.
         weight: Share of the distance.
         temperature: Of the divergences.
     """
@@ -122,6 +154,7 @@ class Objective:
     loss: LossName
     outputs: tuple[str, ...]
     text: TextModel | None
+    tokens: TokenInputs | None
     weight: float
     temperature: float = 1.0
 
@@ -142,6 +175,9 @@ class Objective:
             outputs: Those of the module, as tensors by name.
             inputs: What it was fed, as tensors by name.
             taught: The teacher's outputs; empty where the weight is 0.
+
+        Raises:
+            PassError: An output has another shape than the teacher's.
         """
         from lwc.train.losses import next_token_loss
 
@@ -149,30 +185,44 @@ class Objective:
         if self.weight < 1:
             assert self.text is not None
             logits = outputs[self.text.logits]
-            ids = inputs[self.text.ids]
+            ids = inputs[self.text.inputs.ids]
             plain = next_token_loss(logits, ids, self._mask(inputs))
             total = (1 - self.weight) * plain
         if self.weight > 0:
-            parts = [self._distance(outputs[n], taught[n], inputs) for n in self.outputs]
+            parts = [self._distance(n, outputs[n], taught[n], inputs) for n in self.outputs]
             total = total + self.weight * sum(parts)
         return total
 
-    def _distance(self, student: Any, teacher: Array, inputs: Mapping[str, Any]) -> Any:
+    def teaches(self, feed: Feed) -> bool:
+        """Tell whether the loss says anything on a feed: of one token, cross-entropy does not."""
+        return self.weight == 1 or self.text is None or feed[self.text.inputs.ids].shape[1] > 1
+
+    def _distance(self, name: str, student: Any, teacher: Array, inputs: Mapping[str, Any]) -> Any:
         import torch
 
         from lwc.train import losses
 
+        if student.shape != teacher.shape:
+            raise PassError(
+                f"the teacher gives '{name}' of shape {list(teacher.shape)}, the model of shape "
+                f"{list(student.shape)}",
+                remedy="give a teacher of the same outputs, or teacher=none",
+            )
         given = torch.from_numpy(np.array(teacher)).to(student.dtype)
+        mask = self._mask(inputs)
+        # Only outputs with a row for each token have padding.
+        if mask is not None and (student.dim() != 3 or student.shape[:2] != mask.shape):
+            mask = None
         if self.loss == "mse":
-            return losses.mean_squares(given, student)
+            return losses.mean_squares(given, student, mask)
         diverge = losses.kl_divergence if self.loss == "kl" else losses.reverse_kl_divergence
-        return diverge(given, student, self.temperature, self._mask(inputs))
+        return diverge(given, student, self.temperature, mask)
 
     def _mask(self, inputs: Mapping[str, Any]) -> Any:
         """Return the mask of padding, of the tokens alone where it covers a past too."""
-        if self.text is None or self.text.mask is None or self.text.mask not in inputs:
+        if self.tokens is None or self.tokens.mask is None or self.tokens.mask not in inputs:
             return None
-        return inputs[self.text.mask][:, -inputs[self.text.ids].shape[1] :]
+        return inputs[self.tokens.mask][:, -inputs[self.tokens.ids].shape[1] :]
 
 
 def choose_objective(
@@ -222,7 +272,7 @@ def choose_objective(
     if not outputs:
         raise PassError("no output holds floats, so there is nothing to compare")
     share = 0.0 if loss == "cross-entropy" else weight if predicts else 1.0
-    return Objective(loss, outputs, text, share, temperature)
+    return Objective(loss, outputs, text, token_inputs(module), share, temperature)
 
 
 def _logits(module: Module) -> str:

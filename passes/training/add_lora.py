@@ -39,6 +39,8 @@ class AddLora(Pass):
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise UsageError(f"rank={self.rank} is no number above 0")
+        if not 0 < self.alpha < float("inf"):
+            raise UsageError(f"alpha={self.alpha:g} is no number above 0")
 
     def run(self, module: Module, ctx: PassContext) -> PassResult:
         """See the class."""

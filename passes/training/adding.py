@@ -48,7 +48,7 @@ def add_adapters(
             break
         if layers and not any(_matches(node, pattern) for pattern in layers):
             continue
-        reason = _obstacle(node, extents, rank, classes, edit)
+        reason = _obstacle(node, extents, edit, rank=rank, alpha=alpha, classes=classes)
         if reason is not None:
             ctx.missed(f"no adapter: {reason}", node)
             continue
@@ -67,12 +67,23 @@ def _matches(node: ir.Node, pattern: str) -> bool:
 
 
 def _obstacle(
-    node: ir.Node, extents: tuple[int, int], rank: int, classes: int | None, edit: Editor
+    node: ir.Node,
+    extents: tuple[int, int],
+    edit: Editor,
+    *,
+    rank: int,
+    alpha: float,
+    classes: int | None,
 ) -> str | None:
     if node.graph is not edit.module.graph:
         return "it does not belong to the main graph"
-    if edit.dtype(node.inputs[0]) not in _FLOATS:
+    kind = edit.dtype(node.inputs[0])
+    if kind is None or kind not in _FLOATS:
         return "what it multiplies is of no floating-point type"
+    with np.errstate(over="ignore", under="ignore"):
+        scale = float(np.array(alpha / rank).astype(kind.numpy()))
+    if not 0 < scale < float("inf"):
+        return f"alpha / rank = {alpha / rank:g} is {scale:g} in {kind.name.lower()}"
     if extents[1] == classes:
         return "it gives a number for each token of the vocabulary, and layers= does not name it"
     if rank >= min(extents):

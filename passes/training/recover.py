@@ -45,6 +45,7 @@ class Recover(Pass):
         merge: Whether adapters become part of the weights afterwards, as of `merge-lora`.
         keep_zeros: Whether weights that are 0 stay 0. Adapters leave rows and columns that are 0
             altogether; where more than a quarter of the other weights of a layer are, it gets none.
+            Fewer count as chance, and change with an adapter, as all of a quantized weight does.
     """
 
     name: ClassVar[str] = "recover"
@@ -71,6 +72,7 @@ class Recover(Pass):
             if number < 1:
                 raise UsageError(f"{name}={number} is no number above 0")
         for name, rate in (
+            ("alpha", self.alpha),
             ("learning-rate", self.learning_rate),
             ("temperature", self.temperature),
         ):

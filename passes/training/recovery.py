@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -23,7 +24,7 @@ from lwc.passes.training.trainable import Trainable, adapters_to_train, weights_
 from lwc.pipeline.passes import PassResult
 from lwc.rewrite import RewriteLimit
 from lwc.train.lesson import Lesson, check_teacher
-from lwc.train.objective import choose_objective, predicts_next, text_model
+from lwc.train.objective import Objective, choose_objective, predicts_next, text_model
 
 if TYPE_CHECKING:
     from lwc.core.module import Module
@@ -52,12 +53,13 @@ def recover(module: Module, ctx: PassContext, options: Recover) -> PassResult:
     if ctx.limit.exhausted:
         return PassResult(changed=False)
     begun = time.perf_counter()
-    trained, held = _divided(module, ctx, options.held_out)
+    feeds = _feeds(module, ctx)
     twin = module.clone()
     # What becomes of the copy is one rewrite of the module, or none.
     inner = dataclasses.replace(ctx, analyses=AnalysisManager(twin), limit=RewriteLimit())
     chosen = _chosen(twin, inner, options)
-    with _lesson(module, ctx, options, [*trained, *held]) as (lesson, teacher):
+    with _lesson(module, ctx, options, feeds) as (lesson, teacher):
+        trained, held = _divided(module, ctx, feeds, lesson.objective, options.held_out)
         facts = () if ctx.checkpoint is None else _facts(ctx, teacher)
         trail = Trail.begin(ctx, module, lambda: [*trained, *held], *facts)
         before, after = _train(
@@ -117,12 +119,19 @@ def _train(
 
         def judged(when: str) -> float:
             feeds = ctx.progress.track(held, f"held-out loss {when}")
-            return sum(runner.loss(feed, lesson.loss(feed)) for feed in feeds) / len(held)
+            losses = [runner.loss(feed, lesson.loss(feed)) for feed in feeds]
+            return sum(losses) / len(losses)
 
         def backward(index: int, factor: float) -> float:
             return runner.backward(trained[index], lesson.loss(trained[index]), factor)
 
         before = judged("before")
+        if not math.isfinite(before):
+            raise PassError(
+                f"the held-out loss is {before} before any training",
+                file=twin.source.path,
+                remedy="look for a number that is not finite in the model, its teacher or the data",
+            )
         rate = options.learning_rate or _RATES[options.method]
         train(
             runner.parameters,
@@ -160,20 +169,37 @@ def _facts(ctx: PassContext, teacher: Module | None) -> tuple[object, ...]:
 # Data and what is trained
 
 
-def _divided(module: Module, ctx: PassContext, share: float) -> tuple[list[Feed], list[Feed]]:
-    """Return the feeds to train on, and those to judge by."""
+def _feeds(module: Module, ctx: PassContext) -> list[Feed]:
     put = filed if ctx.max_memory is not None else np.asarray
     feeds: list[Feed] = [
         {name: put(array) for name, array in feed.items()} for feed in checked_feeds(module, ctx)
     ]
+    return _enough(feeds, module)
+
+
+def _enough(feeds: list[Feed], module: Module) -> list[Feed]:
     if len(feeds) < 2:
         raise InputError(
             f"training takes two feeds or more, of which some are held out, not {len(feeds)}",
             file=module.source.path,
             remedy="give more data, or cut a text into shorter windows",
         )
-    held = min(len(feeds) - 1, max(1, round(share * len(feeds))))
-    return feeds[:-held], feeds[-held:]
+    return feeds
+
+
+def _divided(
+    module: Module, ctx: PassContext, feeds: list[Feed], objective: Objective, share: float
+) -> tuple[list[Feed], list[Feed]]:
+    """Return the feeds to train on, and those to judge by."""
+    told = [feed for feed in feeds if objective.teaches(feed)]
+    if len(told) < len(feeds):
+        ctx.warn(
+            f"{len(feeds) - len(told)} of {len(feeds)} feeds are left out: they have one token, "
+            "after which none follows"
+        )
+    _enough(told, module)
+    held = min(len(told) - 1, max(1, round(share * len(told))))
+    return told[:-held], told[-held:]
 
 
 def _chosen(twin: Module, ctx: PassContext, options: Recover) -> list[Trainable]:
@@ -214,6 +240,16 @@ def _lesson(
     teacher = _teacher(module, ctx, options)
     inputs = () if teacher is None else check_teacher(teacher, module)
     text = text_model(module)
+    if (
+        text is not None
+        and teacher is None
+        and all(feed[text.inputs.ids].shape[1] < 2 for feed in feeds)
+    ):
+        raise InputError(
+            "every feed has one token, after which none follows, and there is no teacher",
+            file=module.source.path,
+            remedy="give texts of two tokens or more",
+        )
     with contextlib.ExitStack() as stack:
         runner = None if teacher is None else stack.enter_context(ctx.runner(teacher))
         causal = False
@@ -254,7 +290,10 @@ def _agree(taught: Mapping[str, Array], found: Mapping[str, Array]) -> bool:
     for name, array in found.items():
         if array.dtype.kind != "f" or name not in taught:
             continue
+        if array.shape != taught[name].shape:
+            return False
         off = np.linalg.norm(np.subtract(array, taught[name], dtype=np.float64))
-        if off > _SAME * np.linalg.norm(array.astype(np.float64)):
+        # So written, what is not a number does not agree.
+        if not off <= _SAME * np.linalg.norm(array.astype(np.float64)):
             return False
     return True

@@ -111,14 +111,20 @@ def _factors(
         kept = (array.T if weight.transposed else array) != 0
     rows, columns = kept.any(axis=1, keepdims=True), kept.any(axis=0, keepdims=True)
     filled = int(rows.sum()) * int(columns.sum())
-    if filled and 1 - kept.sum() / filled > _SCATTERED:
-        share = 1 - kept.sum() / filled
+    share = 1 - kept.sum() / filled if filled else 0.0
+    if share > _SCATTERED:
         ctx.missed(
             f"its adapter is not trained: {share:.0%} of its weights are 0, which keep-zeros keeps "
             "and a product of two matrices cannot; method=full can",
             adapter.base,
         )
         return
+    if share:
+        ctx.note(
+            f"{share:.1%} of its weights are 0 here and there, which counts as chance: they change "
+            "with its adapter",
+            adapter.base,
+        )
     for factor, kept in ((down, rows), (up, columns)):
         mask = kept.T if factor.transposed else kept
         if new and not mask.all():

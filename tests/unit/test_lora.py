@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from support import module_of, ops, run_pass, run_pass_to_the_end, run_plain
 
 from lwc.analysis.manager import AnalysisManager
+from lwc.core.errors import UsageError
 from lwc.core.module import Module
 from lwc.optimizer import optimize
 from lwc.passes.quantization.quantize_weights import QuantizeWeights
@@ -189,6 +190,17 @@ def test_add_lora_says_which_layers_have_none() -> None:
     run_pass(AddLora(rank=2, layers=("e", "nothing*")), module)
     assert [each.down.value.name for each in adapters(module)] == ["e.lora_A"]
     assert "layers=nothing* matches no node" in reasons(module)
+
+
+def test_a_scale_that_the_type_does_not_hold_is_told() -> None:
+    for alpha, told in ((1e6, "500000 is inf"), (1e-9, "5e-10 is 0")):
+        module = module_of("""g (float16[n, 4] x) => (float16[n, 3] y)
+            <float16[4, 3] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}> { y = MatMul(x, w) }""")
+        assert not run_pass(AddLora(rank=2, alpha=alpha), module).changed
+        assert f"no adapter: alpha / rank = {told} in float16" in reasons(module)
+    for alpha in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="alpha="):
+            AddLora(alpha=alpha)
 
 
 def test_peft_like_modules_that_pytorch_traced_merge() -> None:

@@ -136,6 +136,27 @@ def test_scattered_zeros_get_no_adapter_but_full_training_keeps_them() -> None:
     assert not np.array_equal(weight(module, "up"), pruned.numpy())
 
 
+def test_a_few_scattered_zeros_count_as_chance_and_a_note_says_so() -> None:
+    sparse = language()
+    gone = np.random.default_rng(2).random((WIDTH, WIDTH)) < 0.1
+    pruned = ir.Tensor(np.where(gone, 0, weight(sparse, "up")).astype(np.float32), name="up")
+    sparse.replace_initializer(sparse.graph.initializers["up"], pruned)
+    _, _, told = recovered(sparse, "rank=4 steps=10 learning-rate=1e-2")
+    assert f"note: {gone.mean():.1%} of its weights are 0 here and there" in told
+    assert told.count("here and there") == 1
+    assert "here and there" not in recovered(language(), "rank=4 steps=2")[2]
+
+
+def test_feeds_of_one_token_are_left_out() -> None:
+    short = [{"ids": np.array([[3]])}, *texts(), {"ids": np.array([[1]])}]
+    _, found, told = recovered(language(), "rank=4 steps=4", data=short)
+    assert "warning: 2 of 8 feeds are left out: they have one token" in told
+    _, wanted, _ = recovered(language(), "rank=4 steps=4")
+    assert found["held-out loss after"] == wanted["held-out loss after"]
+    with pytest.raises(InputError, match="every feed has one token"):
+        recovered(language(), "rank=4", data=[{"ids": np.array([[3]])}] * 4)
+
+
 def test_the_module_before_the_pipeline_is_the_teacher() -> None:
     result = lwc.optimize(
         language(),
@@ -222,6 +243,30 @@ def test_killed_and_resumed_it_gives_the_same_file(
     assert other["training resumed"] == 0
 
 
+@pytest.mark.parametrize("what", ["nothing", "teacher", "loss", "seed", "data", "memory"])
+def test_what_is_kept_holds_for_the_same_run_alone(what: str, tmp_path: Path) -> None:
+    """A teacher is known by its content: another one under the name of the first is another."""
+
+    def run(changed: str) -> int:
+        save(language(3 if changed == "teacher" else 2), tmp_path / "teacher.onnx")
+        options = f"rank=4 steps=10 teacher={tmp_path / 'teacher.onnx'}"
+        options += " loss=reverse-kl" if changed == "loss" else ""
+        found = recovered(
+            language(),
+            options,
+            resume=tmp_path / "kept",
+            seed=int(changed == "seed"),
+            max_memory=10**9 if changed == "memory" else None,
+            data=texts(7 if changed == "data" else 6),
+        )[1]
+        resumed = found["training resumed"]
+        assert isinstance(resumed, int)
+        return resumed
+
+    assert run("nothing") == 0
+    assert run(what) == (10 if what == "nothing" else 0)
+
+
 def test_memory_bound_changes_nothing_but_rounding() -> None:
     plain, _, _ = recovered(language(), "rank=4 steps=10 learning-rate=1e-2")
     bound, _, _ = recovered(language(), "rank=4 steps=10 learning-rate=1e-2", max_memory=20000)
@@ -255,7 +300,7 @@ def test_outputs_that_are_no_logits_are_learned_from_a_teacher() -> None:
         lwc.optimize(module, "recover{rank=4}", calibration=feeds)
 
 
-def test_errors(monkeypatch: pytest.MonkeyPatch, teacher: Path) -> None:
+def test_errors(monkeypatch: pytest.MonkeyPatch, teacher: Path, tmp_path: Path) -> None:
     module = language()
     with pytest.raises(PassError, match="no calibration data"):
         lwc.optimize(module, "recover")
@@ -263,6 +308,15 @@ def test_errors(monkeypatch: pytest.MonkeyPatch, teacher: Path) -> None:
         recovered(module, "rank=4", data=texts(1))
     with pytest.raises(PassError, match="there is no layer to train"):
         recovered(module, "rank=99")
+    broken = language()
+    content = weight(broken, "head")
+    content[0, 0] = np.nan
+    broken.replace_initializer(broken.graph.initializers["head"], ir.Tensor(content, name="head"))
+    with pytest.raises(PassError, match="'logits' has numbers that are not finite"):
+        recovered(broken, "rank=4")
+    save(broken, tmp_path / "broken.onnx")
+    with pytest.raises(PassError, match="the held-out loss is nan before any training"):
+        recovered(module, f"rank=4 teacher={tmp_path / 'broken.onnx'}")
     with pytest.raises(PassError, match="is no finite number at step"):
         recovered(module, "rank=4 steps=99 method=full learning-rate=1e38")
     with pytest.raises(PassError, match="small updates are lost"):
@@ -270,6 +324,7 @@ def test_errors(monkeypatch: pytest.MonkeyPatch, teacher: Path) -> None:
     for options, words in (
         ({"rank": 0}, "rank=0"),
         ({"steps": 0}, "steps=0"),
+        ({"alpha": 0.0}, "alpha=0"),
         ({"kd_weight": 1.5}, "kd-weight=1.5"),
         ({"held_out": 1.0}, "held-out=1"),
         ({"learning_rate": 0.0}, "learning-rate=0"),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -28,7 +30,14 @@ from lwc.train.losses import (
     next_token_loss,
     reverse_kl_divergence,
 )
-from lwc.train.objective import Objective, TextModel, choose_objective, predicts_next, text_model
+from lwc.train.objective import (
+    Objective,
+    TextModel,
+    TokenInputs,
+    choose_objective,
+    predicts_next,
+    text_model,
+)
 
 SILENT = PassContext(
     AnalysisManager(module_of("g (float[1] x) => (float[1] y) { y = Tanh(x) }"))
@@ -242,7 +251,9 @@ LANGUAGE = """g (int64[b, s] ids, int64[b, s] attention_mask) => (float[b, s, 7]
 
 
 def test_a_model_of_text_is_known_by_its_inputs_and_outputs() -> None:
-    assert text_model(module_of(LANGUAGE)) == TextModel("logits", "ids", "attention_mask")
+    assert text_model(module_of(LANGUAGE)) == TextModel(
+        "logits", TokenInputs("ids", "attention_mask")
+    )
     plain = module_of("g (float[n, 2] x) => (float[n, 2] y) { y = Tanh(x) }")
     assert text_model(plain) is None
 
@@ -274,7 +285,7 @@ def test_next_tokens_are_predicted_where_no_later_one_matters(
 ) -> None:
     feeds = [{"ids": np.array([[1]]), "mask": np.array([[1]])},
              {"ids": np.array(ids), "mask": np.zeros_like(ids)}]  # fmt: skip
-    model = TextModel("logits", "ids", "mask")
+    model = TextModel("logits", TokenInputs("ids", "mask"))
     assert predicts_next(model, feeds, Shown(lambda each: answer(each) * 1.0)) == causal
 
 
@@ -308,14 +319,89 @@ def test_objectives() -> None:
 def test_an_objective_mixes_and_masks() -> None:
     student, teacher = drawn(1, 4, 5), drawn(1, 4, 5, seed=1)
     ids, mask = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[0, 1, 1, 1, 0]])
-    text = TextModel("logits", "ids", "mask")
-    objective = Objective("kl", ("logits",), text, 0.25, 2.0)
+    text = TextModel("logits", TokenInputs("ids", "mask"))
+    objective = Objective("kl", ("logits",), text, text.inputs, 0.25, 2.0)
     found = objective({"logits": student}, {"ids": ids, "mask": mask}, {"logits": teacher.numpy()})
     own = mask[:, 1:]  # the first place is of a past
     wanted = 0.75 * next_token_loss(student, ids, own) + 0.25 * kl_divergence(
         teacher, student, 2.0, own
     )
     assert float(found) == pytest.approx(float(wanted))
+
+
+def test_padding_counts_in_no_distance() -> None:
+    """Of outputs with a row for each token; a row for each text has no padding."""
+    ones = ", ".join(["1"] * 28)
+    encoder = module_of(
+        f"""g (int64[b, s] input_ids, int64[b, s] attention_mask)
+        => (float[b, s, 4] states, float[b, 4] pooled)
+        <float[7, 4] table = {{{ones}}}> {{ states = Gather(table, input_ids)
+        axes = Constant<value = int64[1] {{1}}>() pooled = ReduceMean<keepdims = 0>(states, axes)
+        f = Cast<to = 1>(attention_mask) }}"""
+    )
+    objective = choose_objective(encoder, "auto", 0.5, 1.0, taught=True, causal=False)
+    assert objective.told == "mse"
+    feed = {"input_ids": torch.tensor([[1, 2, 3], [4, 0, 0]]),
+            "attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0]])}  # fmt: skip
+    states, taught = drawn(2, 3, 4), drawn(2, 3, 4, seed=1)
+    pooled, also = drawn(2, 4, seed=2), drawn(2, 4, seed=3)
+    given = {"states": taught.numpy(), "pooled": also.numpy()}
+    found = objective({"states": states, "pooled": pooled}, feed, given)
+    kept = feed["attention_mask"].bool()
+    wanted = mean_squares(taught[kept], states[kept]) + mean_squares(also, pooled)
+    assert float(found) == pytest.approx(float(wanted))
+    states[1, 1:] += 100
+    assert float(objective({"states": states, "pooled": pooled}, feed, given)) == pytest.approx(
+        float(wanted)
+    )
+    assert float(wanted) != pytest.approx(
+        float(mean_squares(taught, drawn(2, 3, 4)) + mean_squares(also, pooled))
+    )
+
+
+def test_one_token_has_no_label() -> None:
+    logits = drawn(1, 1, 5).requires_grad_()
+    for mask in (None, torch.tensor([[1]])):
+        loss = next_token_loss(logits, torch.tensor([[2]]), mask)
+        assert loss.item() == 0
+        loss.backward()
+    text = TextModel("logits", TokenInputs("ids", None))
+    objective = Objective("kl", ("logits",), text, text.inputs, 0.25)
+    assert not objective.teaches({"ids": np.zeros((1, 1), np.int64)})
+    assert objective.teaches({"ids": np.zeros((1, 2), np.int64)})
+    assert replace(objective, weight=1.0).teaches({"ids": np.zeros((1, 1), np.int64)})
+
+
+def test_outputs_of_other_shapes_are_not_broadcast() -> None:
+    objective = Objective("mse", ("y",), None, None, 1.0)
+    with pytest.raises(
+        PassError, match=r"gives 'y' of shape \[2, 1\], the model of shape \[2, 4\]"
+    ):
+        objective({"y": drawn(2, 4)}, {}, {"y": np.ones((2, 1), np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("output", "told"),
+    [
+        ("float[n, 5] y", r"as float \[n,5\], the model as float \[n,4\]"),
+        ("float[n] y", r"as float \[n\], the model"),
+        ("int64[n, 4] y", "as int64"),
+    ],
+)
+def test_teachers_of_other_shapes_are_refused(output: str, told: str) -> None:
+    kinds = {"float": 1, "int64": 7}
+    text = "g (float[n, 4] x) => (float[n, 4] y) { y = Identity(x) }"
+    student = module_of(text)
+    taught = module_of(text)
+    (value,) = taught.graph.outputs
+    kind, _, rest = output.partition("[")
+    extents = rest.partition("]")[0].split(", ")
+    value.dtype = ir.DataType(kinds[kind])
+    value.shape = ir.Shape([int(each) if each.isdigit() else each for each in extents])
+    with pytest.raises(PassError, match=told):
+        check_teacher(taught, student)
+    value.dtype, value.shape = ir.DataType.FLOAT16, ir.Shape(["m", "k"])
+    assert check_teacher(taught, student) == ("x",)
 
 
 def test_teachers_take_and_give_what_the_model_does() -> None:

@@ -35,9 +35,9 @@ def made(graph: str, x: str, y: str, extent: str) -> Module:
     """x and its double, of one dimension with a name."""
     nodes = [onnx.helper.make_node("Add", [x, x], [y], name=y)]
     kind = onnx.TensorProto.FLOAT
-    ends = [[onnx.helper.make_tensor_value_info(each, kind, [extent])] for each in (x, y)]
+    first, last = (onnx.helper.make_tensor_value_info(each, kind, [extent]) for each in (x, y))
     proto = onnx.helper.make_model(
-        onnx.helper.make_graph(nodes, graph, *ends),
+        onnx.helper.make_graph(nodes, graph, [first], [last]),
         opset_imports=[onnx.helper.make_opsetid("", 21)],
     )
     return Module(ir.from_proto(proto))
