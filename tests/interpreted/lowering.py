@@ -160,7 +160,7 @@ def grouped(new: int, past: int, batch: int, **attributes: Any) -> dict[str, Any
         {"do_rotary": 1},
         {"do_rotary": 1, "rotary_interleaved": 1},
         {"local_window_size": 3},
-        {"softcap": 2.0, "scale": 0.2},
+        {"softcap": 2.0, "scale": -0.2},
         {"causal": 0},
     ],
     ids=str,
@@ -238,6 +238,8 @@ def test_multi_head_attention_with_a_past_and_across() -> None:
     check("MultiHeadAttention", whole, domain=MS, num_heads=2, outputs=3)
     across = {"q": normal(2, 3, 16), "k": normal(2, 2, 7, 8), "v": normal(2, 2, 7, 8, seed=1)}
     check("MultiHeadAttention", across, domain=MS, num_heads=2)
+    module, _ = one_node("MultiHeadAttention", across, domain=MS, num_heads=2, unidirectional=1)
+    assert reasons(module) == ["queries and new keys may differ in number"]
 
 
 @pytest.mark.parametrize("past", [False, True])
@@ -255,7 +257,7 @@ def test_packed_attention(*, past: bool) -> None:
 
 @pytest.mark.parametrize(
     "attributes",
-    [{}, {"is_causal": 1}, {"softcap": 1.5}, {"is_causal": 1, "scale": 0.3}],
+    [{}, {"is_causal": 1}, {"softcap": 1.5}, {"is_causal": 1, "scale": 0.3}, {"scale": -0.3}],
     ids=str,
 )
 @pytest.mark.parametrize("mask", ["none", "bool", "float", "short"])

@@ -182,6 +182,20 @@ def test_multi_head_attention_with_a_past() -> None:
     check("MultiHeadAttention", whole, num_heads=2, outputs=3)
 
 
+@pytest.mark.parametrize(
+    ("queries", "keys", "past"),
+    [(3, 5, 0), (5, 3, 0), (1, 4, 0), (2, 2, 3), (4, 2, 1), (1, 3, 2), (3, 3, 2)],
+)
+def test_causal_attention_of_other_lengths(queries: int, keys: int, past: int) -> None:
+    """ONNX Runtime counts keys from the end of the past, and hides none from the last query."""
+    given = {"q": normal(2, queries, 8), "k": normal(2, keys, 8), "v": normal(2, keys, 8)}
+    if past:
+        given |= dict.fromkeys(("bias", "mask", "more"))
+        given |= {"past_k": normal(2, 2, past, 4), "past_v": normal(2, 2, past, 4)}
+    outputs = 3 if past else 1
+    check("MultiHeadAttention", given, num_heads=2, unidirectional=1, outputs=outputs)
+
+
 @pytest.mark.parametrize("causal", [0, 1])
 def test_packed_attention(causal: int) -> None:
     given = {

@@ -101,3 +101,28 @@ def test_an_output_of_a_type_that_is_not_declared() -> None:
     (found,) = run_fx(module, feed)
     assert found.dtype == ml_dtypes.float8_e4m3fn
     assert found.astype(np.float32).tolist() == [0.0703125, 448, -3.0]
+
+
+@pytest.mark.parametrize("auto_pad", ["SAME_UPPER", "SAME_LOWER", "NOTSET"])
+@pytest.mark.parametrize("extent", [7, 8, 13])
+def test_transposed_convolutions_of_a_given_extent(auto_pad: str, extent: int) -> None:
+    """Smaller than the whole one, of 11 or 12 numbers, or larger."""
+    drawn = np.random.default_rng(0)
+    for size in (2, 3):
+        given = {name: drawn.normal(size=(1, 1, n)).astype(np.float32)
+                 for name, n in (("x", 4), ("w", size))}  # fmt: skip
+        module, feed = one_node(
+            "ConvTranspose", given, auto_pad=auto_pad, strides=[3], output_shape=[extent]
+        )
+        assert_agrees(module, feed)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.3])
+def test_attention_by_a_negative_scale(scale: float) -> None:
+    """ONNX Runtime takes its root and gives NaN, so the formula is the judge."""
+    drawn = np.random.default_rng(0)
+    q, k, v = (drawn.normal(size=(1, 2, 3, 4)).astype(np.float32) for _ in range(3))
+    module, feed = one_node("Attention", {"q": q, "k": k, "v": v}, opset=23, scale=scale)
+    shares = np.exp(scale * q @ k.transpose(0, 1, 3, 2))
+    wanted = shares / shares.sum(-1, keepdims=True) @ v
+    np.testing.assert_allclose(run_fx(module, feed)[0], wanted, rtol=1e-5, atol=1e-6)

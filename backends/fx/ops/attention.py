@@ -74,9 +74,10 @@ def attention(
         k, v = torch.cat([past_key, k], dim=2), torch.cat([past_value, v], dim=2)
     elif lengths is not None:
         offset = (lengths - q.shape[2]).reshape(-1, 1, 1, 1)
-    root = math.sqrt(1 / math.sqrt(q.shape[3]) if scale is None else scale)
+    factor = 1 / math.sqrt(q.shape[3]) if scale is None else scale
+    root = math.sqrt(abs(factor))
     keys, values = _repeated(k, q.shape[1]), _repeated(v, q.shape[1])
-    products = torch.matmul(q * root, (keys * root).mT)
+    products = torch.matmul(q * math.copysign(root, factor), (keys * root).mT)
     capped = torch.tanh(products / softcap) * softcap if softcap > 0 else products
     bias = bias_of(mask, keys.shape[2], q.dtype)
     visible = _visible(
@@ -138,8 +139,12 @@ def _attended(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attend as ONNX Runtime's operators do, in which hidden keys get `fill` more.
 
+    With `unidirectional`, query `i` sees key `j` up to `j = i + past`, and the last query all:
+    where there are as many new keys as queries, it would anyway.
+
     Returns rows, the keys and values with those of the past, and the logits.
     """
+    past = 0 if past_key is None else past_key.shape[2]
     if past_key is not None and past_value is not None:
         k, v = torch.cat([past_key, k], dim=2), torch.cat([past_value, v], dim=2)
     logits = torch.matmul(q, k.mT) * (scale or 1 / math.sqrt(q.shape[-1]))
@@ -149,9 +154,10 @@ def _attended(
     if mask is not None:
         logits = logits + torch.where(opened(mask, total), 0.0, fill).to(logits.dtype)
     if unidirectional:
-        ahead = torch.arange(total) - torch.arange(length).unsqueeze(-1) - (total - length)
+        queries = torch.arange(length).unsqueeze(-1)
+        seen = (torch.arange(total) <= queries + past) | (queries == length - 1)
         lowest = torch.full_like(logits, torch.finfo(logits.dtype).min)
-        logits = torch.where(ahead <= 0, logits, lowest)
+        logits = torch.where(seen, logits, lowest)
     return as_rows(torch.matmul(torch.softmax(logits, -1), v)), k, v, logits
 
 

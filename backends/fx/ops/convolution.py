@@ -135,8 +135,11 @@ def conv_transpose(
         output_shape = [n * s for n, s in zip(x.shape[2:], steps, strict=True)]
     if output_shape is not None:
         totals = [w - n for w, n in zip(whole, output_shape[-rank:], strict=True)]
-        less, more = [t // 2 for t in totals], [t - t // 2 for t in totals]
-        before, after = (less, more) if auto_pad == "SAME_UPPER" else (more, less)
+        # What lacks instead of being too much is filled at the end, as ONNX Runtime does it.
+        halves = [
+            max(t, 0) // 2 if auto_pad == "SAME_UPPER" else (max(t, 0) + 1) // 2 for t in totals
+        ]
+        before, after = halves, [t - h for t, h in zip(totals, halves, strict=True)]
     elif auto_pad == "VALID" or pads is None:
         before = after = [0] * rank
     else:

@@ -37,6 +37,11 @@ def multi_head_attention(site: Site) -> Results:
     if width is not None and len(shape) == 3:
         width //= heads
     site.need_size(width)
+    if site.given("unidirectional"):
+        key = site.shape(site.given("key")) if len(shape) == 3 else None
+        known = len(shape) == 5 or key is not None
+        length = shape[1] if key is None else key[2 if len(key) == 4 else 1]
+        site.need(known and shape[1] == length, "queries and new keys may differ in number")
     value = site.given("value")
     if isinstance(value, torch.fx.Node) and len(site.shape(value) or ()) == 3:
         width = site.extent(value, -1)
