@@ -456,3 +456,9 @@ def test_getting_the_element_of_what_is_no_optional_gives_the_whole() -> None:
     assert shapes.fact(values["y"]).element is not None
     assert shapes.fact(values["s"]).element is not None
     assert shapes.dtype(values["z"]) == ir.DataType.FLOAT
+
+
+def test_an_operator_that_came_after_the_opset_has_the_shape_that_is_stated() -> None:
+    module = module_of("g (float[n, 8] x) => (float[n, 4] y) { y = SwiGLU(x) }", 21)
+    (value,) = module.graph.outputs
+    assert [str(dim) for dim in Shapes.build(module).fact(value).shape or ()] == ["n", "4"]

@@ -50,7 +50,10 @@ def _version(site: Site) -> int:
 @functools.cache
 def _schema(domain: str, op: str, version: int) -> onnx.defs.OpSchema | None:
     domain = "" if domain == "ai.onnx" else domain
-    return onnx.defs.get_schema(op, version, domain) if onnx.defs.has(op, domain) else None
+    try:
+        return onnx.defs.get_schema(op, version, domain)
+    except onnx.defs.SchemaError:  # also of operators that came after this version
+        return None
 
 
 def _from_schema(site: Site, schema: onnx.defs.OpSchema) -> Sequence[Fact | None]:
