@@ -609,3 +609,21 @@ def test_equal_constants_become_the_one_that_leaves_the_graph(order: str) -> Non
     }}""")
     canonicalize(module)
     assert list(module.graph.initializers) == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "left"), [("float", ["Relu"]), ("float16", ["Cast", "Relu"]), ("int64", ["Cast"])]
+)
+def test_casts_to_the_type_of_a_value_name_it(kind: str, left: list[str]) -> None:
+    end = "y = Relu(c)" if "Relu" in left else "y = Identity(c)"
+    module = module_of(
+        f"g (float[n] x, {kind}[m] z) => ({kind}[n] y) {{ c = CastLike(x, z) {end} }}", 21
+    )
+    like = np.ones(3, {"float": "float32"}.get(kind, kind))
+    feed = {"x": np.array([-1.5, 2.5], np.float32), "z": like}
+    (wanted,) = run_plain(module, feed)
+    assert canonicalize(module).changed
+    assert ops(module) == left
+    (found,) = run_plain(module, feed)
+    assert found.dtype == wanted.dtype
+    np.testing.assert_array_equal(found, wanted)

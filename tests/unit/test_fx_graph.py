@@ -243,6 +243,19 @@ def test_sequences_and_optionals() -> None:
     assert_agrees(module, {"x": np.ones((3, 2), np.float32)})
 
 
+def test_a_constant_place_in_a_sequence_needs_no_value_when_exported() -> None:
+    module = module_of(
+        """g (float[n, 6] x) => (float[n, 2] y) <int64 one = {1}, int64[3] parts = {2, 2, 2}>
+        { s = SplitToSequence<axis = 1>(x, parts) a = SequenceAt(s, one)
+          t = SequenceErase(s, one) u = SequenceInsert(t, a, one) y = SequenceAt(u, one) }"""
+    )
+    x = torch.ones(3, 6)
+    exported = torch.export.export(
+        lwc.to_fx(module), (x,), dynamic_shapes=({0: torch.export.Dim("n", max=9)},)
+    )
+    assert exported.module()(x).shape == (3, 2)
+
+
 LOOP = """g (float[n, 2] x, int64 most) => (float[n, 2] y, float[m, n, 2] rows)
     <bool go = {1}, float two = {2}, float limit = {50}> {
     y, rows = Loop(most, go, x) <body = b (int64 i, bool c, float[n, 2] v) =>

@@ -33,15 +33,15 @@ def sequence_length(values: Sequence[Tensor]) -> Tensor:
     return torch.tensor(len(values), dtype=torch.int64)
 
 
-@op("SequenceAt")
-def sequence_at(values: Sequence[Tensor], position: Tensor) -> Tensor:
+@op("SequenceAt", either=(1,))
+def sequence_at(values: Sequence[Tensor], position: Tensor | int) -> Tensor:
     """Take one."""
     return values[int(position)]
 
 
-@op("SequenceInsert")
+@op("SequenceInsert", either=(2,))
 def sequence_insert(
-    values: Sequence[Tensor], value: Tensor, position: Tensor | None = None
+    values: Sequence[Tensor], value: Tensor, position: Tensor | int | None = None
 ) -> list[Tensor]:
     """Put one in, at the end by default."""
     made = list(values)
@@ -49,8 +49,8 @@ def sequence_insert(
     return made
 
 
-@op("SequenceErase")
-def sequence_erase(values: Sequence[Tensor], position: Tensor | None = None) -> list[Tensor]:
+@op("SequenceErase", either=(1,))
+def sequence_erase(values: Sequence[Tensor], position: Tensor | int | None = None) -> list[Tensor]:
     """Take one out, the last by default."""
     made = list(values)
     made.pop(-1 if position is None else int(position))

@@ -53,4 +53,13 @@ def cast_of_cast(node: ir.Node, edit: Editor) -> Outcome:
     return source if end == start else edit.op("Cast", [source], {"to": int(end)})
 
 
-RULES: tuple[Rule, ...] = (cast_to_own_type, cast_of_cast)
+@rule("CastLike")
+def cast_to_a_known_type(node: ir.Node, edit: Editor) -> Outcome:
+    """A cast to the type of another value: a cast to that type, which does not wait for it."""
+    kind = edit.dtype(node.inputs[1])
+    if kind is None:
+        return None
+    return edit.op("Cast", node.inputs[:1], {**dict(node.attributes), "to": int(kind)})
+
+
+RULES: tuple[Rule, ...] = (cast_to_own_type, cast_of_cast, cast_to_a_known_type)
