@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -14,6 +18,8 @@ from lwc.analysis.manager import AnalysisManager
 from lwc.core.module import Module
 from lwc.pipeline.passes import Pass, PassContext, PassResult
 from lwc.verify.structure.well_formed import verify_structure
+
+ROOT = Path(__file__).parents[1]
 
 
 def module_of(text: str, opset: int = 17, ir_version: int = 8) -> Module:
@@ -67,3 +73,18 @@ class Idle(Pass):
     def run(self, module: Module, ctx: PassContext) -> PassResult:
         """Do nothing."""
         return PassResult(False)
+
+
+def run_interpreted(program: str, folder: Path) -> str:
+    """Return what a program prints that imports the `model.py` of a folder, in the interpreter.
+
+    Triton chooses it when kernels are defined, so the program has a process of its own.
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{folder}:{ROOT}"},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    return ended.stdout

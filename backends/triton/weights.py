@@ -118,7 +118,7 @@ class W4Weights(_Weights):
             group_size: 32, 64 or 128.
 
         Raises:
-            LwcError: Shapes do not fit, or a scale is outside of the normal numbers of float16.
+            LwcError: Shapes do not fit, or float16 does not hold a scale so.
         """
         _check(codes, np.uint8, 2)
         columns, depth = codes.shape

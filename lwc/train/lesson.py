@@ -62,15 +62,12 @@ def check_teacher(teacher: Module, student: Module) -> tuple[str, ...]:
     for value in student.graph.outputs:
         taught = given.get(value.name)
         if taught is None:
-            raise PassError(
-                f"{named} does not give '{value.name}', as the model does",
-                remedy="give one of the same outputs, or teacher=none",
-            )
-        if not _may_agree(taught, value):
-            raise PassError(
-                f"{named} gives '{value.name}' as {_told(taught)}, the model as {_told(value)}",
-                remedy="give one of the same outputs, or teacher=none",
-            )
+            wrong = f"does not give '{value.name}', as the model does"
+        elif not _may_agree(taught, value):
+            wrong = f"gives '{value.name}' as {_told(taught)}, the model as {_told(value)}"
+        else:
+            continue
+        raise PassError(f"{named} {wrong}", remedy="give one of the same outputs, or teacher=none")
     return tuple(value.name or "" for value in teacher.graph.inputs if value.name in known)
 
 

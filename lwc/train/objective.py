@@ -145,15 +145,16 @@ class Objective:
     Attributes:
         loss: `cross-entropy`, where weight is 0, or the distance from the teacher.
         outputs: What is compared with the teacher's.
-        text: Inputs and outputs for cross-entropy, or None.
-        tokens: Inputs that say where there is padding, which does not count, or None.
+        logits: The output for cross-entropy, or None.
+        tokens: Inputs that hold its labels, and say where there is padding, which does not count;
+            or None.
         weight: Share of the distance.
         temperature: Of the divergences.
     """
 
     loss: LossName
     outputs: tuple[str, ...]
-    text: TextModel | None
+    logits: str | None
     tokens: TokenInputs | None
     weight: float
     temperature: float = 1.0
@@ -183,10 +184,10 @@ class Objective:
 
         total: Any = 0.0
         if self.weight < 1:
-            assert self.text is not None
-            logits = outputs[self.text.logits]
-            ids = inputs[self.text.inputs.ids]
-            plain = next_token_loss(logits, ids, self._mask(inputs))
+            assert self.logits is not None
+            assert self.tokens is not None
+            ids = inputs[self.tokens.ids]
+            plain = next_token_loss(outputs[self.logits], ids, self._mask(inputs))
             total = (1 - self.weight) * plain
         if self.weight > 0:
             parts = [self._distance(n, outputs[n], taught[n], inputs) for n in self.outputs]
@@ -195,7 +196,7 @@ class Objective:
 
     def teaches(self, feed: Feed) -> bool:
         """Tell whether the loss says anything on a feed: of one token, cross-entropy does not."""
-        return self.weight == 1 or self.text is None or feed[self.text.inputs.ids].shape[1] > 1
+        return self.weight == 1 or self.tokens is None or feed[self.tokens.ids].shape[1] > 1
 
     def _distance(self, name: str, student: Any, teacher: Array, inputs: Mapping[str, Any]) -> Any:
         import torch
@@ -272,7 +273,8 @@ def choose_objective(
     if not outputs:
         raise PassError("no output holds floats, so there is nothing to compare")
     share = 0.0 if loss == "cross-entropy" else weight if predicts else 1.0
-    return Objective(loss, outputs, text, token_inputs(module), share, temperature)
+    logits, tokens = (None, token_inputs(module)) if text is None else (text.logits, text.inputs)
+    return Objective(loss, outputs, logits, tokens, share, temperature)
 
 
 def _logits(module: Module) -> str:

@@ -68,6 +68,15 @@ def weight(module: Module, name: str) -> Array:
     return np.array(found.numpy())
 
 
+def scattered(share: float) -> tuple[Module, Array]:
+    """Make a model of which some weights of `up` are zero here and there; tell which."""
+    module = language()
+    gone = np.random.default_rng(2).random((WIDTH, WIDTH)) < share
+    pruned = ir.Tensor(np.where(gone, 0, weight(module, "up")).astype(np.float32), name="up")
+    module.replace_initializer(module.graph.initializers["up"], pruned)
+    return module, gone
+
+
 def recovered(module: Module, options: str, **given: Any) -> tuple[Module, dict[str, Any], str]:
     result = lwc.optimize(
         module, f"recover{{{options}}}", calibration=given.pop("data", texts()), threads=1, **given
@@ -124,23 +133,18 @@ def test_a_teacher_teaches_and_dead_neurons_stay_dead(method: str, teacher: Path
 
 
 def test_scattered_zeros_get_no_adapter_but_full_training_keeps_them() -> None:
-    sparse = language()
-    gone = np.random.default_rng(2).random((WIDTH, WIDTH)) < 0.5
-    pruned = ir.Tensor(np.where(gone, 0, weight(sparse, "up")).astype(np.float32), name="up")
-    sparse.replace_initializer(sparse.graph.initializers["up"], pruned)
+    sparse, gone = scattered(0.5)
+    before = weight(sparse, "up")
     module, _, told = recovered(sparse, "rank=4 steps=10 learning-rate=1e-2")
     assert "of its weights are 0, which keep-zeros keeps" in told
-    assert np.array_equal(weight(module, "up"), pruned.numpy())
+    assert np.array_equal(weight(module, "up"), before)
     module, _, _ = recovered(sparse, "method=full steps=10 learning-rate=1e-2")
     assert np.array_equal(weight(module, "up") == 0, gone)
-    assert not np.array_equal(weight(module, "up"), pruned.numpy())
+    assert not np.array_equal(weight(module, "up"), before)
 
 
 def test_a_few_scattered_zeros_count_as_chance_and_a_note_says_so() -> None:
-    sparse = language()
-    gone = np.random.default_rng(2).random((WIDTH, WIDTH)) < 0.1
-    pruned = ir.Tensor(np.where(gone, 0, weight(sparse, "up")).astype(np.float32), name="up")
-    sparse.replace_initializer(sparse.graph.initializers["up"], pruned)
+    sparse, gone = scattered(0.1)
     _, _, told = recovered(sparse, "rank=4 steps=10 learning-rate=1e-2")
     assert f"note: {gone.mean():.1%} of its weights are 0 here and there" in told
     assert told.count("here and there") == 1

@@ -319,8 +319,8 @@ def test_objectives() -> None:
 def test_an_objective_mixes_and_masks() -> None:
     student, teacher = drawn(1, 4, 5), drawn(1, 4, 5, seed=1)
     ids, mask = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[0, 1, 1, 1, 0]])
-    text = TextModel("logits", TokenInputs("ids", "mask"))
-    objective = Objective("kl", ("logits",), text, text.inputs, 0.25, 2.0)
+    tokens = TokenInputs("ids", "mask")
+    objective = Objective("kl", ("logits",), "logits", tokens, 0.25, 2.0)
     found = objective({"logits": student}, {"ids": ids, "mask": mask}, {"logits": teacher.numpy()})
     own = mask[:, 1:]  # the first place is of a past
     wanted = 0.75 * next_token_loss(student, ids, own) + 0.25 * kl_divergence(
@@ -365,8 +365,7 @@ def test_one_token_has_no_label() -> None:
         loss = next_token_loss(logits, torch.tensor([[2]]), mask)
         assert loss.item() == 0
         loss.backward()
-    text = TextModel("logits", TokenInputs("ids", None))
-    objective = Objective("kl", ("logits",), text, text.inputs, 0.25)
+    objective = Objective("kl", ("logits",), "logits", TokenInputs("ids", None), 0.25)
     assert not objective.teaches({"ids": np.zeros((1, 1), np.int64)})
     assert objective.teaches({"ids": np.zeros((1, 2), np.int64)})
     assert replace(objective, weight=1.0).teaches({"ids": np.zeros((1, 1), np.int64)})

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install 'lwc[
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are for Triton's interpreter here", allow_module_level=True)
 
+from support import run_interpreted  # noqa: E402
 from tiny_llama import as_module, tiny_llama  # noqa: E402
 
 from lwc.backends.triton.architectures import architecture  # noqa: E402
@@ -29,8 +28,6 @@ from lwc.cli.opt import main  # noqa: E402
 from lwc.core.errors import UsageError  # noqa: E402
 from lwc.frontend.load import load  # noqa: E402
 from lwc.wiring import BACKENDS  # noqa: E402
-
-ROOT = Path(__file__).parents[2]
 
 MODEL = """<ir_version: 10, opset_import: ["" : 23]>
     mlp (float[batch, length, 64] x) => (float[batch, length, 64] y, float[batch, length, 64] z)
@@ -109,13 +106,7 @@ def test_the_module_runs_where_kernels_do(model: Path, tmp_path: Path) -> None:
         "torch.testing.assert_close(y, torch.nn.functional.silu(n) * x, rtol=1e-5, atol=1e-6)\n"
         "print('same')\n"
     )
-    ended = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{tmp_path / 'out'}:{ROOT}"},
-        capture_output=True,
-        text=True,
-    )
-    assert ended.stdout == "same\n", ended.stderr[-2000:]
+    assert run_interpreted(program, tmp_path / "out") == "same\n"
 
 
 def test_what_was_emitted_before_is_replaced_as_a_whole_or_stays(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import onnx
@@ -20,13 +18,13 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install 'lwc[
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are for Triton's interpreter here", allow_module_level=True)
 
+from support import run_interpreted  # noqa: E402
+
 from lwc.backends.triton.architectures import architecture  # noqa: E402
 from lwc.backends.triton.convert import to_triton  # noqa: E402
 from lwc.backends.triton.emit import emit  # noqa: E402
 from lwc.backends.triton.source import python_source  # noqa: E402
 from lwc.core.module import Module  # noqa: E402
-
-ROOT = Path(__file__).parents[2]
 
 NAMES = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=8)
 
@@ -76,10 +74,4 @@ def test_any_names_make_python(graph: str, x: str, y: str, extent: str) -> None:
 def test_a_model_without_weights_runs(tmp_path: Path) -> None:
     emit(made("double", "x", "y", "n"), tmp_path / "out", architectures=[architecture("sm_90")])
     program = "import torch, model; print(model.load(device='cpu')(torch.ones(2)).tolist())"
-    ended = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{tmp_path / 'out'}:{ROOT}"},
-        capture_output=True,
-        text=True,
-    )
-    assert ended.stdout == "[2.0, 2.0]\n", ended.stderr[-2000:]
+    assert run_interpreted(program, tmp_path / "out") == "[2.0, 2.0]\n"

@@ -136,10 +136,8 @@ def conv_transpose(
     if output_shape is not None:
         totals = [w - n for w, n in zip(whole, output_shape[-rank:], strict=True)]
         # What lacks instead of being too much is filled at the end, as ONNX Runtime does it.
-        halves = [
-            max(t, 0) // 2 if auto_pad == "SAME_UPPER" else (max(t, 0) + 1) // 2 for t in totals
-        ]
-        before, after = halves, [t - h for t, h in zip(totals, halves, strict=True)]
+        before = [(max(t, 0) + (auto_pad != "SAME_UPPER")) // 2 for t in totals]
+        after = [t - b for t, b in zip(totals, before, strict=True)]
     elif auto_pad == "VALID" or pads is None:
         before = after = [0] * rank
     else:
