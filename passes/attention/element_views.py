@@ -48,12 +48,11 @@ def _squeeze(of: Elements, node: ir.Node, index: Indices) -> Element | None:
     shape = of.shape(node.inputs[0])
     if shape is None or node.inputs[0] is None:
         return None
-    if len(node.inputs) > 1:
-        axes = of.constants(node.inputs[1])
-        if axes is None:
-            return None
-        gone = {axis % len(shape) for axis in axes}
-    else:
+    axes = of.constants(node.inputs[1]) if len(node.inputs) > 1 and node.inputs[1] else ()
+    if axes is None:
+        return None
+    gone = {axis % len(shape) for axis in axes}
+    if not gone:
         gone = {axis for axis, dim in enumerate(shape) if dim == 1}
         if len(shape) - len(gone) != len(index):
             return None

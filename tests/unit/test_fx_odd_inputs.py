@@ -117,6 +117,22 @@ def test_transposed_convolutions_of_a_given_extent(auto_pad: str, extent: int) -
         assert_agrees(module, feed)
 
 
+@pytest.mark.parametrize("auto_pad", ["SAME_UPPER", "SAME_LOWER"])
+def test_transposed_convolutions_whose_steps_are_longer_than_what_they_write(auto_pad: str) -> None:
+    given = {"x": X[None, None, 0], "w": np.ones((1, 1, 1), np.float32)}
+    module, feed = one_node("ConvTranspose", given, auto_pad=auto_pad, strides=[2])
+    assert run_fx(module, feed)[0].shape == (1, 1, 5)
+    assert_agrees(module, feed)
+
+
+def test_no_axes_to_squeeze_are_all() -> None:
+    """ONNX's own inference reads it as none, so it gets an output of any rank."""
+    module = module_of(
+        "g (float[1, a, 1] x) => (float[n] y) <int64[0] axes = {}> { y = Squeeze(x, axes) }"
+    )
+    assert_agrees(module, {"x": X[None, :, :1]})
+
+
 @pytest.mark.parametrize("scale", [-0.3, 0.3])
 def test_attention_by_a_negative_scale(scale: float) -> None:
     """ONNX Runtime takes its root and gives NaN, so the formula is the judge."""

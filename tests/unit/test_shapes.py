@@ -95,6 +95,7 @@ def content_of(text: str, name: str = "y", opset: int = 18) -> list[object]:
         ("float[b,3,6,6] x", "y = MaxPool<kernel_shape=[3,3],strides=[2,2]>(x)", (B, 3, 2, 2)),
         ("float[b,3,6,6] x", "y = MaxPool<kernel_shape=[3,3],strides=[2,2],ceil_mode=1>(x)", (B, 3, 3, 3)),
         ("float[b,3,5,a] x, float[3,2,4,4] w", "y = ConvTranspose<strides=[2,2],pads=[1,1,1,1]>(x,w)", (B, 2, 10, 2 * A)),
+        ("float[b,3,a,5] x, float[3,2,1,2] w", 'y = ConvTranspose<auto_pad="SAME_UPPER",strides=[2,2]>(x,w)', (B, 2, 2 * A - 1, 10)),
         # Recurrent, attention, quantised.
         ("float[s,b,3] x, float[2,16,3] w, float[2,16,4] r", 'y, h, c = LSTM<hidden_size=4,direction="bidirectional">(x,w,r)', (S, 2, B, 4)),
         ("float[a,b] x", "sc = Constant<value_float=1.0>()\ny = QuantizeLinear(x,sc)", (A, B)),

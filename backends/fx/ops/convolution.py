@@ -132,7 +132,8 @@ def conv_transpose(
     ]
     same = auto_pad in ("SAME_UPPER", "SAME_LOWER")
     if output_shape is None and same:
-        output_shape = [n * s for n, s in zip(x.shape[2:], steps, strict=True)]
+        # ONNX Runtime pads by no less than 0.
+        output_shape = [min(n * s, w) for n, s, w in zip(x.shape[2:], steps, whole, strict=True)]
     if output_shape is not None:
         totals = [w - n for w, n in zip(whole, output_shape[-rank:], strict=True)]
         # What lacks instead of being too much is filled at the end, as ONNX Runtime does it.

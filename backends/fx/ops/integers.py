@@ -194,7 +194,7 @@ def unsqueeze(x: Ints, axes: Ints) -> Ints:
 @host("Squeeze")
 def squeeze(x: Ints, axes: Ints = None) -> Ints:
     """Make a scalar of a vector of one."""
-    return x if axes == [] else _only(x)
+    return _only(x)
 
 
 @host("Reshape")

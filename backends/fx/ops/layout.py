@@ -56,8 +56,8 @@ def transpose(x: Tensor, *, perm: Sequence[int] | None = None) -> Tensor:
 
 @op("Squeeze", values=(1,))
 def squeeze(x: Tensor, axes: Sequence[int] | None = None) -> Tensor:
-    """Drop axes of extent 1."""
-    return torch.squeeze(x) if axes is None else torch.squeeze(x, tuple(axes))
+    """Drop axes of extent 1; all of them where none is named, as ONNX Runtime does."""
+    return torch.squeeze(x, tuple(axes)) if axes else torch.squeeze(x)
 
 
 @op("Unsqueeze", values=(1,))

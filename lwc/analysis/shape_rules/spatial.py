@@ -79,12 +79,12 @@ def _conv_transpose(site: Site) -> Outcome:
     result = []
     for axis in range(rank):
         size = data[2 + axis]
-        if auto.startswith("SAME"):
-            result.append(multiply(size, strides[axis]))
-            continue
         reach = add(multiply(dilations[axis], subtract(kernel[axis], 1)), 1)
-        trim = 0 if auto == "VALID" else pads[axis] + pads[axis + rank]
         grown = add(multiply(strides[axis], subtract(size, 1)), add(reach, extra[axis]))
+        if auto.startswith("SAME"):
+            result.append(minimum(multiply(size, strides[axis]), grown))
+            continue
+        trim = 0 if auto == "VALID" else pads[axis] + pads[axis + rank]
         result.append(subtract(grown, trim))
     return Fact(site.dtype(0), (data[0], channels, *result))
 
