@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import operator
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from lwc.analysis.manager import AnalysisManager
 from lwc.core.diagnostics import Remark
-from lwc.core.errors import InputError, RequirementError, UsageError
+from lwc.core.errors import RequirementError, UsageError
 from lwc.core.paths import is_folder_target
+from lwc.frontend.load import as_module
 from lwc.pipeline.instruments import History
 from lwc.pipeline.manager import PassManager
 from lwc.pipeline.options import did_you_mean
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 __all__ = [
     "OptimizeResult",
     "RunSettings",
-    "as_module",
     "bind_pass",
     "check_required",
     "make_context",
@@ -160,8 +159,8 @@ def optimize(
 
     Args:
         graph: A path (`.onnx`, `.onnxtxt`, `.gguf`, Hugging Face folder), a `Module`, an
-            `onnx_ir.Model`, an `onnx.ModelProto`, a `torch.nn.Module` or `GraphModule` with
-            `args`, or a `torch.export.ExportedProgram`. It is not changed.
+            `OptimizeResult`, an `onnx_ir.Model`, an `onnx.ModelProto`, a `torch.nn.Module` or
+            `GraphModule` with `args`, or a `torch.export.ExportedProgram`. It is not changed.
         passes: A pipeline text, a `Pass`, or a sequence of both.
         args: Example inputs of a torch module.
         kwargs: Example keyword inputs of a torch module.
@@ -188,7 +187,7 @@ def optimize(
     """
     resolved = resolve(passes)
     required = required_rewrites(require_match, resolved)
-    module = as_module(graph, args=args, kwargs=kwargs, dynamic_shapes=dynamic_shapes)
+    module = as_module(graph, args, kwargs, dynamic_shapes=dynamic_shapes, copy=True)
     settings = RunSettings(
         verify=verify,
         backend=backend,
@@ -331,51 +330,6 @@ def check_required(record: PipelineRecord, required: Mapping[str, int]) -> None:
             )
 
 
-def as_module(
-    graph: Any,
-    *,
-    args: tuple[Any, ...] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    dynamic_shapes: Any = None,
-) -> Module:
-    """Turn anything `optimize` takes into a module that shares no structure with it.
-
-    Raises:
-        InputError: It is no model.
-    """
-    import onnx_ir as ir
-
-    from lwc.core.module import Module
-
-    if isinstance(graph, str | os.PathLike):
-        from lwc.frontend.load import load
-
-        return load(graph)
-    if isinstance(graph, Module):
-        twin = graph.clone()
-        for remark in graph.remarks:
-            twin.remarks.emit(remark)
-        return twin
-    if isinstance(graph, ir.Model):
-        return Module(graph.clone())
-    if _is_instance(graph, "onnx", "ModelProto"):
-        from lwc.frontend.onnx_reader import from_proto
-
-        return from_proto(graph)
-    if _is_instance(graph, "torch.nn", "Module") or _is_instance(
-        graph, "torch.export", "ExportedProgram"
-    ):
-        from lwc.frontend.torch_trace import trace
-
-        return trace(
-            graph, args, None if kwargs is None else dict(kwargs), dynamic_shapes=dynamic_shapes
-        )
-    raise InputError(
-        f"a {type(graph).__name__} is no model",
-        remedy="give a path, Module, onnx_ir.Model, ModelProto, nn.Module or ExportedProgram",
-    )
-
-
 def bind_pass(bindings: Mapping[str, int]) -> tuple[Pass, ...]:
     """Return the `bind-dims` pass for `bindings`, or nothing when there are none.
 
@@ -405,9 +359,3 @@ def save_module(module: Module, path: str | os.PathLike[str]) -> SaveResult:
     if is_folder_target(text):
         return save_folder(module, text)
     return save(module, text)
-
-
-def _is_instance(value: object, module: str, name: str) -> bool:
-    """Like isinstance, without importing the module: a value of a class implies its import."""
-    home = sys.modules.get(module)
-    return home is not None and isinstance(value, getattr(home, name))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lwc.core.errors import MissingExtraError
+from lwc.frontend.load import as_module
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +20,7 @@ __all__ = ["make_backend", "make_gradient_runner", "to_fx"]
 
 
 def to_fx(
-    module: Module, *, straight_through: bool = False, expose: Sequence[str] = ()
+    module: Any, *, straight_through: bool = False, expose: Sequence[str] = ()
 ) -> torch.fx.GraphModule:
     """Return a module as a differentiable `torch.fx.GraphModule` of plain PyTorch operators.
 
@@ -31,19 +32,21 @@ def to_fx(
     a time.
 
     Args:
-        module: The module; it is not changed.
+        module: A `Module`, or what else `lwc.optimize` takes; it is not changed. A PyTorch module
+            needs example inputs, so `lwc.trace` it first.
         straight_through: Rounding and quantization pass gradients on as if they were not there.
             Quantized values are floating-point tensors of whole numbers then.
         expose: Names of values of the main graph to return after the outputs.
 
     Raises:
         LwcError: An operator has no lowering; the message names the node.
+        InputError: It is no model.
         MissingExtraError: PyTorch is not installed.
     """
     _need_torch()
     from lwc.backends.fx.walk import lowered
 
-    return lowered(module, straight_through=straight_through, expose=expose)
+    return lowered(as_module(module), straight_through=straight_through, expose=expose)
 
 
 def make_backend() -> Backend:

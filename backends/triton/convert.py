@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lwc.backends.triton.availability import require_triton
+from lwc.frontend.load import as_module
 
 if TYPE_CHECKING:
     import torch
 
     from lwc.backends.base import Backend
-    from lwc.core.module import Module
 
 __all__ = ["make_backend", "to_triton"]
 
 
-def to_triton(module: Module, *, expose: Sequence[str] = ()) -> torch.fx.GraphModule:
+def to_triton(module: Any, *, expose: Sequence[str] = ()) -> torch.fx.GraphModule:
     """Return a module as a `torch.fx.GraphModule` whose heavy nodes are kernels in Triton.
 
     It is what `lwc.to_fx` makes, with calls of kernels in place of the nodes that these compute;
@@ -28,17 +28,19 @@ def to_triton(module: Module, *, expose: Sequence[str] = ()) -> torch.fx.GraphMo
     tensors too, or on the CPU where TRITON_INTERPRET=1 was set before Python started.
 
     Args:
-        module: The module; it is not changed but for its remarks.
+        module: A `Module`, or what else `lwc.optimize` takes; it is not changed but for its
+            remarks. A PyTorch module needs example inputs, so `lwc.trace` it first.
         expose: Names of values of the main graph to return after the outputs.
 
     Raises:
         LwcError: An operator has no lowering; the message names the node.
+        InputError: It is no model.
         MissingExtraError: PyTorch or Triton is not installed.
     """
     require_triton()
     from lwc.backends.triton.lower import lowered_to_kernels
 
-    return lowered_to_kernels(module, expose=expose)
+    return lowered_to_kernels(as_module(module), expose=expose)
 
 
 def make_backend() -> Backend:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -13,7 +13,7 @@ from lwc.analysis.manager import AnalysisManager
 from lwc.analysis.memory import Memory, Peak
 from lwc.analysis.predict import Numbers, Prediction, predict
 from lwc.analysis.target import Target
-from lwc.core.dims import Dim
+from lwc.core.dims import Dim, bind
 from lwc.core.module import Module
 from lwc.core.walk import op_name
 
@@ -27,7 +27,8 @@ class PlanRow:
     Attributes:
         name: An operator, or a node.
         count: Nodes in the line.
-        formulas: FLOPs, traffic and activation bytes as text in the model's own dimensions.
+        formulas: FLOPs, traffic and activation bytes as text in the model's own dimensions; where
+            some are bound and others not, in those that are not.
         flops: FLOPs, or None where a dimension is not bound; the same for the others.
         parameters: Distinct parameters.
         parameter_bytes: Their stored bytes.
@@ -94,25 +95,29 @@ def plan_rows(
     missing = _missing(cost.total, memory, bindings)
     number = None if missing else Numbers(bindings)
     prediction = predict(cost, target, bindings) if target and not missing else None
+
+    def written(form: Dim) -> str:
+        return str(bind(form, bindings) if missing else form).replace("**", "^")
+
     by_op: dict[str, list[ir.Node]] = defaultdict(list)
     for node in module.graph:
         if node in cost.nodes and op_name(node) != "Constant":
             by_op[op_name(node)].append(node)
 
     def row(name: str, nodes: Iterable[ir.Node]) -> PlanRow:
-        return _row(name, list(nodes), cost, number, prediction)
+        return _row(name, list(nodes), cost, number, prediction, written=written)
 
     rows = sorted((row(op, nodes) for op, nodes in by_op.items()), key=_dearness, reverse=True)
     nodes = [node for group in by_op.values() for node in group]
     if number is not None:
         nodes.sort(key=lambda node: _node_dearness(node, cost, number, prediction), reverse=True)
-    forms = [form for _, form in memory.candidates]
+    formulas = [written(form) for _, form in memory.candidates]
     return Plan(
         total=row("total", nodes),
         by_op=tuple(rows),
         top_nodes=tuple(row(node.name or op_name(node), [node]) for node in nodes[:top]),
         peak=None if missing else memory.where(bindings),
-        peak_formula=_text(forms[0]) if len(forms) == 1 else f"max({', '.join(map(_text, forms))})",
+        peak_formula=formulas[0] if len(formulas) == 1 else f"max({', '.join(formulas)})",
         uncounted=dict(cost.uncounted),
         missing=missing,
         rooflined=prediction.rooflined if prediction else {},
@@ -131,6 +136,8 @@ def _row(
     cost: Cost,
     number: Numbers | None,
     prediction: Prediction | None,
+    *,
+    written: Callable[[Dim], str],
 ) -> PlanRow:
     sums = cost.totals(nodes)
     seconds = None
@@ -145,9 +152,9 @@ def _row(
         name=name,
         count=len(nodes),
         formulas={
-            "flops": _text(sums.flops),
-            "traffic": _text(sums.traffic),
-            "activation_bytes": _text(sums.activation_bytes),
+            "flops": written(sums.flops),
+            "traffic": written(sums.traffic),
+            "activation_bytes": written(sums.activation_bytes),
         },
         flops=count(sums.flops),
         parameters=sums.parameters,
@@ -167,7 +174,3 @@ def _node_dearness(
 ) -> tuple[float, int]:
     seconds = prediction.by_node[node] if prediction else 0.0
     return seconds, number(cost.nodes[node].flops)
-
-
-def _text(form: Dim) -> str:
-    return str(form).replace("**", "^")

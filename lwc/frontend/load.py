@@ -1,10 +1,12 @@
-"""Load a model from a path: the suffix chooses the front end."""
+"""From a path, by its suffix, or from a model in memory, by its type, to a Module."""
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lwc.core.errors import InputError
 
@@ -12,7 +14,7 @@ if TYPE_CHECKING:
     from lwc.core.diagnostics import RemarkLog
     from lwc.core.module import Module
 
-__all__ = ["load"]
+__all__ = ["as_module", "load"]
 
 _MODEL_FILES = ("model.onnx", "model.onnxtxt")
 
@@ -38,6 +40,11 @@ def load(
         InputError: The path holds no model that lwc can read.
         MissingExtraError: The format needs a package that is not installed.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(
+            f"a {type(path).__name__} is no path",
+            remedy="lwc.trace reads PyTorch modules; lwc.optimize takes models in memory",
+        )
     place = Path(path)
     if os.path.isdir(path):
         return _load_folder(place, follow_symlinks=follow_symlinks, remarks=remarks)
@@ -59,6 +66,67 @@ def load(
         file=place,
         remedy="give a .onnx, .onnxtxt or .gguf file, or a Hugging Face folder",
     )
+
+
+def as_module(
+    graph: Any,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    copy: bool = False,
+) -> Module:
+    """Turn anything that is a model into a module.
+
+    Args:
+        graph: See `lwc.optimizer.optimize`.
+        args: Example inputs of a PyTorch module.
+        kwargs: Example inputs by name.
+        dynamic_shapes: As `torch.export.export` takes it.
+        copy: Copy the graph of what is a module already, with its remarks, so that it may be
+            changed; weights are shared.
+
+    Raises:
+        InputError: It is no model.
+    """
+    from lwc.core.module import Module
+
+    if isinstance(graph, str | os.PathLike):
+        return load(graph)
+    if _is_instance(graph, "lwc.optimizer", "OptimizeResult"):
+        graph = graph.module
+    if isinstance(graph, Module):
+        return _with_remarks(graph.clone(), graph) if copy else graph
+    if _is_instance(graph, "onnx_ir", "Model"):
+        return Module(graph.clone())
+    if _is_instance(graph, "onnx", "ModelProto"):
+        from lwc.frontend.onnx_reader import from_proto
+
+        return from_proto(graph)
+    if _is_instance(graph, "torch.nn", "Module") or _is_instance(
+        graph, "torch.export", "ExportedProgram"
+    ):
+        from lwc.frontend.torch_trace import trace
+
+        return trace(
+            graph, args, None if kwargs is None else dict(kwargs), dynamic_shapes=dynamic_shapes
+        )
+    raise InputError(
+        f"a {type(graph).__name__} is no model",
+        remedy="give a path, Module, onnx_ir.Model, ModelProto, nn.Module or ExportedProgram",
+    )
+
+
+def _with_remarks(twin: Module, module: Module) -> Module:
+    for remark in module.remarks:
+        twin.remarks.emit(remark)
+    return twin
+
+
+def _is_instance(value: object, module: str, name: str) -> bool:
+    """Like isinstance, without importing the module: a value of a class implies its import."""
+    home = sys.modules.get(module)
+    return home is not None and isinstance(value, getattr(home, name))
 
 
 def _load_folder(place: Path, *, follow_symlinks: bool, remarks: RemarkLog | None) -> Module:

@@ -18,6 +18,7 @@ from typing import Any
 import onnx
 import onnx.parser
 import pytest
+from support import module_of
 
 import lwc.optimizer
 import lwc.report.measure
@@ -27,6 +28,7 @@ from lwc.cli.progress import ProgressDisplay
 from lwc.core import text
 from lwc.core.errors import UsageError
 from lwc.frontend.load import load
+from lwc.frontend.onnx_writer import save
 from lwc.pipeline.registry import default_registry
 
 MODEL = """
@@ -474,6 +476,12 @@ def test_explain_takes_a_name_exactly_before_it_takes_it_as_a_part(run: Any) -> 
     ran = run("like.onnx", "-p", "canonicalize,infer-shapes", "--explain=infer-shapes@twice")
     assert (ran.code, ran.out) == (2, "")
     assert "no node 'twice' is left where infer-shapes runs (pass 1, canonicalize, re" in ran.err
+
+
+def test_formulas_of_a_plan_have_the_numbers_that_are_bound(run: Any, folder: Path) -> None:
+    save(module_of("g (float[a, b] x) => (float[a, b] y) { y = Relu(x) }"), folder / "two.onnx")
+    assert "bytes read and written: 8*a*b" in run("two.onnx", "--plan").out
+    assert "bytes read and written: 16*b" in run("two.onnx", "--plan", "--bind", "a=2").out
 
 
 def test_the_plan_is_a_table_of_costs(

@@ -58,6 +58,16 @@ def calls(lowered: Any) -> list[Any]:
     return [node for node in lowered.graph.nodes if node.op == "call_function"]
 
 
+def test_paths_and_results_of_passes_are_lowered_too(tmp_path: Path) -> None:
+    save(mlp(), tmp_path / "mlp.onnx")
+    result = lwc.optimize(mlp(), "canonicalize")
+    x = torch.ones(2, 4)
+    for graph in (tmp_path / "mlp.onnx", result):
+        torch.testing.assert_close(to_fx(graph)(x), to_fx(mlp())(x))
+    with pytest.raises(LwcError, match="a int is no model"):
+        to_fx(3)
+
+
 def test_one_call_per_node_that_keeps_its_name() -> None:
     lowered = lwc.to_fx(mlp())
     assert isinstance(lowered, torch.fx.GraphModule)

@@ -166,6 +166,13 @@ def test_the_input_object_stays_as_it_is(path: Path) -> None:
     assert proto.SerializeToString() == text
 
 
+def test_results_and_paths_are_models_too(path: Path) -> None:
+    result = lwc.optimize(path, "canonicalize")
+    again = lwc.optimize(result, "canonicalize")
+    assert ops(again.module) == ops(result.module) == ["MatMul"]
+    assert again.module is not result.module
+
+
 def test_remarks_of_the_front_end_are_kept(path: Path) -> None:
     module = lwc.load(path)
     module.remarks.emit(lwc.Remark("warning", "onnx", "something odd"))
@@ -178,6 +185,8 @@ def test_remarks_of_the_front_end_are_kept(path: Path) -> None:
 def test_no_model_is_an_input_error(graph: object) -> None:
     with pytest.raises(InputError, match="is no model"):
         lwc.optimize(graph, "canonicalize")
+    with pytest.raises(InputError, match="is no path"):
+        lwc.load(graph)  # type: ignore[arg-type]
 
 
 def test_an_unknown_pass_is_found_before_the_model_is_read() -> None:
