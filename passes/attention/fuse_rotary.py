@@ -9,7 +9,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from lwc.core.errors import UsageError
-from lwc.passes.attention.rotary_bounds import bound_of
+from lwc.passes.attention.rotary_bounds import bound_of, stated_positions
 from lwc.passes.attention.rotary_lowering import Form, Tables, against, write_rotation
 from lwc.passes.attention.rotary_turns import read_rotation
 from lwc.passes.attention.rotary_waves import Known
@@ -29,12 +29,14 @@ _POSITIONS = 4096
 class FuseRotary(RulePass):
     """Compute rotary position embedding as one operator that looks cosines and sines up.
 
-    Tables are as long as the graph shows that they must be, else `max_positions`. ONNX Runtime
-    stops with an error at a position behind the end of a table or below 0: no output is ever
-    wrong. So tables of a default length need no grant; a note says how far they reach.
+    Tables are as long as the graph shows that they must be, else as `max_positions` or the
+    `config.json` beside the model says. ONNX Runtime stops with an error at a position behind the
+    end of a table or below 0: no output is ever wrong. So tables need no grant; a note says how far
+    they reach, and a warning where nothing says how far they should.
 
     Attributes:
-        max_positions: Positions in tables where the graph does not bound them; 0 for 4096.
+        max_positions: Positions in tables where the graph does not bound them; 0 for what
+            `config.json` says, or 4096.
         form: `contrib` is ONNX Runtime's RotaryEmbedding, `standard` that of opset 23; `auto`
             takes the standard one where the model has that opset.
     """
@@ -62,20 +64,21 @@ class FuseRotary(RulePass):
 
     def _rule(self, ctx: PassContext | None) -> Rule:
         state: list[Tables] = []
-        told = False
+        told, wished = False, None
 
         def rotary(node: ir.Node, edit: Editor) -> Outcome:
             """x · cos + rotate(x) · sin becomes one operator."""
-            nonlocal told
+            nonlocal told, wished
             if not state or state[0].edit is not edit:
                 state[:] = [Tables(edit)]
+                wished = self.max_positions or stated_positions(edit.module)
             known = state[0].waves
             if edit.in_function(node) or _is_part(node, edit, known):
                 return None
             found = read_rotation(node, edit, known)
             if found is None or isinstance(found, Miss):
                 return found
-            bound = bound_of(found, self.max_positions or _POSITIONS, edit)
+            bound = bound_of(found, wished or _POSITIONS, edit)
             if isinstance(bound, Miss):
                 return bound
             objection = against(found, self.form, edit)
@@ -93,18 +96,19 @@ class FuseRotary(RulePass):
             made = write_rotation(found, (values[0], values[1]), self.form, edit)
             if not bound.proved and ctx is not None and not told:
                 told = True
-                self._tell(ctx, bound.positions)
+                self._tell(ctx, bound.positions, stated=wished is not None)
             return made
 
         return Rule("rotary", ("Add", "Sub", "Concat", "Reshape"), rotary)
 
-    def _tell(self, ctx: PassContext, positions: int) -> None:
+    def _tell(self, ctx: PassContext, positions: int, *, stated: bool) -> None:
         if ctx.is_granted(POSITIONS_FIT):
             ctx.assume(POSITIONS_FIT)
-        ctx.note(
-            f"tables hold {positions} positions; ONNX Runtime stops with an error at others"
-            + ("" if self.max_positions else ": max-positions sets another number")
-        )
+        told = f"tables hold {positions} positions; ONNX Runtime stops with an error at others"
+        if stated:
+            ctx.note(told)
+        else:
+            ctx.warn(f"{told}: max-positions sets another number")
 
 
 def _is_part(node: ir.Node, edit: Editor, known: Known) -> bool:

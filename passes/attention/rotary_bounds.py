@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import onnx_ir as ir
 
 from lwc.core.dims import Dim, at_least, symbol
+from lwc.core.module import Module
 from lwc.passes.attention.elements import Index, Read
 from lwc.passes.attention.rotary_turns import AXES, Rotation
 from lwc.passes.attention.rotary_waves import Lookup, leaves
 from lwc.rewrite import Editor, Miss, attribute, producer_of
 
-__all__ = ["Bound", "bound_of"]
+__all__ = ["Bound", "bound_of", "stated_positions"]
 
 _VIEWS = (
     "Cast", "Identity", "Unsqueeze", "Squeeze", "Reshape", "Expand", "Transpose", "Slice",
 )  # fmt: skip
 _DEEPEST = 16
+_STATED = ("max_position_embeddings", "n_positions")
+"""Where configurations of Hugging Face say for how many positions a model was made."""
 
 
 class Bound(NamedTuple):
@@ -25,6 +30,18 @@ class Bound(NamedTuple):
 
     positions: int
     proved: bool
+
+
+def stated_positions(module: Module) -> int | None:
+    """Return for how many positions a model was made, as the `config.json` beside it says."""
+    file = module.source.companions.get("config.json")
+    try:
+        config: Any = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # its reader says what is wrong with it
+    parts: list[Any] = [config, config.get("text_config")] if isinstance(config, dict) else []
+    found = [part.get(key) for part in parts if isinstance(part, dict) for key in _STATED]
+    return next((number for number in found if isinstance(number, int) and number > 0), None)
 
 
 def bound_of(rotation: Rotation, wished: int, edit: Editor) -> Bound | Miss:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -400,14 +401,38 @@ def test_a_length_that_is_known_needs_no_assumption() -> None:
 def test_what_is_assumed_is_said() -> None:
     module = usual()
     run_pass(FuseRotary(), module)
-    notes = "\n".join(each.message for each in module.remarks)
-    assert "tables hold 4096 positions" in notes
+    (warning,) = (each.message for each in module.remarks if each.kind == "warning")
+    assert "tables hold 4096 positions" in warning
     granted = usual()
     context = PassContext(AnalysisManager(granted), source="x", granted=frozenset({"Positions"}))
     FuseRotary(128).run(granted, context)
     assert POSITIONS_FIT in "\n".join(each.message for each in granted.remarks)
     with pytest.raises(UsageError, match="max-positions cannot be -1"):
         FuseRotary(-1)
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        ('{"max_position_embeddings": 96}', 96),
+        ('{"text_config": {"max_position_embeddings": 48}}', 48),
+        ('{"n_positions": 0}', None),
+        ("[1]", None),
+        ("{", None),
+    ],
+)
+def test_the_configuration_says_how_far_positions_reach(
+    config: str, positions: int | None, tmp_path: Path
+) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(config)
+    module = usual().with_source(companions={"config.json": str(file)})
+    run_pass(FuseRotary(), module)
+    assert module.graph.initializers["cos_table"].shape == ir.Shape([positions or 4096, SIZE // 2])
+    assert ("warning" in [each.kind for each in module.remarks]) == (positions is None)
+    module = usual().with_source(companions={"config.json": str(file)})
+    run_pass(FuseRotary(32), module)
+    assert module.graph.initializers["cos_table"].shape == ir.Shape([32, SIZE // 2])
 
 
 def test_queries_and_keys_share_tables() -> None:
