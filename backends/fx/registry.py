@@ -9,7 +9,8 @@ To add an operator, write a function in the file of its family under `ops/` and 
 It takes the operator's inputs in order, None for one that is absent, and the attributes by the
 names that ONNX gives them, with ONNX's defaults; an attribute that it does not name is refused when
 a module is lowered. A parameter named like both an input and an attribute takes either, which
-serves operators whose attribute became an input (`axes`). It returns a tensor, or a tuple where
+serves operators whose attribute became an input (`axes`). Of an attribute that is annotated as a
+`Literal`, other values are refused too. It returns a tensor, or a tuple where
 the node uses several outputs: how many is passed as `outputs`, if it takes that.
 
 The options of `op` say what else it wants to be given; `host` adds the same operator on Python
@@ -22,7 +23,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import onnx_ir as ir
 
@@ -74,6 +75,7 @@ class Lowering:
         wide: It is given int64 for the unsigned types that PyTorch does not compute with.
         extra: More keyword arguments, from the node.
         accepts: Its parameters by name, with their defaults.
+        choices: The values that an attribute may have, of those that have few.
     """
 
     function: Callable[..., Any]
@@ -87,6 +89,7 @@ class Lowering:
     wide: bool
     extra: Callable[[Use], Mapping[str, Any]] | None
     accepts: Mapping[str, Any]
+    choices: Mapping[str, tuple[Any, ...]]
 
 
 _LOWERINGS: dict[str, list[Lowering]] = {}
@@ -133,6 +136,7 @@ def op(
             wide,
             extra,
             _parameters(function),
+            _choices(function),
         )
         for name in names.split():
             entries = _LOWERINGS.setdefault(name, [])
@@ -157,6 +161,13 @@ def _parameters(function: Callable[..., Any]) -> Mapping[str, Any]:
     except ValueError:  # a function in C: it is given no attributes
         return {}
     return {name: each.default for name, each in parameters.items()}
+
+
+def _choices(function: Callable[..., Any]) -> Mapping[str, tuple[Any, ...]]:
+    if not inspect.isfunction(function):
+        return {}
+    hints = get_type_hints(function)
+    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
 
 
 def find(name: str, opset: int) -> Lowering | None:

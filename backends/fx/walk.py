@@ -300,6 +300,13 @@ class _Walk:
                     "leave it out, or run the module on ONNX Runtime",
                 )
             value = self._literal(scope, node, attribute, lowering)
+            choices = lowering.choices.get(name)
+            if choices is not None and value not in choices:
+                raise self._error(
+                    node,
+                    f"{op_name(node)} has no {name} '{value}'",
+                    f"it may be {', '.join(map(repr, filter(None, choices)))}",
+                )
             if not _is_same(value, lowering.accepts[name]):
                 kwargs[name] = value
         if lowering.extra is not None:

@@ -14,6 +14,9 @@ pytest.importorskip("torch")
 from fx_agreement import assert_agrees, one_node, run_fx
 from support import module_of
 
+from lwc.backends.fx.convert import to_fx
+from lwc.core.errors import LwcError
+
 X = np.arange(15, dtype=np.float32).reshape(5, 3)
 
 
@@ -131,6 +134,48 @@ def test_no_axes_to_squeeze_are_all() -> None:
         "g (float[1, a, 1] x) => (float[n] y) <int64[0] axes = {}> { y = Squeeze(x, axes) }"
     )
     assert_agrees(module, {"x": X[None, :, :1]})
+
+
+@pytest.mark.parametrize(
+    ("op", "attributes", "wanted"),
+    [
+        (
+            "Gelu",
+            {"approximate": "foo"},
+            r"Gelu has no approximate 'foo' \(it may be 'none', 'tanh'",
+        ),
+        ("DepthToSpace", {"blocksize": 1, "mode": "RCD"}, "DepthToSpace has no mode 'RCD'"),
+        ("MaxPool", {"kernel_shape": [1], "auto_pad": "SAME"}, "it may be 'NOTSET', 'SAME_UPPER'"),
+    ],
+)
+def test_words_that_an_attribute_does_not_know(
+    op: str, attributes: dict[str, Any], wanted: str
+) -> None:
+    module, _ = one_node(op, {"x": X[None, None]}, opset=20, **attributes)
+    with pytest.raises(LwcError, match=wanted):
+        to_fx(module)
+
+
+@pytest.mark.parametrize("rule", ["linear", "gated", "delta", "gated_delta"])
+def test_rules_of_linear_attention(rule: str) -> None:
+    """By the formulas of ONNX, each token after the other; inputs of other rules count nothing."""
+    drawn = np.random.default_rng(0)
+    q, k, v = (drawn.normal(size=(1, 5, 4)).astype(np.float32) for _ in range(3))
+    decay = -drawn.random(size=(1, 5, 4)).astype(np.float32)
+    beta = drawn.random(size=(1, 5, 1)).astype(np.float32)
+    given = {"q": q, "k": k, "v": v, "past": None, "decay": decay, "beta": beta}
+    heads = {"q_num_heads": 1, "kv_num_heads": 1}
+    module, feed = one_node(
+        "LinearAttention", given, opset=26, update_rule=rule, scale=1.0, **heads
+    )
+    state, rows = np.zeros((4, 4), np.float32), []
+    for t in range(5):
+        if "gated" in rule:
+            state = state * np.exp(decay[0, t])[:, None]
+        told = beta[0, t] * (v[0, t] - k[0, t] @ state) if "delta" in rule else v[0, t]
+        state = state + np.outer(k[0, t], told)
+        rows.append(q[0, t] @ state)
+    np.testing.assert_allclose(run_fx(module, feed)[0][0], rows, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.3])

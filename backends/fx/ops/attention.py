@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -271,7 +271,7 @@ def linear_attention(
     q_num_heads: int,
     kv_num_heads: int,
     scale: float = 0.0,
-    update_rule: str = "gated_delta",
+    update_rule: Literal["linear", "gated", "delta", "gated_delta"] = "gated_delta",
 ) -> tuple[Tensor, Tensor]:
     """Attend by a state that each token writes to; returns rows and the last state."""
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -285,8 +285,11 @@ def linear_attention(
         if past_state is None
         else past_state.to(wide)
     )
-    fades = None if decay is None else as_heads(decay, kv_num_heads).to(wide).exp()
-    writes = None if beta is None else beta.transpose(1, 2).to(wide)
+    fades = writes = None
+    if decay is not None and "gated" in update_rule:
+        fades = as_heads(decay, kv_num_heads).to(wide).exp()
+    if beta is not None and "delta" in update_rule:
+        writes = beta.transpose(1, 2).to(wide)
     rows = []
     for step in range(q.shape[2]):
         told, kept = v[:, :, step], k[:, :, step].unsqueeze(-1)

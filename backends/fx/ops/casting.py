@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -14,6 +14,7 @@ from lwc.core.torch_types import tensor_of_array, type_literal
 __all__ = ["cast"]
 
 Tensor: TypeAlias = torch.Tensor
+RoundMode: TypeAlias = Literal["up", "down", "nearest"]
 
 _EIGHT_BITS = frozenset(
     {
@@ -26,7 +27,9 @@ _EIGHT_BITS = frozenset(
 
 
 @op("Cast", types="to")
-def cast(x: Tensor, *, to: torch.dtype | str, saturate: int = 1, round_mode: str = "up") -> Tensor:
+def cast(
+    x: Tensor, *, to: torch.dtype | str, saturate: int = 1, round_mode: RoundMode = "up"
+) -> Tensor:
     """Change the element type; floats are cut toward zero."""
     if isinstance(to, str):
         return _through_numpy(x, ir.DataType[to.upper()])
@@ -49,7 +52,7 @@ def _to_eight_bits(x: Tensor, to: torch.dtype, saturate: int) -> Tensor:
     return _through_numpy(x, _ONNX_TYPES[to])
 
 
-def _to_powers(x: Tensor, saturate: int, mode: str) -> Tensor:
+def _to_powers(x: Tensor, saturate: int, mode: RoundMode) -> Tensor:
     """Cast to float8e8m0, which holds powers of two: `2**(bits - 127)`, or NaN as 255."""
     mantissa, exponent = torch.frexp(x)  # the mantissa is 0.5 or more, and less than 1
     bits = exponent + 126
@@ -90,7 +93,7 @@ def cast_like(
     *,
     to: torch.dtype | str | None = None,
     saturate: int = 1,
-    round_mode: str = "up",
+    round_mode: RoundMode = "up",
 ) -> Tensor:
     """Change the element type to that of another tensor."""
     wanted = like.dtype if to is None else to

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 
-from lwc.backends.fx.ops.windows import padded, pads_of
+from lwc.backends.fx.ops.windows import AutoPad, padded, pads_of
 from lwc.backends.fx.registry import op
 
 __all__ = ["convolve"]
@@ -27,7 +27,7 @@ def convolve(
     strides: Sequence[int] | None,
     dilations: Sequence[int] | None,
     pads: Sequence[int] | None,
-    auto_pad: str,
+    auto_pad: AutoPad,
     group: int,
     fill: float = 0.0,
 ) -> Tensor:
@@ -50,7 +50,7 @@ def conv(
     strides: Sequence[int] | None = None,
     dilations: Sequence[int] | None = None,
     pads: Sequence[int] | None = None,
-    auto_pad: str = "NOTSET",
+    auto_pad: AutoPad = "NOTSET",
     group: int = 1,
 ) -> Tensor:
     """Convolve."""
@@ -73,12 +73,12 @@ def fused_conv(
     bias: Tensor | None = None,
     addend: Tensor | None = None,
     *,
-    activation: str = "",
+    activation: Literal["", "Relu", "Tanh", "Sigmoid", "LeakyRelu", "Clip", "HardSigmoid"] = "",
     activation_params: Sequence[float] = (),
     strides: Sequence[int] | None = None,
     dilations: Sequence[int] | None = None,
     pads: Sequence[int] | None = None,
-    auto_pad: str = "NOTSET",
+    auto_pad: AutoPad = "NOTSET",
     group: int = 1,
 ) -> Tensor:
     """Convolve, add, and apply an activation."""
@@ -119,7 +119,7 @@ def conv_transpose(
     pads: Sequence[int] | None = None,
     output_padding: Sequence[int] | None = None,
     output_shape: Sequence[int] | None = None,
-    auto_pad: str = "NOTSET",
+    auto_pad: AutoPad = "NOTSET",
     group: int = 1,
 ) -> Tensor:
     """Undo a convolution's change of extents."""
@@ -224,7 +224,7 @@ def causal_conv_with_state(
     bias: Tensor | None = None,
     past: Tensor | None = None,
     *,
-    activation: str = "none",
+    activation: Literal["none", "silu", "swish"] = "none",
 ) -> tuple[Tensor, Tensor]:
     """Convolve each channel with what came before, which is returned for the next call."""
     width = weight.shape[-1]
@@ -232,6 +232,6 @@ def causal_conv_with_state(
         past = torch.zeros((*x.shape[:2], width - 1), dtype=x.dtype)
     whole = torch.cat([past, x], dim=-1)
     y = F.conv1d(whole, weight, bias, groups=x.shape[1])
-    if activation in ("silu", "swish"):
+    if activation != "none":
         y = F.silu(y)
     return y, whole[..., whole.shape[-1] - (width - 1) :]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -154,7 +154,7 @@ def is_inf(x: Tensor, *, detect_negative: int = 1, detect_positive: int = 1) -> 
 
 
 @op("BitShift", wide=True)
-def bit_shift(x: Tensor, by: Tensor, *, direction: str) -> Tensor:
+def bit_shift(x: Tensor, by: Tensor, *, direction: Literal["LEFT", "RIGHT"]) -> Tensor:
     """Shift."""
     shift = torch.bitwise_left_shift if direction == "LEFT" else torch.bitwise_right_shift
     return shift(x, by)
@@ -241,7 +241,7 @@ def swiglu(x: Tensor, gate: Tensor | None = None, *, alpha: float = 1.0) -> Tens
 
 
 @op("Gelu")
-def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
+def gelu(x: Tensor, *, approximate: Literal["none", "tanh"] = "none") -> Tensor:
     """x * P(X <= x) for a normal variable X, exactly or by tanh."""
     return F.gelu(x, approximate=approximate)
 

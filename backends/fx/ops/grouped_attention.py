@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -14,6 +14,7 @@ from lwc.backends.fx.registry import op
 __all__ = ["split_heads", "written"]
 
 Tensor: TypeAlias = torch.Tensor
+Scales: TypeAlias = Literal["NONE", "PER_TENSOR", "PER_CHANNEL"]
 
 
 @op("com.microsoft::GroupQueryAttention", values=(6,), zero="qk_output sliding_window_cache")
@@ -42,8 +43,8 @@ def group_query_attention(
     scale: float = 0.0,
     softcap: float = 0.0,
     smooth_softmax: int = 0,
-    k_quant_type: str = "NONE",
-    v_quant_type: str = "NONE",
+    k_quant_type: Scales = "NONE",
+    v_quant_type: Scales = "NONE",
     kv_cache_bit_width: int = 8,
     outputs: int = 1,
 ) -> Any:
@@ -131,7 +132,7 @@ def written(past: Tensor | None, new: Tensor, places: Tensor, total: int) -> Ten
     return torch.scatter(room, 2, index, new)
 
 
-def _stored(x: Tensor, scale: Tensor | None, kind: str, bits: int) -> Tensor:
+def _stored(x: Tensor, scale: Tensor | None, kind: Scales, bits: int) -> Tensor:
     if scale is None or kind == "NONE":
         return x
     steps = torch.round(x / _per_channel(scale, x))
@@ -141,7 +142,9 @@ def _stored(x: Tensor, scale: Tensor | None, kind: str, bits: int) -> Tensor:
     return codes[..., 0::2] | (codes[..., 1::2] << 4)
 
 
-def _read(cache: Tensor, scale: Tensor | None, kind: str, bits: int, dtype: torch.dtype) -> Tensor:
+def _read(
+    cache: Tensor, scale: Tensor | None, kind: Scales, bits: int, dtype: torch.dtype
+) -> Tensor:
     if scale is None or kind == "NONE":
         return cache
     if bits == 8:

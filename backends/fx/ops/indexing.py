@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -12,6 +12,7 @@ from lwc.backends.fx.registry import op
 __all__ = ["gather"]
 
 Tensor: TypeAlias = torch.Tensor
+Reduction: TypeAlias = Literal["none", "add", "mul", "max", "min"]
 
 
 @op("Gather", either=(1,))
@@ -56,7 +57,7 @@ _REDUCTIONS = {"add": "sum", "mul": "prod", "min": "amin", "max": "amax"}
 
 @op("ScatterElements Scatter")
 def scatter_elements(
-    x: Tensor, indices: Tensor, updates: Tensor, *, axis: int = 0, reduction: str = "none"
+    x: Tensor, indices: Tensor, updates: Tensor, *, axis: int = 0, reduction: Reduction = "none"
 ) -> Tensor:
     """Put single elements along an axis, or combine them with what is there."""
     wide = _positive(indices, x.shape[axis])
@@ -66,7 +67,9 @@ def scatter_elements(
 
 
 @op("ScatterND")
-def scatter_nd(x: Tensor, indices: Tensor, updates: Tensor, *, reduction: str = "none") -> Tensor:
+def scatter_nd(
+    x: Tensor, indices: Tensor, updates: Tensor, *, reduction: Reduction = "none"
+) -> Tensor:
     """Put slices by rows of coordinates, or combine them with what is there."""
     depth = indices.shape[-1]
     place = torch.zeros(indices.shape[:-1], dtype=torch.int64)
@@ -88,7 +91,7 @@ def tensor_scatter(
     write_indices: Tensor | None = None,
     *,
     axis: int = -2,
-    mode: str = "linear",
+    mode: Literal["linear", "circular"] = "linear",
 ) -> Tensor:
     """Write along an axis of a cache, from a place of each sequence on."""
     axis = axis % past.dim()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import onnx_ir as ir
 import torch
@@ -153,7 +153,7 @@ def pad(
     value: Tensor | None = None,
     axes: Sequence[int] | None = None,
     *,
-    mode: str = "constant",
+    mode: Literal["constant", "edge", "reflect", "wrap"] = "constant",
 ) -> Tensor:
     """Add elements around; a negative number takes some away."""
     places = [axis % x.dim() for axis in axes] if axes is not None else list(range(x.dim()))
@@ -196,7 +196,7 @@ def _mirrored(x: Tensor, axis: int, before: int, after: int, mode: str) -> Tenso
 
 
 @op("DepthToSpace")
-def depth_to_space(x: Tensor, *, blocksize: int, mode: str = "DCR") -> Tensor:
+def depth_to_space(x: Tensor, *, blocksize: int, mode: Literal["DCR", "CRD"] = "DCR") -> Tensor:
     """Move blocks of channels into the plane."""
     batch, channels, height, width = x.shape
     size, inner = blocksize, channels // blocksize**2
@@ -208,7 +208,7 @@ def depth_to_space(x: Tensor, *, blocksize: int, mode: str = "DCR") -> Tensor:
 
 
 @op("SpaceToDepth")
-def space_to_depth(x: Tensor, *, blocksize: int, mode: str = "DCR") -> Tensor:
+def space_to_depth(x: Tensor, *, blocksize: int, mode: Literal["DCR", "CRD"] = "DCR") -> Tensor:
     """Move blocks of the plane into channels."""
     batch, channels, height, width = x.shape
     size = blocksize

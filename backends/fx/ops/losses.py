@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -11,6 +11,7 @@ from lwc.backends.fx.registry import op
 __all__: list[str] = []
 
 Tensor: TypeAlias = torch.Tensor
+Reduction: TypeAlias = Literal["none", "mean", "sum"]
 
 
 @op("NegativeLogLikelihoodLoss")
@@ -20,7 +21,7 @@ def negative_log_likelihood_loss(
     weight: Tensor | None = None,
     *,
     ignore_index: int | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """Return -x at the target classes, weighted and averaged by the weights."""
     wide = target.to(torch.int64)
@@ -42,7 +43,7 @@ def softmax_cross_entropy_loss(
     weight: Tensor | None = None,
     *,
     ignore_index: int | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     outputs: int = 1,
 ) -> Any:
     """Return the loss of LogSoftmax, and that too where it is asked for."""

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 
-from lwc.backends.fx.ops.windows import padded, pads_of
+from lwc.backends.fx.ops.windows import AutoPad, padded, pads_of
 from lwc.backends.fx.registry import op
 
 __all__: list[str] = []
@@ -29,7 +29,7 @@ class _Windows:
         strides: Sequence[int] | None,
         dilations: Sequence[int] | None,
         pads: Sequence[int] | None,
-        auto_pad: str,
+        auto_pad: AutoPad,
         ceil_mode: int,
     ) -> None:
         rank = x.dim() - 2
@@ -74,7 +74,7 @@ def max_pool(
     strides: Sequence[int] | None = None,
     dilations: Sequence[int] | None = None,
     pads: Sequence[int] | None = None,
-    auto_pad: str = "NOTSET",
+    auto_pad: AutoPad = "NOTSET",
     ceil_mode: int = 0,
     storage_order: int = 0,
     outputs: int = 1,
@@ -152,7 +152,7 @@ def average_pool(
     strides: Sequence[int] | None = None,
     dilations: Sequence[int] | None = None,
     pads: Sequence[int] | None = None,
-    auto_pad: str = "NOTSET",
+    auto_pad: AutoPad = "NOTSET",
     ceil_mode: int = 0,
     count_include_pad: int = 0,
 ) -> Tensor:
@@ -177,7 +177,7 @@ def lp_pool(
     strides: Sequence[int] | None = None,
     dilations: Sequence[int] | None = None,
     pads: Sequence[int] | None = None,
-    auto_pad: str = "NOTSET",
+    auto_pad: AutoPad = "NOTSET",
     ceil_mode: int = 0,
 ) -> Tensor:
     """Return the norm of each window."""

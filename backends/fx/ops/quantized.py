@@ -15,6 +15,7 @@ import torch
 from lwc.backends.fx.ops.casting import cast
 from lwc.backends.fx.ops.convolution import convolve
 from lwc.backends.fx.ops.rounding import clamped, rounded
+from lwc.backends.fx.ops.windows import AutoPad
 from lwc.backends.fx.registry import Use, op
 from lwc.core.torch_types import held_as, integer_range, type_literal
 
@@ -162,7 +163,7 @@ def conv_integer(
     strides: Sequence[int] | None = None,
     dilations: Sequence[int] | None = None,
     pads: Sequence[int] | None = None,
-    auto_pad: str = "NOTSET",
+    auto_pad: AutoPad = "NOTSET",
     group: int = 1,
 ) -> Tensor:
     """Convolve integers, exactly."""
@@ -241,7 +242,7 @@ def qlinear_conv(
     strides: Sequence[int] | None = None,
     dilations: Sequence[int] | None = None,
     pads: Sequence[int] | None = None,
-    auto_pad: str = "NOTSET",
+    auto_pad: AutoPad = "NOTSET",
     group: int = 1,
     to: torch.dtype,
     low: int = 0,

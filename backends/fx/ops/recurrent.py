@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from lwc.backends.fx.registry import op
 __all__: list[str] = []
 
 Tensor: TypeAlias = torch.Tensor
+Direction: TypeAlias = Literal["forward", "reverse", "bidirectional"]
 Activation: TypeAlias = Callable[[Tensor], Tensor]
 State: TypeAlias = tuple[Tensor, ...]
 Step: TypeAlias = Callable[[Tensor, State], State]
@@ -72,7 +73,9 @@ def _clipped(
 class _Layer:
     """What RNN, GRU and LSTM share: directions, lengths, and how tensors lie."""
 
-    def __init__(self, x: Tensor, direction: str, lengths: Tensor | None, layout: int) -> None:
+    def __init__(
+        self, x: Tensor, direction: Direction, lengths: Tensor | None, layout: int
+    ) -> None:
         self.layout = layout
         self.x = x.transpose(0, 1) if layout else x
         self.lengths = lengths
@@ -131,7 +134,7 @@ def rnn(
     initial_h: Tensor | None = None,
     *,
     hidden_size: int | None = None,
-    direction: str = "forward",
+    direction: Direction = "forward",
     activations: Sequence[str] | None = None,
     activation_alpha: Sequence[float] | None = None,
     activation_beta: Sequence[float] | None = None,
@@ -167,7 +170,7 @@ def gru(
     initial_h: Tensor | None = None,
     *,
     hidden_size: int | None = None,
-    direction: str = "forward",
+    direction: Direction = "forward",
     activations: Sequence[str] | None = None,
     activation_alpha: Sequence[float] | None = None,
     activation_beta: Sequence[float] | None = None,
@@ -218,7 +221,7 @@ def lstm(
     peepholes: Tensor | None = None,
     *,
     hidden_size: int | None = None,
-    direction: str = "forward",
+    direction: Direction = "forward",
     activations: Sequence[str] | None = None,
     activation_alpha: Sequence[float] | None = None,
     activation_beta: Sequence[float] | None = None,

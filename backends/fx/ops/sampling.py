@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -14,6 +14,16 @@ from lwc.backends.fx.registry import op
 __all__: list[str] = []
 
 Tensor: TypeAlias = torch.Tensor
+Mode: TypeAlias = Literal["nearest", "linear", "cubic"]
+Rounding: TypeAlias = Literal["round_prefer_floor", "round_prefer_ceil", "floor", "ceil"]
+Coordinates: TypeAlias = Literal[
+    "half_pixel",
+    "half_pixel_symmetric",
+    "pytorch_half_pixel",
+    "align_corners",
+    "asymmetric",
+    "tf_crop_and_resize",
+]
 
 
 @op("Resize", values=(1, 2, 3), since=11)
@@ -25,13 +35,13 @@ def resize(
     *,
     antialias: int = 0,
     axes: Sequence[int] | None = None,
-    coordinate_transformation_mode: str = "half_pixel",
+    coordinate_transformation_mode: Coordinates = "half_pixel",
     cubic_coeff_a: float = -0.75,
     exclude_outside: int = 0,
     extrapolation_value: float = 0.0,
-    keep_aspect_ratio_policy: str = "stretch",
-    mode: str = "nearest",
-    nearest_mode: str = "round_prefer_floor",
+    keep_aspect_ratio_policy: Literal["stretch", "not_larger", "not_smaller"] = "stretch",
+    mode: Mode = "nearest",
+    nearest_mode: Rounding = "round_prefer_floor",
 ) -> Tensor:
     """Sample at other extents, axis by axis."""
     places = [axis % x.dim() for axis in axes] if axes else list(range(x.dim()))
@@ -77,7 +87,7 @@ def resize(
 
 
 def _source(
-    mode: str, count: int, extent: int, factor: float, bounds: tuple[float, float]
+    mode: Coordinates, count: int, extent: int, factor: float, bounds: tuple[float, float]
 ) -> Tensor:
     """Return where the new elements lie on the old axis, in float64."""
     at = torch.arange(count, dtype=torch.float64)
@@ -101,8 +111,8 @@ def _source(
 def _weights(
     at: Tensor,
     extent: int,
-    mode: str,
-    nearest: str,
+    mode: Mode,
+    nearest: Rounding,
     coefficient: float,
     exclude_outside: int,
     shrink: float,
@@ -123,7 +133,7 @@ def _weights(
     return table.scatter_add(1, taps.clamp(0, extent - 1), share)
 
 
-def _nearest(at: Tensor, mode: str) -> Tensor:
+def _nearest(at: Tensor, mode: Rounding) -> Tensor:
     if mode == "floor":
         return at.floor().to(torch.int64)
     if mode == "ceil":
@@ -152,8 +162,8 @@ def grid_sample(
     x: Tensor,
     grid: Tensor,
     *,
-    mode: str = "linear",
-    padding_mode: str = "zeros",
+    mode: Literal["linear", "bilinear", "nearest", "cubic", "bicubic"] = "linear",
+    padding_mode: Literal["zeros", "border", "reflection"] = "zeros",
     align_corners: int = 0,
 ) -> Tensor:
     """Sample at coordinates from -1 to 1, the last axis first."""
@@ -179,8 +189,8 @@ def roi_align(
     rois: Tensor,
     batches: Tensor,
     *,
-    coordinate_transformation_mode: str = "half_pixel",
-    mode: str = "avg",
+    coordinate_transformation_mode: Literal["half_pixel", "output_half_pixel"] = "half_pixel",
+    mode: Literal["avg", "max"] = "avg",
     output_height: int = 1,
     output_width: int = 1,
     sampling_ratio: int = 0,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 
-__all__ = ["padded", "pads_of"]
+__all__ = ["AutoPad", "padded", "pads_of"]
 
 Tensor: TypeAlias = torch.Tensor
+AutoPad: TypeAlias = Literal["", "NOTSET", "SAME_UPPER", "SAME_LOWER", "VALID"]
 
 
 def pads_of(
@@ -19,7 +20,7 @@ def pads_of(
     strides: Sequence[int],
     dilations: Sequence[int],
     pads: Sequence[int] | None,
-    auto_pad: str,
+    auto_pad: AutoPad,
 ) -> tuple[list[int], list[int]]:
     """Return how much is added before and after each spatial axis."""
     rank = len(kernel)
