@@ -164,7 +164,7 @@ def test_rules_of_linear_attention(rule: str) -> None:
     decay = -drawn.random(size=(1, 5, 4)).astype(np.float32)
     beta = drawn.random(size=(1, 5, 1)).astype(np.float32)
     given = {"q": q, "k": k, "v": v, "past": None, "decay": decay, "beta": beta}
-    heads = {"q_num_heads": 1, "kv_num_heads": 1}
+    heads: dict[str, Any] = {"q_num_heads": 1, "kv_num_heads": 1}
     module, feed = one_node(
         "LinearAttention", given, opset=26, update_rule=rule, scale=1.0, **heads
     )
