@@ -13,6 +13,7 @@ from lwc.passes.cleanup.canonical import (
     control,
     identities,
     layout,
+    sequences,
     shape_values,
     slices,
     tidy,
@@ -92,6 +93,7 @@ def canonicalize(module: Module, ctx: PassContext, folding: Folding) -> tuple[bo
             *casts.RULES,
             *layout.RULES,
             *slices.RULES,
+            *sequences.RULES,
             *control.RULES,
         ]
     )

@@ -627,3 +627,58 @@ def test_casts_to_the_type_of_a_value_name_it(kind: str, left: list[str]) -> Non
     (found,) = run_plain(module, feed)
     assert found.dtype == wanted.dtype
     np.testing.assert_array_equal(found, wanted)
+
+
+SEQUENCES = {
+    "chunks": ("s = SplitToSequence<axis = 1>(x, two)", ["Split"]),
+    "parts": ("s = SplitToSequence<axis = -1>(x, parts)", ["Split"]),
+    "slices-kept": ("s = SplitToSequence<axis = 1>(x)", ["Split"]),
+    "slices": ("s = SplitToSequence<axis = 1, keepdims = 0>(x)", ["Gather", "Gather"]),
+    "made": ("u = Neg(x) v = Abs(x) s = SequenceConstruct(u, x, v)", ["Neg", "Abs"]),
+    "free-axis": ("s = SplitToSequence(x, two)", ["SplitToSequence", "SequenceAt", "SequenceAt"]),
+}
+
+
+@pytest.mark.parametrize("spelling", SEQUENCES)
+def test_elements_of_sequences_are_tensors(spelling: str) -> None:
+    """The last of unequal chunks is smaller; places may count from the end."""
+    text, left = SEQUENCES[spelling]
+    shapes = ("[b]", "[d]") if spelling == "slices" else ("[b, c]", "[d, e]")
+    module = agree(
+        f"""g (float[a, 5] x) => (float{shapes[0]} y, float{shapes[1]} z)
+        <int64 two = {{2}}, int64[3] parts = {{1, 3, 1}}, int64 first = {{0}}, int64 last = {{-1}}>
+        {{
+            {text} p = SequenceAt(s, first) q = SequenceAt(s, last)
+            y = Identity(p) z = Identity(q)
+        }}""",
+        {"x": np.arange(20, dtype=np.float32).reshape(4, 5) - 7},
+    )
+    assert ops(module) == left
+
+
+def test_a_sequence_that_is_put_together_again() -> None:
+    module = agree(
+        """g (float[a] x) => (float[b] y, float[c, d] z) {
+            u = Neg(x) s = SequenceConstruct(u, x)
+            y = ConcatFromSequence<axis = 0>(s) z = ConcatFromSequence<axis = 0, new_axis = 1>(s)
+        }""",
+        {"x": np.arange(3, dtype=np.float32)},
+    )
+    assert sorted(ops(module)) == ["Concat", "ConcatFromSequence", "Neg", "SequenceConstruct"]
+
+
+def test_an_element_that_is_asked_for_twice_and_one_that_is_not_there() -> None:
+    module = agree(
+        """g (float[4] x) => (float[2] y, float[2] z) <int64 two = {2}, int64 one = {1}> {
+            s = SplitToSequence(x, two) y = SequenceAt(s, one) z = SequenceAt(s, one)
+        }""",
+        {"x": np.arange(4, dtype=np.float32)},
+    )
+    assert sorted(ops(module)) == ["Identity", "Split"]
+    module = module_of(
+        """g (float[4] x) => (float[2] y) <int64 two = {2}> {
+            s = SplitToSequence(x, two) y = SequenceAt(s, two)
+        }"""
+    )
+    canonicalize(module)
+    assert "SequenceAt" in ops(module)
