@@ -187,6 +187,18 @@ class Site:
             if dtype not in _COMPUTED:
                 raise Refused(f"{name} is {dtype.name.lower()}, not float16, bfloat16 or float32")
 
+    def need_one_type(self, first: str, *others: str) -> None:
+        """Refuse operands that kernels do not compute with, or that are of several types.
+
+        Absent ones are left out.
+        """
+        self.need_floats(first, *others)
+        dtype = self.dtype(self.given(first))
+        for name in others:
+            given = self.given(name)
+            if given is not None and self.dtype(given) != dtype:
+                raise Refused(f"{name} has another type than {first}")
+
     def need_absent(self, *names: str) -> None:
         """Refuse inputs and attributes that kernels know nothing of."""
         for name in names:
