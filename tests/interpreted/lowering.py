@@ -80,7 +80,7 @@ def test_rotary(positions: str, interleaved: int, rank: int) -> None:
     if positions == "first":
         places = {"places": np.array([4], np.int64)}
         given = {"x": x, **places, **given}
-        check("RotaryEmbedding", given, domain=MS, interleaved=interleaved, **heads)
+        check("RotaryEmbedding", given, domain=MS, interleaved=interleaved, scale=2.0, **heads)
         return
     if positions == "each":
         given["places"] = integers(0, 20, 2, 5, dtype=np.int64)

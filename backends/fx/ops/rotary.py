@@ -65,7 +65,7 @@ def rotary_embedding(
     return y if x.dim() == 4 else y.transpose(1, 2).reshape(x.shape)
 
 
-@op("com.microsoft::RotaryEmbedding", zero="is_packed_batching")
+@op("com.microsoft::RotaryEmbedding", zero="is_packed_batching", ignored="scale")
 def contrib_rotary_embedding(
     x: Tensor,
     position_ids: Tensor,
@@ -75,9 +75,11 @@ def contrib_rotary_embedding(
     interleaved: int = 0,
     num_heads: int = 0,
     rotary_embedding_dim: int = 0,
-    scale: float = 1.0,
 ) -> Tensor:
-    """Turn heads by their positions, or by one position and those after it."""
+    """Turn heads by their positions, or by one position and those after it.
+
+    ONNX Runtime's kernel for the CPU does not read the attribute `scale`, nor does this.
+    """
     heads = x if x.dim() == 4 else _as_heads(x, num_heads, 2 * cos_cache.shape[-1])
     places = position_ids.to(torch.int64)
     if places.dim() < 2:
@@ -89,5 +91,4 @@ def contrib_rotary_embedding(
         interleaved=interleaved,
         width=rotary_embedding_dim,
     )
-    y = y if scale == 1.0 else y * scale
     return y if x.dim() == 4 else y.transpose(1, 2).reshape(x.shape)
