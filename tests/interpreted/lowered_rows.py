@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from fx_agreement import one_node
-from interpreted_lowering import MS, normal, reasons
+from interpreted_lowering import MS, normal, reasons, run
+
+import lwc
+from lwc.backends.triton.architectures import nearest
+from lwc.backends.triton.dry_run import dry_run
+from lwc.core.errors import LwcError
 
 # Norms
 
@@ -39,3 +45,25 @@ def test_norms_of_two_types_stay(op: str, domain: str, other: str) -> None:
     given[other] = given[other].astype(np.float32)
     module, _ = one_node(op, given, domain=domain, opset=23)
     assert reasons(module) == [f"{other} has another type than x"]
+
+
+# Errors
+
+
+def test_an_error_of_a_launch_names_its_node() -> None:
+    """The launch's own check knows nothing of nodes."""
+    table = normal(5, 16)
+    given = {
+        **{"q": normal(1, 3, 32), "k": normal(1, 3, 16), "v": normal(1, 3, 16)},
+        **{"past_k": None, "past_v": None},
+        **{"lengths": np.array([2], np.int32), "total": np.array(3, np.int32)},
+        **{"cos": np.cos(table), "sin": np.sin(table)},
+    }
+    sizes = {"num_heads": 2, "kv_num_heads": 1, "do_rotary": 1}
+    module, feed = one_node("GroupQueryAttention", given, domain=MS, **sizes)
+    told = r"^com.microsoft::GroupQueryAttention 'n': cos has shape \[5, 16\], which does not fit"
+    with pytest.raises(LwcError, match=told):
+        run(module, feed)
+    inputs = [torch.from_numpy(array) for array in feed.values()]
+    with pytest.raises(LwcError, match=told):
+        dry_run(lwc.to_triton(module), inputs, nearest(0))
