@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from fx_agreement import one_node
 from interpreted_lowering import MS, normal, reasons, run
+from odd_rotary import REFUSED, odd_rotary
 
 import lwc
+from lwc.backends.fx.ops import rotary
+from lwc.backends.triton import launch
 from lwc.backends.triton.architectures import nearest
 from lwc.backends.triton.dry_run import dry_run
 from lwc.core.errors import LwcError
@@ -47,6 +53,36 @@ def test_norms_of_two_types_stay(op: str, domain: str, other: str) -> None:
     assert reasons(module) == [f"{other} has another type than x"]
 
 
+# Rotary embeddings
+
+
+@pytest.mark.parametrize("rank", [3, 4])
+@pytest.mark.parametrize(("domain", "odd", "told"), REFUSED)
+def test_rotary_embeddings_that_do_not_fit(domain: str, odd: Any, told: str, rank: int) -> None:
+    module, feed = odd_rotary(domain, odd, rank)
+    assert reasons(module) == []
+    op = f"{domain}::RotaryEmbedding" if domain else "RotaryEmbedding"
+    with pytest.raises(LwcError, match=rf"^{op} 'n': {re.escape(told)}$"):
+        run(module, feed)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_positions_outside_of_the_tables_are_seen_where_the_host_does_not_look(
+    monkeypatch: pytest.MonkeyPatch, *, interleaved: bool
+) -> None:
+    """As on a GPU."""
+    monkeypatch.setattr(rotary, "check_places", lambda places, rows: None)
+    x = torch.from_numpy(normal(1, 4, 3, 8))
+    angles = torch.from_numpy(normal(4, 4))
+    cos, sin = angles.cos(), angles.sin()
+    places = torch.tensor([[2, -1, 4, 0]])
+    found = launch.rotary(x, cos, sin, places, interleaved=interleaved)
+    inside = torch.tensor([[2, 0, 0, 0]])
+    wanted = launch.rotary(x, cos, sin, inside, interleaved=interleaved)
+    wanted[:, 1:3] = torch.nan
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+
 # Errors
 
 
@@ -59,7 +95,7 @@ def test_an_error_of_a_launch_names_its_node() -> None:
         **{"lengths": np.array([2], np.int32), "total": np.array(3, np.int32)},
         **{"cos": np.cos(table), "sin": np.sin(table)},
     }
-    sizes = {"num_heads": 2, "kv_num_heads": 1, "do_rotary": 1}
+    sizes: dict[str, Any] = {"num_heads": 2, "kv_num_heads": 1, "do_rotary": 1}
     module, feed = one_node("GroupQueryAttention", given, domain=MS, **sizes)
     told = r"^com.microsoft::GroupQueryAttention 'n': cos has shape \[5, 16\], which does not fit"
     with pytest.raises(LwcError, match=told):
