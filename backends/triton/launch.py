@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 from lwc.backends.triton.availability import require_runnable, require_triton
@@ -379,7 +380,7 @@ def _shape_of(name: str, tensor: Any, rank: int) -> tuple[int, ...]:
 
 def _rows(tensor: Any) -> Any:
     """Return [rows, columns] with columns side by side; a view where the layout allows."""
-    flat = tensor.reshape(-1, tensor.shape[-1])
+    flat = tensor.reshape(prod(tensor.shape[:-1]), tensor.shape[-1])
     return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from fx_agreement import one_node
-from interpreted_lowering import MS, normal, reasons, run
+from interpreted_lowering import MS, check, normal, reasons, run
 from odd_rotary import REFUSED, odd_rotary
 
 import lwc
@@ -17,6 +18,7 @@ from lwc.backends.fx.ops import rotary
 from lwc.backends.triton import launch
 from lwc.backends.triton.architectures import nearest
 from lwc.backends.triton.dry_run import dry_run
+from lwc.backends.triton.operation import Launch
 from lwc.core.errors import LwcError
 
 # Norms
@@ -81,6 +83,48 @@ def test_positions_outside_of_the_tables_are_seen_where_the_host_does_not_look(
     wanted = launch.rotary(x, cos, sin, inside, interleaved=interleaved)
     wanted[:, 1:3] = torch.nan
     torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+# Nothing
+
+
+EMPTY = [(0, 3, 8), (2, 0, 8)]
+LAUNCHES: dict[str, Callable[[Any], Any]] = {
+    "rms_norm": lambda x: launch.rms_norm(x, x.new_ones(x.shape[-1])),
+    "layer_norm": lambda x: launch.layer_norm(x, x.new_ones(x.shape[-1]), residual=x)[1],
+    "gated_activation": lambda x: launch.gated_activation(x, x),
+    "rotary": lambda x: launch.rotary(x.unsqueeze(2), x[..., :4], x[..., :4]).squeeze(2),
+    "attention": lambda x: launch.attention(*[x.unsqueeze(1)] * 3).squeeze(1),
+    "decode_attention": lambda x: launch.decode_attention(*[x.unsqueeze(1)] * 3).squeeze(1),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        (name, shape)
+        for name in LAUNCHES
+        for shape in [*EMPTY, (2, 3, 0)]
+        if shape in EMPTY or "attention" not in name  # heads have elements
+    ],
+)
+def test_nothing_is_launched_for_nothing(
+    name: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(Launch, "run")
+    x = torch.ones(shape)
+    found = LAUNCHES[name](x)
+    assert (found.shape, found.dtype) == (x.shape, x.dtype)
+
+
+@pytest.mark.parametrize("shape", EMPTY)
+def test_nodes_of_no_rows(shape: tuple[int, ...]) -> None:
+    check("RMSNormalization", {"x": normal(*shape), "w": normal(8)}, opset=23)
+    norm = {"x": normal(*shape), "skip": normal(*shape), "gamma": normal(8), "beta": normal(8)}
+    check("SkipLayerNormalization", norm, domain=MS)
+    angles, places = normal(5, 4), np.zeros(shape[:2], np.int64)
+    turned = {"x": normal(*shape), "cos": np.cos(angles), "sin": np.sin(angles), "places": places}
+    check("RotaryEmbedding", turned, opset=23, num_heads=1)
 
 
 # Errors

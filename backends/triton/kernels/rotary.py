@@ -141,9 +141,9 @@ def rotary_operation(
 
 def _candidates(tokens: int, heads: int, half: int, size: int) -> tuple[Configuration, ...]:
     """Return tilings of about 16 pairs a thread, and of 8."""
-    width = triton.next_power_of_2(half)
+    width = triton.next_power_of_2(max(half, 1))
     rest = triton.next_power_of_2(size - 2 * half) if size > 2 * half else 0
-    most = triton.next_power_of_2(heads)
+    most = triton.next_power_of_2(max(heads, 1))
     found = []
     for pairs in (1024, 2048):
         block = min(max(pairs // width, 1), most)
