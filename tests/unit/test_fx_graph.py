@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,19 @@ def test_names_of_inputs_that_clash(a: str, b: str, c: str) -> None:
         value.name = name
     lowered = lwc.to_fx(module)
     assert lowered(torch.tensor([3.0, 5.0]), torch.tensor([1.0, 2.0])).tolist() == [6, 15]
+
+
+@pytest.mark.parametrize("name", ["inf", "nan", "getattr", "torch"])
+def test_inputs_called_as_what_the_code_reads(name: str) -> None:
+    module = module_of(
+        """g (float[2] x) => (float[2] y) <float[2] w = {2, 4}> { a = Mul(x, w)
+        b = LeakyRelu <alpha = 1.5> (a) y = LeakyRelu <alpha = 0.5> (b) }"""
+    )
+    for node, alpha in zip(list(module.graph)[1:], (math.inf, math.nan), strict=True):
+        node.attributes["alpha"] = ir.AttrFloat32("alpha", alpha)
+    module.graph.inputs[0].name = name
+    module.graph.initializers["w"].name = "1"  # which is read by `getattr`
+    assert lwc.to_fx(module)(torch.tensor([3.0, 5.0])).tolist() == [6, 20]
 
 
 @pytest.mark.parametrize("branch", [True, False])
