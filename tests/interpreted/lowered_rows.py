@@ -20,6 +20,7 @@ from lwc.backends.triton.architectures import nearest
 from lwc.backends.triton.dry_run import dry_run
 from lwc.backends.triton.operation import Launch
 from lwc.core.errors import LwcError
+from lwc.core.module import Module
 
 # Norms
 
@@ -130,17 +131,32 @@ def test_nodes_of_no_rows(shape: tuple[int, ...]) -> None:
 # Errors
 
 
-def test_an_error_of_a_launch_names_its_node() -> None:
-    """The launch's own check knows nothing of nodes."""
-    table = normal(5, 16)
+def grouped(columns: int, **more: Any) -> tuple[Module, dict[str, Any]]:
+    """GroupQueryAttention of 3 tokens and heads of 16, which it turns by tables of 5 rows."""
+    table = normal(5, columns)
     given = {
         **{"q": normal(1, 3, 32), "k": normal(1, 3, 16), "v": normal(1, 3, 16)},
         **{"past_k": None, "past_v": None},
         **{"lengths": np.array([2], np.int32), "total": np.array(3, np.int32)},
-        **{"cos": np.cos(table), "sin": np.sin(table)},
+        **{"cos": np.cos(table), "sin": np.sin(table), **more},
     }
     sizes: dict[str, Any] = {"num_heads": 2, "kv_num_heads": 1, "do_rotary": 1}
-    module, feed = one_node("GroupQueryAttention", given, domain=MS, **sizes)
+    return one_node("GroupQueryAttention", given, domain=MS, **sizes)
+
+
+@pytest.mark.parametrize("last", [5, -1])
+def test_positions_of_grouped_attention_that_no_table_has(last: int) -> None:
+    module, feed = grouped(8, places=np.array([[0, 1, last]]))
+    told = (
+        r"^com.microsoft::GroupQueryAttention 'n': positions are from -?\d to \d, and tables of 5"
+    )
+    with pytest.raises(LwcError, match=told):
+        run(module, feed)
+
+
+def test_an_error_of_a_launch_names_its_node() -> None:
+    """The launch's own check knows nothing of nodes."""
+    module, feed = grouped(16)
     told = r"^com.microsoft::GroupQueryAttention 'n': cos has shape \[5, 16\], which does not fit"
     with pytest.raises(LwcError, match=told):
         run(module, feed)

@@ -416,7 +416,7 @@ def test_a_kernel_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
     @kernel("SimplifiedLayerNormalization", runs="norm_kernel")
     def root_mean_square(site: Site) -> Results:
-        site.need_floats("x", "scale")
+        site.need_one_type("x", "scale")
         site.need(site.given("axis") == -1, "it spans other axes than the last")
         return {0: site.call(launch.rms_norm, site.given("x"), site.given("scale"), eps=1e-5)}
 

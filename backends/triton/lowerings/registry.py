@@ -4,7 +4,7 @@ To have a kernel compute an operator, write a function in the file of its family
 
     @kernel("RMSNormalization", runs="norm_kernel")
     def rms_norm(site: Site) -> Results:
-        site.need_floats("x")
+        site.need_one_type("x", "scale")
         site.need(site.given("axis") in (-1, site.rank("x") - 1), "it spans several axes")
         return {0: site.call(launch.rms_norm, site.given("x"), site.given("scale"))}
 
