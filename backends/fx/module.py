@@ -32,12 +32,16 @@ class OnnxGraphModule(torch.fx.GraphModule):  # type: ignore[misc]
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run; an exception of an operator becomes an LwcError that names its node."""
+        """Run; an exception of an operator becomes an LwcError, which names its node."""
         if torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)
         try:
             return super().__call__(*args, **kwargs)
-        except LwcError:
+        except LwcError as error:
+            node = self._failed(error)
+            if error.node is None and node is not None:
+                error.node = described(node)
+                error.file = error.file or self.meta.get("lwc", {}).get("file")
             raise
         except Exception as error:
             node = self._failed(error)

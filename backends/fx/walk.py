@@ -36,6 +36,9 @@ _ = ops  # registers the operators
 _LITERAL = 64
 """Constants of up to this many numbers are written into the calls that want numbers."""
 
+_READ = frozenset({"torch", "inf", "nan", "getattr", "slice"})
+"""What FX may write into code besides names that it makes."""
+
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE})
 
 _HOSTED = frozenset({ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL})
@@ -97,7 +100,7 @@ class _Scope:
         return node
 
     def name_parameters(self) -> None:
-        """Make the parameters of the generated function differ from each other and from `torch`.
+        """Make the parameters of the generated function differ from all else that it reads.
 
         FX makes the names of nodes differ, but takes those of parameters as they are given, and
         assigns each parameter to its node in turn: one that is called as an earlier node is lost.
@@ -105,7 +108,7 @@ class _Scope:
         places = [node for node in self.graph.nodes if node.op == "placeholder"]
         names = {node.target for node in places}
         other = {node.name for node in places if node.name != node.target}
-        if len(names) < len(places) or names & (other | {"torch"}):
+        if len(names) < len(places) or names & (other | _READ):
             for node in places:
                 node.target = node.name
 

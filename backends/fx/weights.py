@@ -124,6 +124,9 @@ def identifier(name: str) -> str:
 
 
 def _attribute(name: str) -> str:
-    """Return a name for an attribute of a module, which may begin with a digit."""
-    plain = re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_") or "_"
+    """Return a name for an attribute of a module, which may begin with a digit.
+
+    It begins with no underscore: Python gives names with two another meaning within a class.
+    """
+    plain = re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_") or "unnamed"
     return f"{plain}_" if keyword.iskeyword(plain) else plain

@@ -50,11 +50,14 @@ class _DryRun(torch.fx.Interpreter):  # type: ignore[misc]
         self.launches: dict[str, list[Launch]] = {}
 
     def run_node(self, node: torch.fx.Node) -> Any:
+        where = described(node) if "onnx" in node.meta else node.name
         with recording(self.architecture) as recorder:
             try:
                 result = super().run_node(node)
+            except LwcError as error:
+                error.node = error.node or where
+                raise
             except (NotImplementedError, RuntimeError, ValueError, IndexError) as error:
-                where = described(node) if "onnx" in node.meta else node.name
                 raise LwcError(
                     f"what it would launch is not known: {str(error).splitlines()[0]}",
                     node=where,

@@ -42,12 +42,19 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
 
 
 def files_in(folder: Path) -> Iterator[str]:
-    """Yield the paths of all files below a folder, relative to it, but for Python's own cache."""
+    """Yield the paths of all files below a folder, relative to it, but for Python's own caches."""
     for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if name != _CACHE]
         links = [name for name in folders if os.path.islink(os.path.join(place, name))]
         for name in [*files, *links]:
-            yield Path(place, name).relative_to(folder).as_posix()
+            path = Path(place, name)
+            if not _is_cache(path):
+                yield path.relative_to(folder).as_posix()
+
+
+def _is_cache(path: Path) -> bool:
+    """Tell whether Python made a file, and makes it anew: from a module that is there."""
+    source = path.parent.parent / f"{path.name.partition('.')[0]}.py"
+    return path.parent.name == _CACHE and path.suffix == ".pyc" and source.is_file()
 
 
 def _emitted(folder: Path) -> set[str]:

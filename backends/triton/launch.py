@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 from lwc.backends.triton.availability import require_runnable, require_triton
@@ -86,14 +87,16 @@ def rotary(
         cos: Cosines by row and pair, [rows, half] with half at most size / 2: further elements of
             a head are copied. Without `positions`, row i is token i; or [batch, length, half].
         sin: As `cos`.
-        positions: Rows of `cos`, [batch, length]; they are not checked against its length.
+        positions: Rows of `cos`, [batch, length]. On a GPU, which the host does not wait for, a
+            token whose position is no row becomes NaN.
         interleaved: Pairs are neighbours; otherwise element i belongs to i + half.
 
     Raises:
         UsageError: Shapes or types do not fit.
-        LwcError: No kernel runs where the tensors are.
+        LwcError: A position on the CPU is no row, or no kernel runs where the tensors are.
     """
     require_triton()
+    from lwc.backends.fx.ops.rotary import check_places
     from lwc.backends.triton.kernels.rotary import rotary_operation
     from lwc.backends.triton.run import architecture_of, computable, run
 
@@ -109,6 +112,8 @@ def rotary(
     _check_shape("sin", sin, tuple(cos.shape))
     _check_shape("positions", positions, (batch, length))
     require_runnable(x, cos, sin, positions)
+    if positions is not None and positions.device.type == "cpu":
+        check_places(positions, cos.shape[0])
     heads = computable(x)
     operation = rotary_operation(
         heads if heads.stride(-1) == 1 else heads.contiguous(),
@@ -375,7 +380,7 @@ def _shape_of(name: str, tensor: Any, rank: int) -> tuple[int, ...]:
 
 def _rows(tensor: Any) -> Any:
     """Return [rows, columns] with columns side by side; a view where the layout allows."""
-    flat = tensor.reshape(-1, tensor.shape[-1])
+    flat = tensor.reshape(prod(tensor.shape[:-1]), tensor.shape[-1])
     return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
 
 

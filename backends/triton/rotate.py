@@ -6,6 +6,7 @@ from typing import TypeAlias
 
 import torch
 
+from lwc.backends.fx.ops.rotary import check_fit, head_size, placed
 from lwc.backends.triton import launch
 
 __all__ = ["contrib_rotary_embedding", "rotary_embedding"]
@@ -24,10 +25,9 @@ def rotary_embedding(
     rotary_embedding_dim: int = 0,
 ) -> Tensor:
     """Turn heads by their positions."""
-    size = x.shape[-1] if x.dim() == 4 else x.shape[-1] // num_heads
     return _turned(
         x, cos_cache, sin_cache, position_ids,
-        size=size, width=rotary_embedding_dim, interleaved=interleaved,
+        size=head_size(x, num_heads, 0), width=rotary_embedding_dim, interleaved=interleaved,
     )  # fmt: skip
 
 
@@ -42,30 +42,18 @@ def contrib_rotary_embedding(
     rotary_embedding_dim: int = 0,
 ) -> Tensor:
     """Turn heads by their positions, or by one position and those after it."""
-    size = 2 * cos_cache.shape[-1]
-    if x.dim() == 4:
-        size = x.shape[-1]
-    elif num_heads:
-        size = x.shape[-1] // num_heads
-    places = position_ids
-    if places.dim() < 2:
-        batch, length = x.shape[0], x.shape[2 if x.dim() == 4 else 1]
-        places = (places.reshape(1, 1) + torch.arange(length)).expand(batch, -1)
     return _turned(
-        x, cos_cache, sin_cache, places,
-        size=size, width=rotary_embedding_dim, interleaved=interleaved,
+        x, cos_cache, sin_cache, placed(x, position_ids),
+        size=head_size(x, num_heads, 2 * cos_cache.shape[-1]),
+        width=rotary_embedding_dim, interleaved=interleaved,
     )  # fmt: skip
 
 
 def _turned(
-    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None,
+    x: Tensor, cos: Tensor, sin: Tensor, places: Tensor | None,
     *, size: int, width: int, interleaved: int,
 ) -> Tensor:  # fmt: skip
+    check_fit(x, cos, sin, places, size=size, width=width)
     heads = x.transpose(1, 2) if x.dim() == 4 else x.unflatten(-1, (-1, size))
-    half = (width or size) // 2
-    if positions is None:
-        cos, sin = (table.expand(heads.shape[0], -1, -1) for table in (cos, sin))
-    y: Tensor = launch.rotary(
-        heads, cos[..., :half], sin[..., :half], positions, interleaved=bool(interleaved)
-    )
+    y: Tensor = launch.rotary(heads, cos, sin, places, interleaved=bool(interleaved))
     return y.transpose(1, 2) if x.dim() == 4 else y.flatten(2)

@@ -22,12 +22,14 @@ _WIDEST = 8192
 
 
 def run(operation: Operation) -> tuple[Any, ...]:
-    """Run an operation on its tensors and return its results.
+    """Run an operation on its tensors and return its results; nothing runs where these are empty.
 
     On a GPU it is tuned the first time that an operation of its key comes (see
     `lwc.backends.triton.tuning`). The interpreter takes the first candidate. Within `recording`
     nothing runs: the launches of the first candidate are written down.
     """
+    if not any(result.numel() for result in operation.results):
+        return operation.results
     noted = recorder()
     if noted is not None:
         noted.launches.extend(operation.prepare(operation.candidates[0]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import builtins
 import importlib
 import keyword
@@ -76,18 +77,33 @@ def python_source(
     Raises:
         LwcError: The code calls what cannot be written as Python.
     """
+    try:
+        source = _source(graph_module, _quoted(title), interface)
+        compile(source, "model.py", "exec")
+    except SyntaxError as error:
+        raise LwcError(
+            f"its code cannot be written as Python: {error}",
+            file=graph_module.meta["lwc"]["file"],
+            remedy="run the model by backend='triton' instead",
+        ) from error
+    return source
+
+
+def _source(
+    graph_module: torch.fx.GraphModule, title: str, interface: Mapping[str, Mapping[str, str]]
+) -> str:
     from lwc import __version__
 
     code = graph_module.graph.python_code("self")
     names = {node.name for node in graph_module.graph.nodes}
+    names |= {str(node.target) for node in graph_module.graph.nodes if node.op == "placeholder"}
     body, imports = _with_modules(code.src.strip(), code.globals, names)
-    title = _quoted(title)
     lines = [
         f"{kind.capitalize()}:\n"
         + "\n".join(f"    {_quoted(name)}: {_quoted(told)}" for name, told in told.items())
         for kind, told in interface.items()
     ]
-    source = _TEMPLATE.format(
+    return _TEMPLATE.format(
         title=title,
         version=__version__,
         imports="\n".join(imports),
@@ -100,15 +116,6 @@ def python_source(
         forward=_indented(body, 4),
         file=WEIGHTS,
     )
-    try:
-        compile(source, "model.py", "exec")
-    except SyntaxError as error:
-        raise LwcError(
-            f"its code cannot be written as Python: {error}",
-            file=graph_module.meta["lwc"]["file"],
-            remedy="run the model by backend='triton' instead",
-        ) from error
-    return source
 
 
 def _quoted(text: str) -> str:
@@ -179,7 +186,13 @@ def _constructor(made: Any) -> str:
 
 
 def _with_modules(source: str, names: Mapping[str, Any], taken: Set[str]) -> tuple[str, list[str]]:
-    """Write functions as those of their modules, `fx_layout.reshape`; return the imports too."""
+    """Write functions as those of their modules, `fx_layout.reshape`; return the imports too.
+
+    Args:
+        source: A function.
+        names: What the names stand for that it has from outside.
+        taken: Names that no module may have.
+    """
     imports = {
         "import torch": None,
         "from pathlib import Path": None,
@@ -187,9 +200,12 @@ def _with_modules(source: str, names: Mapping[str, Any], taken: Set[str]) -> tup
         "from lwc.backends.triton.packed_linear import PackedLinear": None,
         "from lwc.backends.triton.weights import W4Weights, W8Weights": None,
     }
-    for name, value in names.items():
-        if not re.search(rf"\b{name}\b", source) or name == "torch":
+    places = _outer_names(source)
+    written: dict[str, str] = {}
+    for name in places:
+        if name not in names or name == "torch":
             continue
+        value = names[name]
         if name in ("inf", "nan"):
             imports[f"from math import {name}"] = None
         elif isinstance(value, ModuleType):
@@ -201,10 +217,35 @@ def _with_modules(source: str, names: Mapping[str, Any], taken: Set[str]) -> tup
             alias = f"{package.split('.')[2] if package.startswith('lwc.') else 'py'}_{module}"
             while alias in taken:
                 alias += "_"
-            source = re.sub(rf"\b{name}\b", f"{alias}.{value.__name__}", source)
+            written[name] = f"{alias}.{value.__name__}"
             start = f"from {package} import {module}" if package else f"import {module}"
             imports[f"{start} as {alias}"] = None
-    return source, sorted(imports, key=_import_order)
+    return _replaced(source, places, written), sorted(imports, key=_import_order)
+
+
+def _outer_names(source: str) -> dict[str, list[tuple[int, int]]]:
+    """Return where a function reads names that it does not bind: lines, and bytes within them."""
+    nodes = list(ast.walk(ast.parse(source)))
+    bound = {node.arg for node in nodes if isinstance(node, ast.arg)}
+    named = [node for node in nodes if isinstance(node, ast.Name)]
+    bound |= {node.id for node in named if isinstance(node.ctx, ast.Store)}
+    places: dict[str, list[tuple[int, int]]] = {}
+    for node in named:
+        if node.id not in bound:
+            places.setdefault(node.id, []).append((node.lineno - 1, node.col_offset))
+    return places
+
+
+def _replaced(
+    source: str, places: Mapping[str, Iterable[tuple[int, int]]], written: Mapping[str, str]
+) -> str:
+    """Write names otherwise where they stand; the rest of the text stays as it is."""
+    lines = [line.encode() for line in source.split("\n")]
+    found = [(*place, name) for name in written for place in places[name]]
+    for line, start, name in sorted(found, reverse=True):
+        text = lines[line]
+        lines[line] = text[:start] + written[name].encode() + text[start + len(name.encode()) :]
+    return b"\n".join(lines).decode()
 
 
 def _import_order(line: str) -> tuple[bool, bool, str]:

@@ -86,7 +86,7 @@ def staged_folder(target: str) -> Iterator[str]:
     What is there before is replaced as a whole; where `target` is a symbolic link, what it leads
     to. Killed at any moment, the old folder or the new one is there: Linux exchanges them in one
     step. Elsewhere a kill between two renames can leave the old one under a hidden name, from
-    which the next call brings it back. Drafts of killed processes are removed.
+    which the next call brings it back. Drafts of killed processes are removed where they can be.
 
     Raises:
         OSError: The folder cannot be made.
@@ -95,9 +95,7 @@ def staged_folder(target: str) -> Iterator[str]:
     parent, name = os.path.split(target)
     os.makedirs(parent, exist_ok=True)
     _clear_up(parent, name)
-    draft = tempfile.mkdtemp(dir=parent, prefix=f".{name}.", suffix=".tmp")
-    # As long as it is locked, its process lives.
-    with _locked(draft):
+    with _locked_draft(parent, name) as draft:
         try:
             yield draft
             for place, _, files in os.walk(draft):
@@ -150,32 +148,59 @@ def _clear_up(parent: str, name: str) -> None:
         place = os.path.join(parent, entry)
         if found is None or not os.path.isdir(place):
             continue
-        draft = os.path.join(parent, found[1])
+        draft, target = os.path.join(parent, found[1]), os.path.join(parent, name)
+        # Its process lives, another clears up at the same time, or it is of another user.
+        lock = _locked(draft) if os.path.isdir(draft) else contextlib.nullcontext()
+        with contextlib.suppress(OSError), lock:
+            if found[2] and not os.path.lexists(target):
+                os.rename(place, target)
+            else:
+                shutil.rmtree(place, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked_draft(parent: str, name: str) -> Iterator[str]:
+    """Yield a new folder that is locked until the block or the process ends."""
+    while True:
+        draft = tempfile.mkdtemp(dir=parent, prefix=f".{name}.", suffix=".tmp")
         try:
-            with _locked(draft) if os.path.isdir(draft) else contextlib.nullcontext():
-                if found[2] and not os.path.lexists(os.path.join(parent, name)):
-                    os.rename(place, os.path.join(parent, name))
-                else:
-                    shutil.rmtree(place, ignore_errors=True)
-        except BlockingIOError:  # its process lives
-            continue
+            lock = _lock(draft)
+        except (BlockingIOError, FileNotFoundError):
+            continue  # another process takes it for that of a killed one
+        try:
+            if os.path.isdir(draft):
+                yield draft
+                return
+        finally:
+            os.close(lock)
 
 
 @contextlib.contextmanager
 def _locked(folder: str) -> Iterator[None]:
-    """Lock a folder until the block or the process ends.
+    """Lock a folder until the block or the process ends; raises as `_lock` does."""
+    lock = _lock(folder)
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def _lock(folder: str) -> int:
+    """Lock a folder and return what to close.
 
     Raises:
         BlockingIOError: Another process has locked it.
+        OSError: It is not there any more, or cannot be opened.
     """
     import fcntl  # Unix has it
 
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
+    except BaseException:
         os.close(descriptor)
+        raise
+    return descriptor
 
 
 def link_into_place(descriptor: int, target: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from fx_agreement import parsed, run_fx
@@ -25,6 +26,13 @@ from lwc.core.errors import LwcError
 FUSED = "fuse-norm,fuse-activation,canonicalize,quantize-weights{bits=4 symmetric=true}"
 RTOL = 2e-3
 """Of the norm: scales are rounded to float16, by 2**-11 at most, in each of a dozen products."""
+
+
+NAMES = [
+    *("device", "NoneType", "pytree", "torch", "inf", "nan", "self", "class", "None", "getattr"),
+    *("日本", "_", "__1", "__x", "a.__1", "a.日本", "1", "Path", "attach", "fx_layout", "Model"),
+    *("load", "FOLDER", "forward", "super", "slice", "float", "py_torch", "training"),
+]
 
 
 @functools.cache
@@ -155,3 +163,30 @@ def test_a_dry_run_says_where_a_number_is_missing() -> None:
     )
     with pytest.raises(LwcError, match="what it would launch is not known"):
         dry_run(lwc.to_triton(module), [torch.tensor(3.0)], nearest(0))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("of", ["x", "o", "w", "v", "y", "g"])
+def test_modules_of_any_names_run(name: str, of: str, tmp_path: Path) -> None:
+    """Of an input, a weight, an output, or the graph; `inf` and `nan` are in the code."""
+    module = parsed("""<ir_version: 10, opset_import: ["" : 20]>
+        g (float[n, 2] x, float[n, 2] o) => (float[n, 2] y)
+        <float[2] w = {2, 4}, float[2] v = {1, 2}>
+        { a = Mul(x, w)  b = LeakyRelu <alpha = 1.5> (a)  c = LeakyRelu <alpha = 0.5> (b)
+          d = Mul(c, o)  s = Shape(d)  z = ConstantOfShape(s)  e = Add(d, z)  y = Add(e, v) }""")
+    graph = module.graph
+    named = [*graph.inputs, *graph.initializers.values(), *graph.outputs]
+    values = {value.name: value for value in named}
+    for node, alpha in zip(list(graph)[1:3], (np.inf, np.nan), strict=True):
+        node.attributes["alpha"] = ir.AttrFloat32("alpha", alpha)
+    if of == "g":
+        graph.name = name
+    else:
+        values[of].name = name
+    other = {"w": "v", "v": "w"}.get(of)
+    if other is not None:  # two weights whose names have nothing that Python allows
+        values[other].name = "二"
+    emit(module, tmp_path / "out", architectures=[])
+    model = imported(tmp_path / "out").load(device="cpu")
+    found = model(torch.tensor([[3.0, 5.0]]), torch.tensor([[1.0, 10.0]]))
+    assert found.tolist() == [[7, 202]]

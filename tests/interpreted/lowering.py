@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,51 +9,13 @@ import pytest
 from dialect import draw_case, expected
 from dialect import module_of as dialect_module
 from fx_agreement import compare, one_node, parsed, run_fx
+from interpreted_lowering import ATOL, MS, RTOL, agree, check, integers, normal, reasons, run
 
 from lwc.backends.triton import launch
 from lwc.backends.triton.lower import placements
 from lwc.backends.triton.lowerings.registry import KERNELS, Results, Site, kernel
 from lwc.backends.triton.session import TritonBackend
 from lwc.core.dialect import DynamicQuantMatMul
-from lwc.core.module import Module
-
-MS = "com.microsoft"
-RTOL, ATOL = 1e-4, 2e-5
-"""float32 with sums of up to 100 terms in another order, of numbers of the size of 1."""
-
-
-def normal(*shape: int, seed: int = 0) -> Any:
-    random = np.random.default_rng(hash((shape, seed)) % 2**32)
-    return random.normal(size=shape).astype(np.float32)
-
-
-def integers(low: int, high: int, *shape: int, dtype: Any = np.uint8) -> Any:
-    return np.random.default_rng(sum(shape)).integers(low, high, shape).astype(dtype)
-
-
-def run(module: Module, feed: Mapping[str, Any]) -> list[Any]:
-    with TritonBackend().compile(module, threads=1) as executable:
-        return list(executable.run(dict(feed)).values())
-
-
-def reasons(module: Module) -> list[str]:
-    """Return what keeps nodes out of kernels."""
-    with TritonBackend().compile(module) as executable:
-        found = [each.reason for each in placements(executable.graph_module)]
-    return [each for each in found if each is not None]
-
-
-def agree(module: Module, feed: Mapping[str, Any], rtol: float = RTOL, atol: float = ATOL) -> None:
-    """Check that the last node runs in a kernel and computes what the fx backend does."""
-    with TritonBackend().compile(module) as executable:
-        assert placements(executable.graph_module)[-1].kernels is not None, reasons(module)
-    for a, b in zip(run(module, feed), run_fx(module, feed), strict=True):
-        compare(a, b, rtol, atol)
-
-
-def check(op: str, inputs: Mapping[str, Any], **rest: Any) -> None:
-    agree(*one_node(op, inputs, **rest))
-
 
 # Norms
 
@@ -119,7 +80,7 @@ def test_rotary(positions: str, interleaved: int, rank: int) -> None:
     if positions == "first":
         places = {"places": np.array([4], np.int64)}
         given = {"x": x, **places, **given}
-        check("RotaryEmbedding", given, domain=MS, interleaved=interleaved, **heads)
+        check("RotaryEmbedding", given, domain=MS, interleaved=interleaved, scale=2.0, **heads)
         return
     if positions == "each":
         given["places"] = integers(0, 20, 2, 5, dtype=np.int64)
@@ -455,7 +416,7 @@ def test_a_kernel_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
     @kernel("SimplifiedLayerNormalization", runs="norm_kernel")
     def root_mean_square(site: Site) -> Results:
-        site.need_floats("x", "scale")
+        site.need_one_type("x", "scale")
         site.need(site.given("axis") == -1, "it spans other axes than the last")
         return {0: site.call(launch.rms_norm, site.given("x"), site.given("scale"), eps=1e-5)}
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +25,7 @@ FILES = 20
 WRITER = f"""
 import sys
 from pathlib import Path
+from typing import Any
 from lwc.frontend import atomic
 if sys.argv[2] == "without-exchange":
     atomic._exchange = lambda one, other: False
@@ -98,6 +102,78 @@ def test_what_two_renames_left_comes_back(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         fail(tmp_path / "out", lambda: seen.append((tmp_path / "out" / "file").read_text()))
     assert seen == ["old"]
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("left", [".out.abcd1234.tmp", ".out.abcd1234.tmp.old"])
+@pytest.mark.parametrize("why", ["vanished", "of another user"])
+def test_drafts_that_cannot_be_cleared_up_do_no_harm(
+    why: str, left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft = tmp_path / ".out.abcd1234.tmp"
+    (tmp_path / left).mkdir()
+    draft.mkdir(exist_ok=True)
+    opened = os.open
+
+    def failing(path: str, flags: int, **more: Any) -> int:
+        if str(path) == str(draft):
+            if why == "of another user":
+                raise PermissionError(13, "Permission denied", path)
+            os.rmdir(path)
+        return opened(path, flags, **more)
+
+    monkeypatch.setattr(os, "open", failing)
+    write(tmp_path / "out", "new")
+    assert (tmp_path / "out" / "file").read_text() == "new"
+    assert draft.exists() == (why == "of another user")
+
+
+def test_what_another_brings_back_first_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = tmp_path / ".out.abcd1234.tmp.old"
+    old.mkdir()
+    (old / "file").write_text("old")
+    rename = os.rename
+
+    def late(source: str, target: str) -> None:
+        if str(source) == str(old) and old.exists():
+            rename(source, target)  # the other
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", late)
+    seen: list[str] = []
+    with pytest.raises(ZeroDivisionError):
+        fail(tmp_path / "out", lambda: seen.append((tmp_path / "out" / "file").read_text()))
+    assert seen == ["old"]
+
+
+@pytest.mark.parametrize("when", ["removed", "locked", "removed while it is opened"])
+def test_a_draft_that_another_clears_up_before_it_is_locked_is_made_anew(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other takes it for that of a killed process."""
+    make, lock = tempfile.mkdtemp, fcntl.flock
+    first: list[str] = []
+
+    def made(**where: str) -> str:
+        draft: str = make(**where)
+        if not first and when == "removed":
+            os.rmdir(draft)
+        first.append(draft)
+        return draft
+
+    def locked(descriptor: int, how: int) -> None:
+        if len(first) == 1 and when != "removed":
+            os.rmdir(first[0])
+            if when == "locked":
+                raise BlockingIOError
+        lock(descriptor, how)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", made)
+    monkeypatch.setattr(fcntl, "flock", locked)
+    write(tmp_path / "out", "new")
+    assert (tmp_path / "out" / "file").read_text() == "new"
     assert names(tmp_path) == ["out"]
 
 

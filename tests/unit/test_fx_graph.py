@@ -75,51 +75,6 @@ def test_one_call_per_node_that_keeps_its_name() -> None:
     assert "torch.add(" in lowered.code
 
 
-def test_names_that_are_no_identifiers() -> None:
-    module = module_of("g (float[2] a, float[2] b) => (float[2] c) { c = Sub(a, b) }")
-    values = [*module.graph.inputs, *module.graph.outputs]
-    for value, name in zip(values, ("0", "in:put", "lambda"), strict=True):
-        value.name = name
-    lowered = lwc.to_fx(module)
-    assert [node.name for node in lowered.graph.nodes][:3] == ["_0", "in_put", "lambda_"]
-    assert lowered(torch.ones(2), torch.zeros(2)).tolist() == [1, 1]
-    assert lowered.meta["lwc"]["inputs"] == ["0", "in:put"]
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "c"),
-    [
-        ("a.b", "a_b", "a/b"),
-        ("input", "input_1", "y"),  # FX calls the node of the first as the second
-        ("self", "x", "y"),
-        ("x", "y", "self"),
-        ("torch", "x", "math"),
-        ("_", "__", "é"),
-        ("None", "True", "getattr"),
-    ],
-)
-def test_names_of_inputs_that_clash(a: str, b: str, c: str) -> None:
-    module = module_of("g (float[2] a, float[2] b) => (float[2] y) { c = Sub(a, b) y = Mul(c, a) }")
-    values = [*module.graph.inputs, next(iter(module.graph)).outputs[0]]
-    for value, name in zip(values, (a, b, c), strict=True):
-        value.name = name
-    lowered = lwc.to_fx(module)
-    assert lowered(torch.tensor([3.0, 5.0]), torch.tensor([1.0, 2.0])).tolist() == [6, 15]
-
-
-@pytest.mark.parametrize("branch", [True, False])
-def test_names_inside_of_branches_that_clash(branch: bool) -> None:
-    module = module_of(
-        """g (float[2] x, float[2] y, bool c) => (float[2] r) {
-        r = If(c) <then_branch = t () => (float[2] p) { p = Sub(x, y) },
-                   else_branch = e () => (float[2] q) { q = Sub(y, x) }> }"""
-    )
-    for value, name in zip(module.graph.inputs, ("input", "input_1"), strict=False):
-        value.name = name
-    x, y = np.array([5, 7], np.float32), np.array([1, 2], np.float32)
-    assert_agrees(module, {"input": x, "input_1": y, "c": np.array(branch)})
-
-
 def test_inputs_keep_their_order_and_one_output_is_no_tuple() -> None:
     lowered = lwc.to_fx(module_of("g (float[2] b, float[2] a) => (float[2] y) { y = Sub(b, a) }"))
     assert [n.name for n in lowered.graph.nodes if n.op == "placeholder"] == ["b", "a"]

@@ -115,6 +115,7 @@ def test_what_was_emitted_before_is_replaced_as_a_whole_or_stays(
     folder = tmp_path / "out"
     assert emitted(model, folder, "-q") == 0
     (folder / "__pycache__").mkdir()
+    (folder / "__pycache__" / "model.cpython-311.opt-1.pyc").write_text("made anew by Python")
     before = (folder / "manifest.json").stat().st_ino
 
     def fails(*_: Any) -> None:
@@ -129,12 +130,23 @@ def test_what_was_emitted_before_is_replaced_as_a_whole_or_stays(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mlp.onnx", "out"]
 
 
-@pytest.mark.parametrize("foreign", ["notes.txt", "kernels/sm_90/mine.cubin"])
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        "notes.txt",
+        "kernels/sm_90/mine.cubin",
+        "__pycache__/notes.txt",
+        "__pycache__/mine.cpython-311.pyc",
+        "kernels/__pycache__/model.cpython-311.pyc",
+        "__pycache__/more/model.cpython-311.pyc",
+    ],
+)
 def test_files_that_were_not_emitted_are_not_lost(
     foreign: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "out"
     assert emitted(model, folder, "-q") == 0
+    (folder / foreign).parent.mkdir(parents=True, exist_ok=True)
     (folder / foreign).write_text("kept")
     told = f"cannot emit to '{folder}': '{foreign}' in it would be lost"
     assert emitted(model, folder, "-q") == 2

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from lwc.backends.fx.ops.attention import as_heads, as_rows
-from lwc.backends.fx.ops.rotary import rotated
+from lwc.backends.fx.ops.rotary import rotated, rows_at
 from lwc.backends.fx.registry import op
 
 __all__ = ["split_heads", "written"]
@@ -64,9 +64,9 @@ def group_query_attention(
     if do_rotary:
         assert cos_cache is not None
         assert sin_cache is not None
-        at = places if position_ids is None else position_ids.to(torch.int64)
+        at = places if position_ids is None else position_ids
         width = 2 * cos_cache.shape[-1]
-        cos, sin = cos_cache[at], sin_cache[at]
+        cos, sin = rows_at(cos_cache, at), rows_at(sin_cache, at)
         q = rotated(q, cos, sin, interleaved=rotary_interleaved, width=width)
         k = rotated(k, cos, sin, interleaved=rotary_interleaved, width=width)
     stored_k = _stored(k, k_scale, k_quant_type, kv_cache_bit_width)

@@ -202,7 +202,7 @@ def _candidates(
     }
     by_key = (size + value_size) * q.element_size()
     shortest = 20 * 8 * rows * (value_size + 1) / by_key
-    wanted = 2 * architecture.multiprocessors / (batch * groups)
+    wanted = 2 * architecture.multiprocessors / max(batch * groups, 1)
     # Blocks of keys of 16 KiB; in float32, which has no tensor cores, fewer find registers.
     columns = min(max(16384 // (widths["SIZE"] * q.element_size()), 16), 128)
     columns = min(columns, 32) if q.element_size() == 4 else columns

@@ -139,7 +139,7 @@ def _resident(configuration: Configuration, architecture: Architecture) -> int:
 
 def _candidates(rows: int, columns: int) -> tuple[Configuration, ...]:
     """Return tilings of 8 to 32 elements a thread, short rows several at a time."""
-    width = triton.next_power_of_2(columns)
+    width = triton.next_power_of_2(max(columns, 1))
     found: list[Configuration] = []
     for per_thread in (16, 8, 32):
         threads = min(max(width // per_thread, 128), 512)

@@ -22,7 +22,7 @@ __all__ = ["rotary_kernel", "rotary_operation"]
 @triton.jit
 def rotary_kernel(
     x, cos, sin, positions, out,
-    tokens, length, heads, half, size,
+    tokens, length, heads, half, size, rows,
     stride_batch, stride_token, stride_head, table_batch,
     INTERLEAVED: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -33,15 +33,18 @@ def rotary_kernel(
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     known = token < tokens
     batch, place = token // length, token % length
+    there = known
     if positions is None:
         row = batch * table_batch + place
     else:
         row = tl.load(positions + token, mask=known, other=0).to(tl.int64)
+        there = known & (row >= 0) & (row < rows)
     angle = tl.arange(0, HALF)
-    angles = known[:, None] & (angle < half)[None, :]
+    angles = there[:, None] & (angle < half)[None, :]
     table = row[:, None] * half + angle[None, :]
-    c = tl.load(cos + table, mask=angles, other=0.0).to(tl.float32)[:, None, :]
-    s = tl.load(sin + table, mask=angles, other=0.0).to(tl.float32)[:, None, :]
+    # A token whose position is no row of the table shows it: it becomes NaN.
+    c = tl.load(cos + table, mask=angles, other=float("nan")).to(tl.float32)[:, None, :]
+    s = tl.load(sin + table, mask=angles, other=float("nan")).to(tl.float32)[:, None, :]
     from_token = (batch * stride_batch + place * stride_token)[:, None, None]
     to_token = (token * heads * size)[:, None, None]
 
@@ -114,7 +117,7 @@ def rotary_operation(
             arguments={
                 "x": x, "cos": cos, "sin": sin, "positions": positions, "out": out,
                 "tokens": tokens, "length": length, "heads": heads, "half": half, "size": size,
-                "stride_batch": x.stride(0), "stride_token": x.stride(1),
+                "rows": rows, "stride_batch": x.stride(0), "stride_token": x.stride(1),
                 "stride_head": x.stride(2), "table_batch": length if cos.ndim == 3 else 0,
             },
             constants={"INTERLEAVED": interleaved},
@@ -138,9 +141,9 @@ def rotary_operation(
 
 def _candidates(tokens: int, heads: int, half: int, size: int) -> tuple[Configuration, ...]:
     """Return tilings of about 16 pairs a thread, and of 8."""
-    width = triton.next_power_of_2(half)
+    width = triton.next_power_of_2(max(half, 1))
     rest = triton.next_power_of_2(size - 2 * half) if size > 2 * half else 0
-    most = triton.next_power_of_2(heads)
+    most = triton.next_power_of_2(max(heads, 1))
     found = []
     for pairs in (1024, 2048):
         block = min(max(pairs // width, 1), most)

@@ -39,7 +39,7 @@ def skip_rms_norm(site: Site) -> Results:
 @kernel("com.microsoft::SkipLayerNormalization", runs="norm_kernel")
 def skip_layer_norm(site: Site) -> Results:
     """The norm of a sum, and the sum."""
-    x = _with_bias(site)
+    x = _with_bias(site, "beta")
     gamma, beta, residual = (site.given(name) for name in ("gamma", "beta", "skip"))
     eps = site.given("epsilon")
     both = site.call(launch.layer_norm, x, gamma, beta, residual=residual, eps=eps)
@@ -47,7 +47,7 @@ def skip_layer_norm(site: Site) -> Results:
 
 
 def _is_by_row(site: Site, *more: str) -> None:
-    site.need_floats("x", "scale", *more)
+    site.need_one_type("x", "scale", *more)
     site.need_outputs(0)
     site.need(site.given("stash_type") == 1, "its statistics are not taken in float32")
     shape = site.shape(site.given("x"))
@@ -57,15 +57,15 @@ def _is_by_row(site: Site, *more: str) -> None:
         _is_vector(site, name)
 
 
-def _with_bias(site: Site) -> object:
+def _with_bias(site: Site, *more: str) -> object:
     """Check a norm of a sum; return its input, with the bias added."""
-    site.need_floats("x", "skip", "gamma")
+    site.need_one_type("x", "skip", "gamma", "bias", *more)
     site.need_outputs(0, 3)
     x, skip = site.given("x"), site.given("skip")
     shape = site.shape(x)
     site.need(shape is not None and shape == site.shape(skip), "skip has another shape than x")
-    site.need(site.dtype(x) == site.dtype(skip), "skip has another type than x")
-    _is_vector(site, "gamma")
+    for name in ("gamma", *more):
+        _is_vector(site, name)
     bias = site.given("bias")
     return x if bias is None else site.call(torch.add, x, bias)
 

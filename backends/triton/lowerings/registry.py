@@ -4,7 +4,7 @@ To have a kernel compute an operator, write a function in the file of its family
 
     @kernel("RMSNormalization", runs="norm_kernel")
     def rms_norm(site: Site) -> Results:
-        site.need_floats("x")
+        site.need_one_type("x", "scale")
         site.need(site.given("axis") in (-1, site.rank("x") - 1), "it spans several axes")
         return {0: site.call(launch.rms_norm, site.given("x"), site.given("scale"))}
 
@@ -186,6 +186,18 @@ class Site:
                 raise Refused(f"the type of {name} is not known")
             if dtype not in _COMPUTED:
                 raise Refused(f"{name} is {dtype.name.lower()}, not float16, bfloat16 or float32")
+
+    def need_one_type(self, first: str, *others: str) -> None:
+        """Refuse operands that kernels do not compute with, or that are of several types.
+
+        Absent ones are left out.
+        """
+        self.need_floats(first, *others)
+        dtype = self.dtype(self.given(first))
+        for name in others:
+            given = self.given(name)
+            if given is not None and self.dtype(given) != dtype:
+                raise Refused(f"{name} has another type than {first}")
 
     def need_absent(self, *names: str) -> None:
         """Refuse inputs and attributes that kernels know nothing of."""

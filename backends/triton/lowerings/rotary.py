@@ -8,15 +8,14 @@ from lwc.backends.triton.lowerings.registry import Results, Site, kernel
 
 @kernel("RotaryEmbedding", runs="rotary_kernel")
 def _standard(site: Site) -> Results:
-    site.need_floats("x", "cos_cache", "sin_cache")
+    site.need_one_type("x", "cos_cache", "sin_cache")
     _has_heads(site)
     return site.same(rotate.rotary_embedding)
 
 
 @kernel("com.microsoft::RotaryEmbedding", runs="rotary_kernel")
 def _contrib(site: Site) -> Results:
-    site.need_floats("x", "cos_cache", "sin_cache")
-    site.need(site.given("scale") == 1.0, "it scales what it turns")
+    site.need_one_type("x", "cos_cache", "sin_cache")
     return site.same(rotate.contrib_rotary_embedding)
 
 
