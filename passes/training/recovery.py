@@ -132,6 +132,14 @@ def _train(
                 file=twin.source.path,
                 remedy="look for a number that is not finite in the model, its teacher or the data",
             )
+        masks = {
+            name: torch.from_numpy(each.mask)
+            for name, each in zip(names, chosen, strict=True)
+            if each.mask is not None
+        }
+        with torch.no_grad():  # not before: the loss before is that of the module as it was given
+            for name, mask in masks.items():
+                runner.parameters[name].masked_fill_(~mask, 0)
         rate = options.learning_rate or _RATES[options.method]
         train(
             runner.parameters,
@@ -140,11 +148,7 @@ def _train(
             Schedule(options.steps, options.batch, rate, seed=ctx.seed),
             trail=trail,
             progress=ctx.progress,
-            masks={
-                name: torch.from_numpy(each.mask)
-                for name, each in zip(names, chosen, strict=True)
-                if each.mask is not None
-            },
+            masks=masks,
         )
         after = judged("after")
         if ctx.max_memory is not None and runner.kept > ctx.max_memory:

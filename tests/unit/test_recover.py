@@ -151,6 +151,58 @@ def test_a_few_scattered_zeros_count_as_chance_and_a_note_says_so() -> None:
     assert "here and there" not in recovered(language(), "rank=4 steps=2")[2]
 
 
+def with_adapters(module: Module, seed: int = 7) -> Module:
+    """Give each of both layers an adapter of rank 2 that is 0 nowhere."""
+    made = lwc.optimize(module, "add-lora{rank=2 layers=up,down}").module
+    drawn = np.random.default_rng(seed)
+    for name, value in made.graph.initializers.items():
+        if name.endswith(("lora_A", "lora_B")):
+            assert value.shape is not None
+            content = drawn.normal(size=value.shape.numpy()).astype(np.float32) / 9
+            made.replace_initializer(value, ir.Tensor(content, name=name))
+    return made
+
+
+def test_adapters_that_were_there_bring_no_zeros_back_and_a_warning_says_so() -> None:
+    given = with_adapters(language(dead=True))
+    module, found, told = recovered(given, "steps=60 learning-rate=1e-2")
+    assert not weight(module, "up")[:, ::2].any()
+    assert not weight(module, "down")[::2].any()
+    assert weight(module, "up")[:, 1::2].all()
+    assert told.count("warning: its adapter, which was there before, is not 0 in rows") == 2
+    # What is judged before is the model as it came, which is not what training starts from.
+    ids = texts()[-1]["ids"]
+    logits = run_plain(given, {"ids": ids})[0].astype(np.float64)[:, :-1]
+    chances = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    losses = -np.take_along_axis(chances, ids[:, 1:, None], -1)
+    assert found["held-out loss before"] == pytest.approx(losses.mean(), rel=1e-5)
+    free, _, told = recovered(given, "steps=60 learning-rate=1e-2 keep-zeros=false")
+    assert weight(free, "up")[:, ::2].all()
+    assert "was there before" not in told
+
+
+def test_new_adapters_that_do_nothing_yet_are_no_warning() -> None:
+    given = lwc.optimize(language(dead=True), "add-lora{rank=2 layers=up,down}").module
+    module, _, told = recovered(given, "steps=10 learning-rate=1e-2")
+    assert "warning" not in told
+    assert not weight(module, "up")[:, ::2].any()
+
+
+def test_an_adapter_beside_scattered_zeros_fills_them_when_merged_and_a_warning_says_so() -> None:
+    sparse, gone = scattered(0.5)
+    module, _, told = recovered(with_adapters(sparse), "steps=10 learning-rate=1e-2")
+    assert "missed: its adapter is not trained" in told
+    assert told.count("warning: its adapter, which was there before, is not 0: merged, it") == 1
+    assert weight(module, "up")[gone].all()
+
+
+def test_what_is_0_of_quantized_weights_is_not_seen_and_a_note_says_so() -> None:
+    small = lwc.optimize(language(), "quantize-weights{bits=4 block-size=16}").module
+    _, _, told = recovered(small, "rank=2 steps=2")
+    assert told.count("note: its weights are quantized, so keep-zeros does not see which") == 2
+    assert "keep-zeros" not in recovered(small, "rank=2 steps=2 keep-zeros=false")[2]
+
+
 def test_feeds_of_one_token_are_left_out() -> None:
     short = [{"ids": np.array([[3]])}, *texts(), {"ids": np.array([[1]])}]
     _, found, told = recovered(language(), "rank=4 steps=4", data=short)
