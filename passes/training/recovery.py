@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from lwc.analysis.manager import AnalysisManager
 from lwc.calibration.checkpoint import Trail, module_digest
-from lwc.calibration.collect import checked_feeds
+from lwc.calibration.collect import checked_feeds, on_feed
 from lwc.calibration.stages import filed
 from lwc.core.errors import InputError, PassError
 from lwc.core.text import size
@@ -61,7 +61,8 @@ def recover(module: Module, ctx: PassContext, options: Recover) -> PassResult:
     with _lesson(module, ctx, options, feeds) as (lesson, teacher):
         trained, held = _divided(module, ctx, feeds, lesson.objective, options.held_out)
         facts = () if ctx.checkpoint is None else _facts(ctx, teacher)
-        trail = Trail.begin(ctx, module, lambda: [*trained, *held], *facts)
+        told = [*trained.values(), *held.values()]
+        trail = Trail.begin(ctx, module, lambda: told, *facts)
         before, after = _train(
             twin, chosen, lesson, inner, options, trained=trained, held=held, trail=trail
         )
@@ -105,11 +106,11 @@ def _train(
     ctx: PassContext,
     options: Recover,
     *,
-    trained: Sequence[Feed],
-    held: Sequence[Feed],
+    trained: Mapping[int, Feed],
+    held: Mapping[int, Feed],
     trail: Trail,
 ) -> tuple[float, float]:
-    """Train the copy; return the held-out loss before and after."""
+    """Train the copy; return the held-out loss before and after. Feeds are given by number."""
     names = [each.value.name or "" for each in chosen]
     with ctx.gradient_runner(twin, weights=names) as runner:
         # PyTorch is there: else there would be no runner.
@@ -118,20 +119,27 @@ def _train(
         from lwc.train.loop import Schedule, train
 
         def judged(when: str) -> float:
-            feeds = ctx.progress.track(held, f"held-out loss {when}")
-            losses = [runner.loss(feed, lesson.loss(feed)) for feed in feeds]
+            losses = []
+            for number, feed in ctx.progress.track(held.items(), f"held-out loss {when}"):
+                with on_feed(number):
+                    losses.append(runner.loss(feed, lesson.loss(feed)))
+                    if when == "before" and not math.isfinite(losses[-1]):
+                        raise PassError(
+                            f"the held-out loss is {losses[-1]} before any training",
+                            file=twin.source.path,
+                            remedy="look for a number that is not finite in the model, its teacher "
+                            "or the feed",
+                        )
             return sum(losses) / len(losses)
 
+        numbers = list(trained)
+
         def backward(index: int, factor: float) -> float:
-            return runner.backward(trained[index], lesson.loss(trained[index]), factor)
+            feed = trained[numbers[index]]
+            with on_feed(numbers[index]):
+                return runner.backward(feed, lesson.loss(feed), factor)
 
         before = judged("before")
-        if not math.isfinite(before):
-            raise PassError(
-                f"the held-out loss is {before} before any training",
-                file=twin.source.path,
-                remedy="look for a number that is not finite in the model, its teacher or the data",
-            )
         masks = {
             name: torch.from_numpy(each.mask)
             for name, each in zip(names, chosen, strict=True)
@@ -178,24 +186,24 @@ def _feeds(module: Module, ctx: PassContext) -> list[Feed]:
     feeds: list[Feed] = [
         {name: put(array) for name, array in feed.items()} for feed in checked_feeds(module, ctx)
     ]
-    return _enough(feeds, module)
+    _enough(feeds, module)
+    return feeds
 
 
-def _enough(feeds: list[Feed], module: Module) -> list[Feed]:
+def _enough(feeds: Sequence[object], module: Module) -> None:
     if len(feeds) < 2:
         raise InputError(
             f"training takes two feeds or more, of which some are held out, not {len(feeds)}",
             file=module.source.path,
             remedy="give more data, or cut a text into shorter windows",
         )
-    return feeds
 
 
 def _divided(
     module: Module, ctx: PassContext, feeds: list[Feed], objective: Objective, share: float
-) -> tuple[list[Feed], list[Feed]]:
-    """Return the feeds to train on, and those to judge by."""
-    told = [feed for feed in feeds if objective.teaches(feed)]
+) -> tuple[dict[int, Feed], dict[int, Feed]]:
+    """Return the feeds to train on and those to judge by, by their numbers, counted from 1."""
+    told = [(count, feed) for count, feed in enumerate(feeds, 1) if objective.teaches(feed)]
     if len(told) < len(feeds):
         ctx.warn(
             f"{len(feeds) - len(told)} of {len(feeds)} feeds are left out: they have one token, "
@@ -203,7 +211,7 @@ def _divided(
         )
     _enough(told, module)
     held = min(len(told) - 1, max(1, round(share * len(told))))
-    return told[:-held], told[-held:]
+    return dict(told[:-held]), dict(told[-held:])
 
 
 def _chosen(twin: Module, ctx: PassContext, options: Recover) -> list[Trainable]:
@@ -262,7 +270,9 @@ def _lesson(
                 causal = text is not None and predicts_next(text, feeds, student)
                 if runner is not None and options.teacher == "auto":
                     given = {name: feeds[0][name] for name in inputs if name in feeds[0]}
-                    if _agree(runner.run(given), student.run(feeds[0])):
+                    with on_feed(1):
+                        same = _agree(runner.run(given), student.run(feeds[0]))
+                    if same:
                         ctx.note("the module as it was before the pipeline gives the same outputs "
                                  "on the first feed, so it is no teacher")  # fmt: skip
                         runner, teacher = None, None
@@ -274,7 +284,8 @@ def _lesson(
             taught=runner is not None,
             causal=causal,
         )
-        yield Lesson(objective, runner, inputs), teacher
+        file = None if teacher is None else teacher.source.path
+        yield Lesson(objective, runner, inputs, file), teacher
 
 
 def _teacher(module: Module, ctx: PassContext, options: Recover) -> Module | None:

@@ -329,14 +329,21 @@ def test_memory_bound_changes_nothing_but_rounding() -> None:
     np.testing.assert_allclose(weight(bound, "up"), weight(plain, "up"), atol=1e-4)
 
 
-def test_outputs_that_are_no_logits_are_learned_from_a_teacher() -> None:
-    text = "g (float[n, 16] x) => (float[n, 16] y) { a = Tanh(x) y = MatMul(a, w) }"
-    text = text.replace("(float[n, 16] x)", "(float[n, 16] x, float[16, 16] w)")
+def numbers() -> Module:
+    """Make a model that takes and gives numbers."""
+    body = "a = Tanh(x) y = MatMul(a, w)"
+    text = f"g (float[n, 16] x, float[16, 16] w) => (float[n, 16] y) {{ {body} }}"
     module = module_of(text, 21, 10)
     value = module.graph.inputs.pop()
     drawn = np.random.default_rng(0)
     value.const_value = ir.Tensor(drawn.normal(size=(16, 16)).astype(np.float32), name="w")
     module.graph.register_initializer(value)
+    return module
+
+
+def test_outputs_that_are_no_logits_are_learned_from_a_teacher() -> None:
+    module = numbers()
+    drawn = np.random.default_rng(0)
     feeds = [{"x": drawn.normal(size=(8, 16)).astype(np.float32)} for _ in range(5)]
     result = lwc.optimize(
         module,
@@ -391,6 +398,52 @@ def test_errors(monkeypatch: pytest.MonkeyPatch, teacher: Path, tmp_path: Path) 
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(MissingExtraError, match="gradient"):
         recovered(module, "rank=4")
+
+
+def test_what_has_no_number_for_a_loss_names_the_feed() -> None:
+    """Feeds of one token are left out, and counted all the same."""
+    module = numbers()
+    feeds = [{"x": np.ones((2, 16), np.float32)} for _ in range(20)]
+    feeds[18]["x"][1, 3] = np.nan
+    small = "quantize-weights{bits=2 block-size=16 format=matmulnbits}"
+    with pytest.raises(
+        PassError, match="feed 19 of the calibration data: the held-out loss is nan before"
+    ):
+        lwc.optimize(module, f"{small},recover{{rank=2 steps=2}}", calibration=feeds)
+    broken = language()
+    content = weight(broken, "head")
+    content[0, 0] = np.nan
+    broken.replace_initializer(broken.graph.initializers["head"], ir.Tensor(content, name="head"))
+    with pytest.raises(PassError, match="feed 2 of the calibration data: 'logits' has numbers"):
+        recovered(broken, "rank=4", data=[{"ids": np.array([[3]])}, *texts()])
+
+
+def test_an_id_that_is_not_in_the_vocabulary_is_bad_data_and_names_the_feed() -> None:
+    for odd in (WORDS, -100):
+        data = texts()
+        data[1]["ids"][2, 4] = odd
+        with pytest.raises(
+            InputError, match=f"feed 2 of the calibration data gives input 'ids' the id {odd} "
+        ):
+            recovered(language(), "rank=4", data=data)
+
+
+def test_what_fails_on_a_feed_names_the_feed_and_the_teacher(tmp_path: Path) -> None:
+    body = {
+        "one": "s = Constant<value_ints = [4, 8]>() r = Reshape(x, s) y = MatMul(r, w)",
+        "two": "k = Constant<value_ints = [0]>() y = ReduceSum<keepdims = 1>(x, k)",
+    }
+    feeds = [{"x": np.ones((2, 16), np.float32)} for _ in range(5)]
+    for name, text in body.items():
+        path = tmp_path / f"{name}.onnxtxt"
+        path.write_text(
+            '<ir_version: 8, opset_import: ["" : 17]> g (float[n, 16] x) => (float[a, 16] y)'
+            f"<float[8, 16] w = {{{', '.join(['1'] * 128)}}}> {{ {text} }}"
+        )
+        with pytest.raises(PassError) as caught:
+            lwc.optimize(numbers(), f"recover{{rank=2 teacher={path}}}", calibration=feeds)
+        assert str(path) in str(caught.value)
+        assert "feed 5 of the calibration data: the teacher" in str(caught.value)
 
 
 def test_on_the_command_line(tmp_path: Path, teacher: Path) -> None:
