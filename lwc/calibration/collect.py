@@ -51,7 +51,8 @@ def collect(
         The number of feeds.
 
     Raises:
-        PassError: There is no calibration data, or no backend.
+        UsageError: There is no calibration data.
+        PassError: There is no backend.
         InputError: The data has no feeds, one that does not fit the model's inputs, no rows for a
             value, or an activation that is not finite.
         LwcError: The backend cannot run a feed.
@@ -130,7 +131,7 @@ def checked_feeds(module: Module, ctx: PassContext) -> Iterator[Feed]:
     """Yield the calibration data.
 
     Raises:
-        PassError: There is none.
+        UsageError: There is none.
         InputError: A feed lacks an input, has something else, or an array that does not fit one, or
             a token id that its table does not hold.
     """

@@ -45,8 +45,8 @@ def recover(module: Module, ctx: PassContext, options: Recover) -> PassResult:
     """Train a module; see `Recover`.
 
     Raises:
-        PassError: There is no calibration data, nothing to train or nothing to train it on, or a
-            loss is not finite.
+        UsageError: There is no calibration data.
+        PassError: There is nothing to train or nothing to train it on, or a loss is not finite.
         InputError: The data has fewer than two feeds, or one that does not fit.
         MissingExtraError: PyTorch is not installed.
     """

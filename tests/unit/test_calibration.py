@@ -18,7 +18,7 @@ from lwc.backends.onnxruntime.session import make_runner
 from lwc.calibration.collect import collect
 from lwc.calibration.data import CalibrationFile, as_calibration
 from lwc.calibration.statistics import AbsMax, Gram, Histogram, MeanAbs
-from lwc.core.errors import InputError, LwcError, PassError, UsageError
+from lwc.core.errors import InputError, LwcError, UsageError
 from lwc.core.module import Module
 from lwc.optimizer import optimize
 from lwc.pipeline.passes import PassContext
@@ -407,7 +407,7 @@ def test_what_cannot_be_collected() -> None:
         collect(module, {value: (AbsMax(),)}, context(module, feeds))
     ctx = context(module, feeds)
     ctx.calibration = None
-    with pytest.raises(PassError, match="no calibration data"):
+    with pytest.raises(UsageError, match="no calibration data"):
         collect(module, {value: (AbsMax(),)}, ctx)
     with pytest.raises(LwcError, match="is no input"):
         collect(module, {value: (AbsMax(),)}, context(module, [{"z": np.zeros(1)}]))

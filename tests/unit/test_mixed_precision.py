@@ -359,7 +359,7 @@ def test_what_multiplies_a_constant_is_not_measured() -> None:
 def test_it_needs_data() -> None:
     module = language_model()
     ctx = PassContext(AnalysisManager(module), make_runner=make_runner)
-    with pytest.raises(PassError, match="there is no calibration data"):
+    with pytest.raises(UsageError, match="there is no calibration data"):
         MixedPrecision(9.0).run(module, ctx)
 
 

@@ -365,7 +365,7 @@ def test_outputs_that_are_no_logits_are_learned_from_a_teacher() -> None:
 
 def test_errors(monkeypatch: pytest.MonkeyPatch, teacher: Path, tmp_path: Path) -> None:
     module = language()
-    with pytest.raises(PassError, match="no calibration data"):
+    with pytest.raises(UsageError, match="no calibration data"):
         lwc.optimize(module, "recover")
     with pytest.raises(InputError, match="two feeds or more"):
         recovered(module, "rank=4", data=texts(1))
