@@ -37,6 +37,9 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 
 _RATES = {"lora": 1e-3, "full": 1e-5}
 
+_LARGEST = 700.0
+"""Loss from which a perplexity leaves the range of floats, or nearly."""
+
 _SAME = 1e-3
 """Relative difference of outputs up to which a teacher has nothing to teach."""
 
@@ -75,6 +78,9 @@ def recover(module: Module, ctx: PassContext, options: Recover) -> PassResult:
         "feeds trained on": len(trained),
         "feeds held out": len(held),
     }
+    if lesson.objective.weight == 0:
+        statistics["held-out perplexity before"] = _perplexity(before)
+        statistics["held-out perplexity after"] = _perplexity(after)
     statistics["seconds"] = time.perf_counter() - begun
     improved = after < before
     for remark in twin.remarks:
@@ -168,6 +174,10 @@ def _train(
             array = runner.parameters[name].detach().numpy()
             twin.replace_initializer(each.value, twin.spilled(ir.Tensor(np.array(array))))
     return before, after
+
+
+def _perplexity(loss: float) -> float:
+    return math.inf if loss > _LARGEST else math.exp(loss)
 
 
 def _facts(ctx: PassContext, teacher: Module | None) -> tuple[object, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +29,7 @@ Array = np.ndarray[Any, Any]
 
 ROOT = Path(__file__).parents[2]
 WORDS, WIDTH = 11, 16
+WHEN = ("before", "after")
 BODY = """x = Gather(table, ids) h = MatMul(x, up) t = Tanh(h) d = MatMul(t, down) r = Add(x, d)
     logits = MatMul(r, head)"""
 
@@ -446,7 +449,9 @@ def test_what_fails_on_a_feed_names_the_feed_and_the_teacher(tmp_path: Path) -> 
         assert "feed 5 of the calibration data: the teacher" in str(caught.value)
 
 
-def test_on_the_command_line(tmp_path: Path, teacher: Path) -> None:
+def test_on_the_command_line(
+    tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save(language(dead=True), tmp_path / "dead.onnx")
     lines = [str(feed["ids"][0].tolist()) for feed in texts(8)]
     (tmp_path / "text.jsonl").write_text("\n".join(lines) + "\n")
@@ -461,6 +466,20 @@ def test_on_the_command_line(tmp_path: Path, teacher: Path) -> None:
     pipeline = f"recover{{rank=4 steps=20 learning-rate=1e-2 teacher='{teacher}'}}"
     assert main([*words, "-p", pipeline, "--verify", "numeric", "-q"]) == 0
     assert not np.array_equal(weight(lwc.load(out), "up"), weight(language(dead=True), "up"))
+    for options, figure in (
+        (f"kd-weight=1 teacher='{teacher}'", "loss"),
+        ("teacher=none", "perplexity"),
+    ):
+        report = tmp_path / "report.json"
+        pipeline = f"recover{{rank=4 steps=20 learning-rate=1e-2 {options}}}"
+        assert main([*words, "-p", pipeline, "--report", str(report)]) == 0
+        (found,) = re.findall(rf", held-out {figure} (\S+) -> (\S+), ", capsys.readouterr().err)
+        figures = json.loads(report.read_text())["passes"][0]["statistics"]
+        assert found == tuple(f"{figures[f'held-out {figure} {when}']:.4g}" for when in WHEN)
+        if figure == "perplexity":
+            assert np.log(float(found[1])) == pytest.approx(
+                figures["held-out loss after"], rel=1e-3
+            )
 
 
 def test_the_page_runs() -> None:
