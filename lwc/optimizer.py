@@ -179,7 +179,7 @@ def optimize(
         resume: See `RunSettings`.
 
     Raises:
-        UsageError: A pass or an option is unknown.
+        UsageError: A pass or an option is unknown, or a pass lacks calibration data.
         InputError: The model cannot be read.
         PassError: A pass failed.
         VerificationError: A pass broke what it promises.

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from lwc.analysis.shapes import Shapes
 from lwc.calibration.checkpoint import Trail, feeds_digest
-from lwc.calibration.inputs import misfit, wanted
+from lwc.calibration.inputs import embedded_ids, misfit, wanted
 from lwc.calibration.statistics import Statistic
 from lwc.core.dims import evaluate
 from lwc.core.errors import InputError, LwcError
@@ -51,7 +51,8 @@ def collect(
         The number of feeds.
 
     Raises:
-        PassError: There is no calibration data, or no backend.
+        UsageError: There is no calibration data.
+        PassError: There is no backend.
         InputError: The data has no feeds, one that does not fit the model's inputs, no rows for a
             value, or an activation that is not finite.
         LwcError: The backend cannot run a feed.
@@ -130,10 +131,12 @@ def checked_feeds(module: Module, ctx: PassContext) -> Iterator[Feed]:
     """Yield the calibration data.
 
     Raises:
-        PassError: There is none.
-        InputError: A feed lacks an input, has something else, or an array that does not fit one.
+        UsageError: There is none.
+        InputError: A feed lacks an input, has something else, or an array that does not fit one, or
+            a token id that its table does not hold.
     """
     inputs = {value.name or "": value for value in module.graph.inputs}
+    ids = {name: embedded_ids(module, value) for name, value in inputs.items()}
     for count, feed in enumerate(ctx.calibration_feeds(module), 1):
         wrong, remedy = None, f"the inputs are {', '.join(inputs)}"
         for name in (*feed, *inputs):
@@ -144,6 +147,9 @@ def checked_feeds(module: Module, ctx: PassContext) -> Iterator[Feed]:
                 if unfit is not None:
                     wrong = f"gives input '{name}' an array {unfit}"
                     remedy = f"feed {wanted(inputs[name])}"
+                elif (odd := _odd_id(feed[name], ids[name])) is not None:
+                    wrong = f"gives input '{name}' the id {odd}"
+                    remedy = f"its ids are 0 to {(ids[name] or 0) - 1}, also where a mask is 0"
             elif inputs[name].const_value is None:
                 wrong = f"lacks input '{name}'"
             if wrong is not None:
@@ -153,6 +159,14 @@ def checked_feeds(module: Module, ctx: PassContext) -> Iterator[Feed]:
                     remedy=remedy,
                 )
         yield feed
+
+
+def _odd_id(array: object, count: int | None) -> int | None:
+    """Return one of the ids that are not within `[0, count)`, if there is one."""
+    if count is None or not isinstance(array, np.ndarray):
+        return None
+    odd = array[(array < 0) | (array >= count)]
+    return int(odd[0]) if odd.size else None
 
 
 def has_rows(array: np.ndarray[Any, Any]) -> bool:

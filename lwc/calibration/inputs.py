@@ -9,7 +9,7 @@ nothing, two guesses are made by name (`position`, `mask`), and a third for audi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -23,7 +23,15 @@ from lwc.core.weights import reading
 if TYPE_CHECKING:
     from lwc.core.module import Module
 
-__all__ = ["InputRole", "RoleKind", "fed_inputs", "input_role", "misfit", "wanted"]
+__all__ = [
+    "InputRole",
+    "RoleKind",
+    "embedded_ids",
+    "fed_inputs",
+    "input_role",
+    "misfit",
+    "wanted",
+]
 
 
 class RoleKind(Enum):
@@ -58,7 +66,9 @@ _TRANSPARENT = {
     "Cast", "Expand", "Flatten", "Identity", "Reshape", "Slice", "Squeeze", "Tile", "Transpose",
     "Unsqueeze",
 }  # fmt: skip
-"""Operators whose first input's elements come out unchanged."""
+"""Operators whose first input's elements come out unchanged, if only some of them."""
+
+_WHOLE = _TRANSPARENT - {"Slice"}
 
 _RESHAPING = _TRANSPARENT - {"Cast", "Identity"}
 
@@ -133,8 +143,37 @@ def input_role(module: Module, value: ir.Value) -> InputRole:
     return InputRole(RoleKind.MASK)
 
 
+def embedded_ids(module: Module, value: ir.Value) -> int | None:
+    """Return the number of ids if all elements of a graph input look up a constant matrix.
+
+    ONNX has negative indices count from the end, which no id means. What picks rows of an
+    activation may do so, and so may positions: the answer is None.
+    """
+    if value.dtype is None or not value.dtype.is_integer() or "position" in (value.name or ""):
+        return None
+    tables = [
+        _embedding_rows(node, *_TABLES[op, index])
+        for node, op, index in _uses(module, value, _WHOLE)
+        if (op, index) in _TABLES
+    ]
+    return min((rows for rows in tables if rows), default=None)
+
+
 def _integer_bounds(module: Module, value: ir.Value) -> Iterator[tuple[int, int]]:
     """Yield what each use says about the integers in `value`, as inclusive bounds."""
+    for node, op, index in _uses(module, value, _TRANSPARENT | {"Gather"}):
+        if (op, index) in _TABLES:
+            rows = _table_rows(node, *_TABLES[op, index])
+            if rows:
+                yield 0, rows - 1
+        elif op in _COMPARISONS:
+            yield from _compared(node.inputs[1 - index])
+
+
+def _uses(
+    module: Module, value: ir.Value, through: Container[str]
+) -> Iterator[tuple[ir.Node, str, int]]:
+    """Yield what reads a value, also behind some operators: node, operator, place of the input."""
     seen: set[ir.Value] = set()
     stack = [value]
     while stack:
@@ -148,14 +187,24 @@ def _integer_bounds(module: Module, value: ir.Value) -> Iterator[tuple[int, int]
             function = module.model.functions.get(node.op_identifier())
             if function is not None:
                 stack.append(function.inputs[index])
-            elif (op, index) in _TABLES:
-                rows = _table_rows(node, *_TABLES[op, index])
-                if rows:
-                    yield 0, rows - 1
-            elif op in _COMPARISONS:
-                yield from _compared(node.inputs[1 - index])
-            elif index == 0 and (op in _TRANSPARENT or op == "Gather"):
+            elif index == 0 and op in through:
                 stack.append(node.outputs[0])
+            else:
+                yield node, op, index
+
+
+def _embedding_rows(node: ir.Node, table_index: int, axis_name: str | None) -> int | None:
+    """Return the rows of the table, if it is, or is computed from, a constant matrix."""
+    axis = 0 if axis_name is None else node.attributes.get_int(axis_name, 0)
+    if axis:
+        return None
+    table = node.inputs[table_index]
+    while (tensor := constant_tensor(table)) is None:
+        producer = None if table is None else table.producer()
+        if producer is None or not producer.inputs or producer.op_type in _RESHAPING:
+            return None
+        table = producer.inputs[0]
+    return tensor.shape.numpy()[0] if len(tensor.shape) > 1 else None
 
 
 def _table_rows(node: ir.Node, table_index: int, axis_name: str | None) -> int | None:

@@ -43,7 +43,7 @@ class Stages:
             without a name.
 
     Raises:
-        PassError: There is no calibration data.
+        UsageError: There is no calibration data.
         InputError: The data has no feeds, or one that does not fit the model's inputs.
     """
 

@@ -53,7 +53,7 @@ def check_options(options: argparse.Namespace) -> None:
             raise UsageError(f"--{name} needs a report to go into", remedy="add --report FILE.md")
     if options.tokenizer and not options.text and not options.calibrate:
         raise UsageError(
-            "--tokenizer needs a text to read", remedy="add --text FILE or --calibrate FILE"
+            "--tokenizer needs a text to read", remedy="add --text FILE or --calibrate PATH"
         )
     _check_calibration(options, action)
     _check_emitted(options)

@@ -11,10 +11,11 @@ from rich.table import Table
 
 from lwc.core import text
 from lwc.core.diagnostics import describe
-from lwc.core.errors import PassError
+from lwc.core.errors import PassError, UsageError
 from lwc.passes.quantization.mixed_precision import MixedPrecision
 from lwc.passes.quantization.sensitivity import find_candidates, measure
-from lwc.pipeline.spec import resolve
+from lwc.pipeline.grammar import Argument, PassSpec, Place, Scalar, parse_arguments
+from lwc.pipeline.spec import build_pass
 from lwc.report.data import LayerSensitivity
 
 if TYPE_CHECKING:
@@ -40,7 +41,19 @@ def settings_for(options: str, passes: Sequence[Pass]) -> MixedPrecision:
     if not options:
         used = [each for each in passes if isinstance(each, MixedPrecision)]
         return used[0] if used else MixedPrecision(32, bits=(3, 4, 8), format="lwc")
-    (chosen,) = resolve(f"mixed-precision{{32 {options}}}")
+    budget = Argument(Scalar("budget"), (Scalar("32"),))
+    try:
+        given = parse_arguments(options)
+        for each in given:
+            if each.name is None or each.name.text == "budget":
+                raise each.place.error(
+                    "takes options of mixed-precision as name=value, and no budget",
+                    "such as --sensitivity='bits=2,4 samples=8'",
+                )
+        chosen = build_pass(PassSpec(MixedPrecision.name, (budget, *given), Place(options)))
+    except UsageError as error:
+        error.message = f"--sensitivity: {error.message}"
+        raise
     assert isinstance(chosen, MixedPrecision)
     return chosen
 

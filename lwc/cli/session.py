@@ -168,20 +168,25 @@ class Session:
         shapes = self._settled_shapes(before, result.module)
         # The output may be written onto the input.
         source = self._model_entry(before, before.source.path) if options.report else None
+        entries: list[LayerSensitivity] = []
+        unknown: list[str] = []
+        if ranked is not None:
+            from lwc.cli.sensitivity import rank
+
+            with self.progress.phase("measuring the sensitivity of layers"):
+                settings = self._run_settings(self.config, [])
+                entries, unknown = rank(result.history.modules, ranked, settings)
+        # What is likeliest to fail comes first, so that it leaves nothing written.
+        if options.emit:
+            self._emit(result.module)
         output = options.output
         if output not in (None, "-"):
             with self.progress.phase(f"writing {output}"):
                 saved = save_module(result.module, output)
             self._say([written_line(saved, result.record.output)])
-        if options.emit:
-            self._emit(result.module)
-        entries: list[LayerSensitivity] = []
         if ranked is not None:
-            from lwc.cli.sensitivity import print_ranking, rank
+            from lwc.cli.sensitivity import print_ranking
 
-            with self.progress.phase("measuring the sensitivity of layers"):
-                settings = self._run_settings(self.config, [])
-                entries, unknown = rank(result.history.modules, ranked, settings)
             print_ranking(entries, unknown, options.color)
         if source is not None:
             self._report(result, source, None if output == "-" else output, shapes, entries)

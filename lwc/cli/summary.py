@@ -58,6 +58,7 @@ def _pass_line(each: PassRecord) -> str:
         for name, count in each.statistics.items()
         if name in ("layers resumed", "statistics resumed")
     )
+    counts += _judged(each)
     if not each.changed:
         return f"unchanged: {_why_unchanged(each)}"
     weights = f"{text.size(each.before.parameter_bytes)}"
@@ -68,6 +69,15 @@ def _pass_line(each: PassRecord) -> str:
         nodes += f" -> {each.after.nodes:,}"
     checked = f", {each.verification}" if each.verification else ""
     return f"{nodes} nodes, {weights}{counts}{checked}"
+
+
+def _judged(each: PassRecord) -> str:
+    """Tell what a pass that trains found on data that it did not train on."""
+    for name in ("held-out perplexity", "held-out loss"):
+        before, after = (each.statistics.get(f"{name} {when}") for when in ("before", "after"))
+        if isinstance(before, float) and isinstance(after, float):
+            return f", {name} {before:.4g} -> {after:.4g}"
+    return ""
 
 
 def _why_unchanged(each: PassRecord) -> str:

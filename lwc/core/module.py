@@ -195,7 +195,8 @@ class Module:
             Names of the initializers and constants whose content changed.
 
         Raises:
-            LwcError: A weight has another type or shape, or is not there; nothing changed then.
+            LwcError: A weight has another type or shape, or is not there, or a number in it became
+                NaN or infinite; nothing changed then.
             MissingExtraError: PyTorch is not installed.
         """
         from lwc.core.trained import update_weights

@@ -47,6 +47,7 @@ def update_weights(module: Module, graph_module: Any) -> list[str]:
                     file=module.source.path,
                     remedy="keep types and shapes while training",
                 )
+            _check_finite(name, old, array_of(new, old.dtype), module)
             checked.append((value, old, new))
     changed = []
     for value, old, new in checked:
@@ -77,6 +78,25 @@ def _weight(
         file=module.source.path,
         remedy="update the module that was lowered, before other passes change it",
     )
+
+
+def _check_finite(
+    name: str, old: ir.TensorProtocol, new: np.ndarray[Any, Any], module: Module
+) -> None:
+    """Check that training brought no NaN or infinity into a weight; those it had may stay."""
+    if not old.dtype.is_floating_point() or (finite := np.isfinite(new)).all():
+        return
+    with reading(old) as before:
+        same = (before == new) | (np.isnan(before) & np.isnan(new))
+    places = np.argwhere(~finite & ~same)
+    if len(places):
+        first = places[0].tolist()
+        where = f" at {first}" if first else ""
+        raise LwcError(
+            f"weight '{name}' has {float(new[tuple(first)])}{where}, which it did not have before",
+            file=module.source.path,
+            remedy="train with a lower learning rate, or look at the loss",
+        )
 
 
 def _bits(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

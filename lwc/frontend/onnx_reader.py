@@ -25,6 +25,7 @@ from lwc.frontend.external_data import DataFolder
 from lwc.frontend.onnx_checks import check_model
 from lwc.frontend.opset import MIN_OPSET, raise_opset, standard_opset
 from lwc.frontend.outline import Outline, outline
+from lwc.frontend.parse_error import parse_reason
 
 __all__ = ["MIN_OPSET", "from_proto", "read_onnx", "read_onnx_text"]
 
@@ -102,8 +103,7 @@ def read_onnx_text(
     try:
         proto = onnx.parser.parse_model(text)
     except (onnx.parser.ParseError, RuntimeError, ValueError, IndexError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"cannot be parsed: {reason[:300]}", file=file) from None
+        raise InputError(f"cannot be parsed: {parse_reason(error)}", file=file) from None
     return _build(
         proto,
         DataFolder(file, follow_symlinks=follow_symlinks),

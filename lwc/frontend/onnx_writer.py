@@ -29,6 +29,7 @@ from lwc.core.errors import LwcError, UsageError
 from lwc.core.module import Module
 from lwc.core.weights import SpilledTensor, WeightStore, named_in, release
 from lwc.frontend.atomic import StagedFile, link_into_place, sync_folder, writing
+from lwc.frontend.parse_error import parse_reason
 
 __all__ = ["EXTERNAL_THRESHOLD", "SaveResult", "save", "save_folder"]
 
@@ -384,8 +385,7 @@ def _save_text(module: Module, target: str) -> SaveResult:
         onnx.parser.parse_model(text)
     except onnx.parser.ParseError as error:
         raise LwcError(
-            "ONNX's textual syntax cannot express this model: "
-            + " ".join(str(error).split())[:200],
+            f"ONNX's textual syntax cannot express this model: {parse_reason(error)}",
             file=target,
             remedy="write a .onnx file",
         ) from error

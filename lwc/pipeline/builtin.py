@@ -529,7 +529,7 @@ BUILTIN: tuple[PassInfo, ...] = (
                 name="keep-zeros",
                 type="bool",
                 default="true",
-                help="Whether weights that are 0 stay 0. Adapters leave rows and columns that are 0 altogether; where more than a quarter of the other weights of a layer are, it gets none. Fewer count as chance, and change with an adapter, as all of a quantized weight does.",
+                help="Whether weights that are 0 stay 0. Adapters, also those that are there, leave rows and columns that are 0 altogether; where more than a quarter of the other weights of a layer are, its adapter is not trained. Fewer count as chance, and change with an adapter, as all of a quantized weight does.",
             ),
         ),
     ),

@@ -18,6 +18,7 @@ __all__ = [
     "Place",
     "Scalar",
     "is_safe",
+    "parse_arguments",
     "parse_specs",
     "print_scalar",
     "print_specs",
@@ -99,6 +100,19 @@ def parse_specs(text: str) -> tuple[PassSpec, ...]:
     return _Parser(text).pipeline()
 
 
+def parse_arguments(text: str) -> tuple[Argument, ...]:
+    """Read the options of a pass that stand alone, without its name and braces.
+
+    Raises:
+        UsageError: The text does not follow the grammar; it shows the place.
+    """
+    parser = _Parser(text)
+    arguments = parser.listed("a space")
+    if parser.at < len(text):
+        raise parser.here().error("'}' closes nothing")
+    return arguments
+
+
 def print_specs(specs: Iterable[PassSpec]) -> str:
     """Print a pipeline so that `parse_specs` reads it back."""
     return ",".join(_print_spec(spec) for spec in specs)
@@ -166,16 +180,21 @@ class _Parser:
     def arguments(self) -> tuple[Argument, ...]:
         brace = self.here()
         self.at += 1
+        arguments = self.listed("a space or '}'")
+        if self.at == len(self.text):
+            raise brace.error("'{' is never closed")
+        self.at += 1
+        return arguments
+
+    def listed(self, wanted: str) -> tuple[Argument, ...]:
+        """Read arguments up to a brace or the end."""
         arguments: list[Argument] = []
         while True:
             spaced = self.skip_space()
-            if self.at == len(self.text):
-                raise brace.error("'{' is never closed")
-            if self.peek() == "}":
-                self.at += 1
+            if self.at == len(self.text) or self.peek() == "}":
                 return tuple(arguments)
             if arguments and not spaced:
-                raise self.here().error("expected a space or '}'")
+                raise self.here().error(f"expected {wanted}")
             arguments.append(self.argument())
 
     def argument(self) -> Argument:

@@ -354,12 +354,12 @@ class PassContext:
         """Return the calibration data as feeds of `module`.
 
         Raises:
-            PassError: The user gave none.
+            UsageError: The user gave none.
         """
         if self.calibration is None:
-            raise PassError(
+            raise UsageError(
                 "it must see activations, but there is no calibration data",
-                remedy="--calibrate FILE, or calibration= of lwc.optimize",
+                remedy="--calibrate PATH, or calibration= of lwc.optimize",
             )
         return self.calibration(module)
 

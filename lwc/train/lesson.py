@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from lwc.calibration.inputs import fed_inputs
-from lwc.core.errors import PassError
+from lwc.core.errors import LwcError, PassError
 
 if TYPE_CHECKING:
     from lwc.core.module import Module
@@ -28,19 +28,38 @@ class Lesson:
         objective: The loss.
         teacher: Runs the teacher, or None.
         inputs: What the teacher is fed.
+        file: Where the teacher comes from.
     """
 
     objective: Objective
     teacher: Runner | None = None
     inputs: tuple[str, ...] = ()
+    file: str | None = None
 
     def loss(self, feed: Feed) -> Loss:
-        """Run the teacher on a feed, and return the loss on it."""
+        """Run the teacher on a feed, and return the loss on it.
+
+        Raises:
+            LwcError: The teacher cannot be run on it; the loss raises `PassError` where outputs
+                have other shapes than the teacher's. Both name its file.
+        """
         taught: Mapping[str, Any] = {}
         if self.teacher is not None and self.objective.weight > 0:
             given = {name: feed[name] for name in self.inputs if name in feed}
-            taught = self.teacher.run(given, self.objective.outputs)
-        return lambda outputs, inputs: self.objective(outputs, inputs, taught)
+            try:
+                taught = self.teacher.run(given, self.objective.outputs)
+            except LwcError as error:
+                error.message = f"the teacher: {error.message}"
+                raise
+
+        def compared(outputs: Mapping[str, Any], inputs: Mapping[str, Any]) -> Any:
+            try:
+                return self.objective(outputs, inputs, taught)
+            except PassError as error:
+                error.file = self.file
+                raise
+
+        return compared
 
 
 def check_teacher(teacher: Module, student: Module) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 import onnx_ir as ir
 
+from lwc.calibration.collect import on_feed
 from lwc.calibration.inputs import RoleKind, fed_inputs, input_role
 from lwc.calibration.text import id_input
 from lwc.core.errors import LwcError, PassError
@@ -108,9 +109,12 @@ def predicts_next(model: TextModel, feeds: Sequence[Feed], runner: Runner) -> bo
 
     Raises:
         PassError: Logits are not finite.
+        LwcError: The module cannot be run.
     """
     name, mask = model.inputs.ids, model.inputs.mask
-    feed = next((each for each in feeds if each[name].shape[1] > 1), None)
+    count, feed = next(
+        ((at, each) for at, each in enumerate(feeds, 1) if each[name].shape[1] > 1), (0, None)
+    )
     if feed is None:
         return False
     if mask is not None:
@@ -124,15 +128,17 @@ def predicts_next(model: TextModel, feeds: Sequence[Feed], runner: Runner) -> bo
     if np.array_equal(others, ids):
         return False
     names = [model.logits]
-    seen, changed = (
-        runner.run({**feed, name: each}, names)[model.logits] for each in (ids, others)
-    )
+    with on_feed(count):
+        seen, changed = (
+            runner.run({**feed, name: each}, names)[model.logits] for each in (ids, others)
+        )
     if seen.shape[1] != ids.shape[1]:
         return False
     early, also = (each[:, :half].astype(np.float32) for each in (seen, changed))
     if not np.isfinite(early).all():
         raise PassError(
-            f"'{model.logits}' has numbers that are not finite, of the calibration data",
+            f"feed {count} of the calibration data: '{model.logits}' has numbers that are not "
+            "finite",
             remedy="look at the model before this pass",
         )
     return bool(np.allclose(early, also, rtol=0, atol=1e-3 * float(np.abs(early).max())))

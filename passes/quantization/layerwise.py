@@ -139,7 +139,8 @@ class LayerwiseQuantizer:
         While this runs, weights that were yielded hold the values of their grids.
 
         Raises:
-            PassError: There is no calibration data, or no backend.
+            UsageError: There is no calibration data.
+            PassError: There is no backend.
             InputError: The data has no feeds, or an activation is not finite.
         """
         stages = Stages(self._module, list(self._groups), self._ctx)

@@ -123,8 +123,8 @@ def measure(
         window: Tokens of a feed to use, where feeds are plain token ids.
 
     Raises:
-        PassError: There is no calibration data, no backend, or no float output, or a weight is
-            not finite.
+        UsageError: There is no calibration data.
+        PassError: There is no backend or no float output, or a weight is not finite.
         InputError: The data has no feeds, or one that does not fit the inputs, or an output is
             not finite or has no rows.
         LwcError: The backend cannot run the model, or an output is no number.

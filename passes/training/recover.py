@@ -43,8 +43,9 @@ class Recover(Pass):
         temperature: What logits are divided by in divergences.
         held_out: Share of the feeds, the last ones, that are not trained on.
         merge: Whether adapters become part of the weights afterwards, as of `merge-lora`.
-        keep_zeros: Whether weights that are 0 stay 0. Adapters leave rows and columns that are 0
-            altogether; where more than a quarter of the other weights of a layer are, it gets none.
+        keep_zeros: Whether weights that are 0 stay 0. Adapters, also those that are there, leave
+            rows and columns that are 0 altogether; where more than a quarter of the other weights
+            of a layer are, its adapter is not trained.
             Fewer count as chance, and change with an adapter, as all of a quantized weight does.
     """
 

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from lwc.analysis.manager import AnalysisManager
 from lwc.calibration.checkpoint import Trail, module_digest
-from lwc.calibration.collect import checked_feeds
+from lwc.calibration.collect import checked_feeds, on_feed
 from lwc.calibration.stages import filed
 from lwc.core.errors import InputError, PassError
 from lwc.core.text import size
@@ -37,6 +37,9 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 
 _RATES = {"lora": 1e-3, "full": 1e-5}
 
+_LARGEST = 700.0
+"""Loss from which a perplexity leaves the range of floats, or nearly."""
+
 _SAME = 1e-3
 """Relative difference of outputs up to which a teacher has nothing to teach."""
 
@@ -45,8 +48,8 @@ def recover(module: Module, ctx: PassContext, options: Recover) -> PassResult:
     """Train a module; see `Recover`.
 
     Raises:
-        PassError: There is no calibration data, nothing to train or nothing to train it on, or a
-            loss is not finite.
+        UsageError: There is no calibration data.
+        PassError: There is nothing to train or nothing to train it on, or a loss is not finite.
         InputError: The data has fewer than two feeds, or one that does not fit.
         MissingExtraError: PyTorch is not installed.
     """
@@ -61,7 +64,8 @@ def recover(module: Module, ctx: PassContext, options: Recover) -> PassResult:
     with _lesson(module, ctx, options, feeds) as (lesson, teacher):
         trained, held = _divided(module, ctx, feeds, lesson.objective, options.held_out)
         facts = () if ctx.checkpoint is None else _facts(ctx, teacher)
-        trail = Trail.begin(ctx, module, lambda: [*trained, *held], *facts)
+        told = [*trained.values(), *held.values()]
+        trail = Trail.begin(ctx, module, lambda: told, *facts)
         before, after = _train(
             twin, chosen, lesson, inner, options, trained=trained, held=held, trail=trail
         )
@@ -74,6 +78,9 @@ def recover(module: Module, ctx: PassContext, options: Recover) -> PassResult:
         "feeds trained on": len(trained),
         "feeds held out": len(held),
     }
+    if lesson.objective.weight == 0:
+        statistics["held-out perplexity before"] = _perplexity(before)
+        statistics["held-out perplexity after"] = _perplexity(after)
     statistics["seconds"] = time.perf_counter() - begun
     improved = after < before
     for remark in twin.remarks:
@@ -105,11 +112,11 @@ def _train(
     ctx: PassContext,
     options: Recover,
     *,
-    trained: Sequence[Feed],
-    held: Sequence[Feed],
+    trained: Mapping[int, Feed],
+    held: Mapping[int, Feed],
     trail: Trail,
 ) -> tuple[float, float]:
-    """Train the copy; return the held-out loss before and after."""
+    """Train the copy; return the held-out loss before and after. Feeds are given by number."""
     names = [each.value.name or "" for each in chosen]
     with ctx.gradient_runner(twin, weights=names) as runner:
         # PyTorch is there: else there would be no runner.
@@ -118,20 +125,35 @@ def _train(
         from lwc.train.loop import Schedule, train
 
         def judged(when: str) -> float:
-            feeds = ctx.progress.track(held, f"held-out loss {when}")
-            losses = [runner.loss(feed, lesson.loss(feed)) for feed in feeds]
+            losses = []
+            for number, feed in ctx.progress.track(held.items(), f"held-out loss {when}"):
+                with on_feed(number):
+                    losses.append(runner.loss(feed, lesson.loss(feed)))
+                    if when == "before" and not math.isfinite(losses[-1]):
+                        raise PassError(
+                            f"the held-out loss is {losses[-1]} before any training",
+                            file=twin.source.path,
+                            remedy="look for a number that is not finite in the model, its teacher "
+                            "or the feed",
+                        )
             return sum(losses) / len(losses)
 
+        numbers = list(trained)
+
         def backward(index: int, factor: float) -> float:
-            return runner.backward(trained[index], lesson.loss(trained[index]), factor)
+            feed = trained[numbers[index]]
+            with on_feed(numbers[index]):
+                return runner.backward(feed, lesson.loss(feed), factor)
 
         before = judged("before")
-        if not math.isfinite(before):
-            raise PassError(
-                f"the held-out loss is {before} before any training",
-                file=twin.source.path,
-                remedy="look for a number that is not finite in the model, its teacher or the data",
-            )
+        masks = {
+            name: torch.from_numpy(each.mask)
+            for name, each in zip(names, chosen, strict=True)
+            if each.mask is not None
+        }
+        with torch.no_grad():  # not before: the loss before is that of the module as it was given
+            for name, mask in masks.items():
+                runner.parameters[name].masked_fill_(~mask, 0)
         rate = options.learning_rate or _RATES[options.method]
         train(
             runner.parameters,
@@ -140,11 +162,7 @@ def _train(
             Schedule(options.steps, options.batch, rate, seed=ctx.seed),
             trail=trail,
             progress=ctx.progress,
-            masks={
-                name: torch.from_numpy(each.mask)
-                for name, each in zip(names, chosen, strict=True)
-                if each.mask is not None
-            },
+            masks=masks,
         )
         after = judged("after")
         if ctx.max_memory is not None and runner.kept > ctx.max_memory:
@@ -156,6 +174,10 @@ def _train(
             array = runner.parameters[name].detach().numpy()
             twin.replace_initializer(each.value, twin.spilled(ir.Tensor(np.array(array))))
     return before, after
+
+
+def _perplexity(loss: float) -> float:
+    return math.inf if loss > _LARGEST else math.exp(loss)
 
 
 def _facts(ctx: PassContext, teacher: Module | None) -> tuple[object, ...]:
@@ -174,24 +196,24 @@ def _feeds(module: Module, ctx: PassContext) -> list[Feed]:
     feeds: list[Feed] = [
         {name: put(array) for name, array in feed.items()} for feed in checked_feeds(module, ctx)
     ]
-    return _enough(feeds, module)
+    _enough(feeds, module)
+    return feeds
 
 
-def _enough(feeds: list[Feed], module: Module) -> list[Feed]:
+def _enough(feeds: Sequence[object], module: Module) -> None:
     if len(feeds) < 2:
         raise InputError(
             f"training takes two feeds or more, of which some are held out, not {len(feeds)}",
             file=module.source.path,
             remedy="give more data, or cut a text into shorter windows",
         )
-    return feeds
 
 
 def _divided(
     module: Module, ctx: PassContext, feeds: list[Feed], objective: Objective, share: float
-) -> tuple[list[Feed], list[Feed]]:
-    """Return the feeds to train on, and those to judge by."""
-    told = [feed for feed in feeds if objective.teaches(feed)]
+) -> tuple[dict[int, Feed], dict[int, Feed]]:
+    """Return the feeds to train on and those to judge by, by their numbers, counted from 1."""
+    told = [(count, feed) for count, feed in enumerate(feeds, 1) if objective.teaches(feed)]
     if len(told) < len(feeds):
         ctx.warn(
             f"{len(feeds) - len(told)} of {len(feeds)} feeds are left out: they have one token, "
@@ -199,7 +221,7 @@ def _divided(
         )
     _enough(told, module)
     held = min(len(told) - 1, max(1, round(share * len(told))))
-    return told[:-held], told[-held:]
+    return dict(told[:-held]), dict(told[-held:])
 
 
 def _chosen(twin: Module, ctx: PassContext, options: Recover) -> list[Trainable]:
@@ -258,7 +280,9 @@ def _lesson(
                 causal = text is not None and predicts_next(text, feeds, student)
                 if runner is not None and options.teacher == "auto":
                     given = {name: feeds[0][name] for name in inputs if name in feeds[0]}
-                    if _agree(runner.run(given), student.run(feeds[0])):
+                    with on_feed(1):
+                        same = _agree(runner.run(given), student.run(feeds[0]))
+                    if same:
                         ctx.note("the module as it was before the pipeline gives the same outputs "
                                  "on the first feed, so it is no teacher")  # fmt: skip
                         runner, teacher = None, None
@@ -270,7 +294,8 @@ def _lesson(
             taught=runner is not None,
             causal=causal,
         )
-        yield Lesson(objective, runner, inputs), teacher
+        file = None if teacher is None else teacher.source.path
+        yield Lesson(objective, runner, inputs, file), teacher
 
 
 def _teacher(module: Module, ctx: PassContext, options: Recover) -> Module | None:

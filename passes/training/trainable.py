@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -14,7 +14,7 @@ from lwc.core.walk import constant_tensor, op_name
 from lwc.core.weights import reading
 from lwc.passes.quantization.weight_uses import find_weights
 from lwc.passes.training.adding import add_adapters
-from lwc.passes.training.low_rank import Adapter, factor_of, find_adapters
+from lwc.passes.training.low_rank import Adapter, Factor, factor_of, find_adapters
 
 if TYPE_CHECKING:
     from lwc.core.module import Module
@@ -28,6 +28,9 @@ _SCATTERED = 0.25
 """Share of zeros, outside of rows and columns of them, from which a weight counts as pruned: what
 was stored in 4 bits is 0 in an eighth of the places."""
 
+_ALL = np.ones((1, 1), np.bool_)
+"""The mask of what may be anything everywhere."""
+
 
 @dataclass(frozen=True)
 class Trainable:
@@ -35,7 +38,7 @@ class Trainable:
 
     Attributes:
         value: The initializer.
-        mask: 0 where it must stay as it is, broadcast against it; None where it need not anywhere.
+        mask: 0 where it is to be 0, broadcast against it; None where it may be anything.
     """
 
     value: ir.Value
@@ -89,24 +92,45 @@ def adapters_to_train(
     """
     there = list(find_adapters(ctx.editor()))
     adapters = there or add_adapters(module, ctx, rank, alpha, layers)
-    found: dict[ir.Value, Trainable] = {}
+    masks: dict[ir.Value, Array] = {}
+    idle: set[ir.Value] = set()
     for adapter in adapters:
         for factor in (adapter.down, adapter.up):
             _check_type(factor.value, factor.tensor)
-        for each in _factors(module, ctx, adapter, keep_zeros=keep_zeros, new=not there):
-            found.setdefault(each.value, each)
-    return list(found.values())
+        kept = _kept(adapter, ctx, new=not there) if keep_zeros else (_ALL, _ALL)
+        if kept is None:
+            idle.update((adapter.down.value, adapter.up.value))
+            continue
+        for factor, mask in zip((adapter.down, adapter.up), kept, strict=True):
+            turned = mask.T if factor.transposed else mask
+            # What several layers share is to be 0 where one of them needs that.
+            masks[factor.value] = turned & masks.get(factor.value, _ALL)
+    for value in idle.intersection(masks):
+        ctx.warn(
+            f"'{value.name}' belongs to an adapter that is not trained, too: it stays as it is, "
+            "also where keep-zeros would set it to 0"
+        )
+    return [
+        Trainable(value, None if mask.all() else mask)
+        for value, mask in masks.items()
+        if value not in idle
+    ]
 
 
-def _factors(
-    module: Module, ctx: PassContext, adapter: Adapter, *, keep_zeros: bool, new: bool
-) -> Iterator[Trainable]:
-    """Yield both factors of an adapter, unless zeros of its weight are in the way."""
-    down, up = adapter.down, adapter.up
+def _kept(adapter: Adapter, ctx: PassContext, *, new: bool) -> tuple[Array, Array] | None:
+    """Return where A and B of an adapter may be other than 0, as masks that are broadcast.
+
+    None where zeros of its weight are in the way.
+    """
     weight = factor_of(adapter.base)
-    if not keep_zeros or weight is None:
-        yield from (Trainable(down.value), Trainable(up.value))
-        return
+    if weight is None:
+        ctx.note(
+            "its weights are quantized, so keep-zeros does not see which of them are 0: all change "
+            "with its adapter",
+            adapter.base,
+        )
+        return _ALL, _ALL
+    down, up = _matrix(adapter.down), _matrix(adapter.up)
     with reading(weight.tensor) as array:
         kept = (array.T if weight.transposed else array) != 0
     rows, columns = kept.any(axis=1, keepdims=True), kept.any(axis=0, keepdims=True)
@@ -118,20 +142,32 @@ def _factors(
             "and a product of two matrices cannot; method=full can",
             adapter.base,
         )
-        return
+        if not new and down.any() and up.any():
+            ctx.warn(
+                "its adapter, which was there before, is not 0: merged, it fills the zeros of the "
+                "weight, unless merge=false",
+                adapter.base,
+            )
+        return None
     if share:
         ctx.note(
             f"{share:.1%} of its weights are 0 here and there, which counts as chance: they change "
             "with its adapter",
             adapter.base,
         )
-    for factor, kept in ((down, rows), (up, columns)):
-        mask = kept.T if factor.transposed else kept
-        if new and not mask.all():
-            with reading(factor.tensor) as array:
-                zeroed = ir.Tensor(array * mask.astype(array.dtype), dtype=factor.tensor.dtype)
-            module.replace_initializer(factor.value, module.spilled(zeroed))
-        yield Trainable(factor.value, None if mask.all() else mask)
+    dead = down[~rows[:, 0]].any() and up.any(), up[:, ~columns[0]].any() and down.any()
+    if not new and any(dead):
+        ctx.warn(
+            "its adapter, which was there before, is not 0 in rows and columns where its weight "
+            "is: keep-zeros sets it to 0 there before it trains",
+            adapter.base,
+        )
+    return rows, columns
+
+
+def _matrix(factor: Factor) -> Array:
+    with reading(factor.tensor) as array:
+        return np.array(array.T if factor.transposed else array)
 
 
 def _check_type(value: ir.Value, tensor: ir.TensorProtocol) -> None:

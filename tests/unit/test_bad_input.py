@@ -124,6 +124,14 @@ def test_text_model_errors(tmp_path: Path) -> None:
     path = tmp_path / "m.onnxtxt"
     path.write_text("<ir_version: 8> nonsense {{{")
     refused(path, "cannot be parsed")
+    path.write_text(SIMPLE.replace("(t)", "(é t"), encoding="utf-8")
+    line = str(refused(path, "cannot be parsed: line 4, column 12: "))
+    assert line.endswith("Expected character ) not found, in 'y = Relu(é t'")
+    path.write_text(SIMPLE.replace("w = {1", f"w = {{{'1, ' * 9000}?, 1"))
+    line = str(refused(path, "cannot be parsed: line 2, column 27053: ", "1, 1, ?, 1, 2"))
+    assert len(line) < 500
+    path.write_text("<ir_version: 99999999999999999999>")
+    refused(path, "cannot be parsed: a number is out of range")
     path.write_bytes(b"\xff\xfe\x00")
     refused(path, "UTF-8")
     path.write_text("<" + "seq(" * 100_000)

@@ -18,7 +18,7 @@ from lwc.backends.onnxruntime.session import make_runner
 from lwc.calibration.collect import collect
 from lwc.calibration.data import CalibrationFile, as_calibration
 from lwc.calibration.statistics import AbsMax, Gram, Histogram, MeanAbs
-from lwc.core.errors import InputError, LwcError, PassError, UsageError
+from lwc.core.errors import InputError, LwcError, UsageError
 from lwc.core.module import Module
 from lwc.optimizer import optimize
 from lwc.pipeline.passes import PassContext
@@ -306,12 +306,61 @@ def test_the_largest_feed_bounds_what_is_fetched() -> None:
 
 
 def test_the_feed_that_cannot_be_run_is_named() -> None:
-    """The third holds an id that is not in the vocabulary of 7."""
-    module = module_of(IDS)
-    feeds = [{"ids": np.array([[1, number]])} for number in (0, 6, 7)]
+    """The third is asked for a row that a table of activations does not have."""
+    module = module_of("g (float[4, 2] x, int64[n] at) => (float[n, 2] y) { y = Gather (x, at) }")
+    x = np.ones((4, 2), np.float32)
+    feeds = [{"x": x, "at": np.array([number])} for number in (0, -1, 7)]
     (node,) = module.graph
     with pytest.raises(LwcError, match=r"feed 3 of the calibration data: .*idx=7"):
         collect(module, {node.outputs[0]: (AbsMax(),)}, context(module, feeds))
+
+
+TABLE = "<float[7, 2] table = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13}>"
+SPELLED = {
+    "plain": "y = Gather (table, ids)",
+    "cast and reshaped": """s = Constant<value_ints = [-1]> () r = Reshape (ids, s)
+        c = Cast<to = 6> (r) y = Gather (table, c)""",
+    "scaled": "k = Constant<value_float = 2.0> () t = Mul (table, k) y = Gather (t, ids)",
+}
+
+
+@pytest.mark.parametrize("spelled", SPELLED)
+def test_an_id_that_its_table_does_not_hold_is_refused(spelled: str) -> None:
+    """ONNX takes -1 as the last row."""
+    module = module_of(f"g (int64[b, s] ids) => (float y) {TABLE} {{ {SPELLED[spelled]} }}")
+    value = module.graph[-1].outputs[0]
+    value.shape = None
+    for odd in (-100, -1, 7):
+        feeds = [{"ids": np.array([[1, number]])} for number in (0, 6, odd)]
+        with pytest.raises(InputError) as caught:
+            collect(module, {value: (AbsMax(),)}, context(module, feeds))
+        assert str(caught.value) == (
+            f"feed 3 of the calibration data gives input 'ids' the id {odd} (its ids are 0 to 6, "
+            "also where a mask is 0)"
+        )
+        assert caught.value.exit_code == 2
+        assert collect(module, {value: (AbsMax(),)}, context(module, feeds[:2])) == 2
+
+
+INDICES = {
+    "of an activation": "r = Relu (x) y = Gather (r, at)",
+    "along another axis": "a = Gather<axis = 1> (table, at) m = ReduceMax (x) y = Add (a, m)",
+    "counted from the end": """n = Constant<value_ints = [7]> () s = Add (at, n) t = Mod (s, n)
+        a = Gather (table, t) m = ReduceMax (x) y = Add (a, m)""",
+    "in part": """z = Constant<value_ints = [0]> () o = Constant<value_ints = [1]> ()
+        f = Slice (at, z, o) a = Gather (table, f) m = ReduceMax (x) y = Add (a, m)""",
+    "no ids": "c = Cast<to = 1> (at) m = ReduceMax (c) y = Add (x, m)",
+}
+
+
+@pytest.mark.parametrize("spelled", INDICES)
+def test_other_integers_may_be_negative(spelled: str) -> None:
+    text = f"g (float[4, 2] x, int64[n] at) => (float y) {TABLE} {{ {INDICES[spelled]} }}"
+    module = module_of(text)
+    value = module.graph[-1].outputs[0]
+    value.shape = None
+    feeds = [{"x": np.ones((4, 2), np.float32), "at": np.array([0, -1])}]
+    assert collect(module, {value: (AbsMax(),)}, context(module, feeds)) == 1
 
 
 def test_nothing_is_run_where_nothing_is_wanted() -> None:
@@ -358,7 +407,7 @@ def test_what_cannot_be_collected() -> None:
         collect(module, {value: (AbsMax(),)}, context(module, feeds))
     ctx = context(module, feeds)
     ctx.calibration = None
-    with pytest.raises(PassError, match="no calibration data"):
+    with pytest.raises(UsageError, match="no calibration data"):
         collect(module, {value: (AbsMax(),)}, ctx)
     with pytest.raises(LwcError, match="is no input"):
         collect(module, {value: (AbsMax(),)}, context(module, [{"z": np.zeros(1)}]))

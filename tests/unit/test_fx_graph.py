@@ -386,6 +386,37 @@ def test_update_weights_refuses_other_types_and_shapes(change: str) -> None:
     assert module.fingerprint() == before
 
 
+@pytest.mark.parametrize("kind", ["float", "bfloat16", "float8e5m2"])
+@pytest.mark.parametrize("odd", [np.nan, -np.inf])
+def test_update_weights_refuses_new_numbers_that_are_not_finite(odd: float, kind: str) -> None:
+    """Those that a weight had stay: a mask is 0 or -inf."""
+    dtype = ir.DataType[kind.upper()]
+    module = module_of(
+        "g (float[3] x) => (float[3] y) { m = Cast<to = 1>(x) z = Cast<to = 1>(x) a = Add(x, m) "
+        "y = Add(a, z) }",
+        21,
+        10,
+    )
+    for node, name in zip(module.graph, ("masked", "other"), strict=False):
+        content = np.array([1, odd if name == "masked" else 3, 2]).astype(dtype.numpy())
+        node.replace_input_with(0, module.add_initializer(name, content))
+    lowered = lwc.to_fx(module)
+    before = module.fingerprint()
+    assert module.update_weights(lowered) == []
+    for name, place in (("masked", 2), ("other", 1)):
+        kept = getattr(lowered, name).detach().clone()
+        with torch.no_grad():
+            getattr(lowered, name)[place] = odd
+        with pytest.raises(LwcError, match=rf"weight '{name}' has {odd} at \[{place}\]"):
+            module.update_weights(lowered)
+        assert module.fingerprint() == before
+        with torch.no_grad():
+            getattr(lowered, name).copy_(kept)
+    with torch.no_grad():
+        lowered.masked.copy_(lowered.masked.float().mul(2).to(lowered.masked.dtype))
+    assert module.update_weights(lowered) == ["masked"]
+
+
 def test_update_weights_refuses_what_is_of_another_module() -> None:
     module = mlp()
     with pytest.raises(LwcError, match=r"give what lwc\.to_fx returned"):

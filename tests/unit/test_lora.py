@@ -18,6 +18,7 @@ from lwc.passes.quantization.quantize_weights import QuantizeWeights
 from lwc.passes.training.add_lora import AddLora
 from lwc.passes.training.low_rank import find_adapters
 from lwc.passes.training.merge_lora import MergeLora
+from lwc.passes.training.trainable import adapters_to_train
 from lwc.pipeline.passes import PassContext
 from lwc.verify import check_pass
 
@@ -227,6 +228,36 @@ def test_peft_like_modules_that_pytorch_traced_merge() -> None:
         assert run_pass_to_the_end(MergeLora(), module).rewrites == {"merge-lora": 2}
         wanted = net(x).detach().numpy()
         np.testing.assert_allclose(run_plain(module, feed)[0], wanted, rtol=0, atol=1e-5)
+
+
+SHARED = """g (float[n, 8] x) => (float[n, 6] y, float[n, 6] z) {
+    p = MatMul(x, w) a = MatMul(x, d) b = MatMul(a, u) y = Add(p, b)
+    q = MatMul(x, v) e = MatMul(x, d) f = MatMul(e, t) z = Add(q, f) }"""
+
+
+@pytest.mark.parametrize("scattered", [False, True])
+def test_a_factor_of_two_layers_keeps_the_zeros_of_both(scattered: bool) -> None:
+    """One layer has zeros in a row, the other in another row, or everywhere."""
+    module = filled(SHARED, w=(8, 6), v=(8, 6), d=(8, 2), u=(2, 6), t=(2, 6))
+    for name, row in (("w", 1), ("v", 4)):
+        value = module.graph.initializers[name]
+        assert value.const_value is not None
+        content = np.array(value.const_value.numpy())
+        content[row] = 0
+        if scattered and name == "v":
+            content[::2, ::2] = content[1::2, 1::2] = 0
+        module.replace_initializer(value, ir.Tensor(content, name=name))
+    ctx = PassContext(AnalysisManager(module))
+    options: dict[str, Any] = {"rank": 2, "alpha": 2.0, "layers": (), "keep_zeros": True}
+    chosen = {each.value.name: each.mask for each in adapters_to_train(module, ctx, **options)}
+    if scattered:
+        assert chosen == {"u": None}
+        assert "'d' belongs to an adapter that is not trained, too" in reasons(module)
+        return
+    assert chosen.keys() == {"d", "u", "t"}
+    assert chosen["d"] is not None
+    assert np.flatnonzero(~chosen["d"]).tolist() == [1, 4]
+    assert chosen["u"] is chosen["t"] is None
 
 
 @st.composite

@@ -359,7 +359,7 @@ def test_what_multiplies_a_constant_is_not_measured() -> None:
 def test_it_needs_data() -> None:
     module = language_model()
     ctx = PassContext(AnalysisManager(module), make_runner=make_runner)
-    with pytest.raises(PassError, match="there is no calibration data"):
+    with pytest.raises(UsageError, match="there is no calibration data"):
         MixedPrecision(9.0).run(module, ctx)
 
 
@@ -405,4 +405,26 @@ def test_the_ranking_alone_writes_nothing(tmp_path: Path, capsys: Any) -> None:
     assert "opset" not in said.out
     assert "used the data" not in said.err
     assert main([str(tmp_path / "m.onnx"), "--sensitivity"]) != 0
-    assert main([str(tmp_path / "m.onnx"), "--sensitivity=bits=5", *data]) != 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "caret"),
+    [
+        ("bits=5", "option 'bits': expected list of 2|3|4|8, got '5'", 5),
+        ("samples=2 bots=4", "pass 'mixed-precision' has no option 'bots'", 10),
+        ("bits=2,2", "pass 'mixed-precision': bits lists what a layer may have", 0),
+        ("bits=4 samples=2 }", "'}' closes nothing", 17),
+        ("bits=4},canonicalize{", "'}' closes nothing", 6),
+        ("8", "takes options of mixed-precision as name=value, and no budget", 0),
+        ("bits=4 budget=5", "takes options of mixed-precision as name=value, and no budget", 7),
+        ("bits='4", "the quoted string is never closed", 5),
+    ],
+)
+def test_wrong_options_of_the_ranking_are_shown_as_they_were_written(
+    options: str, message: str, caret: int, tmp_path: Path, capsys: Any
+) -> None:
+    given = [str(tmp_path / "m.onnx"), "--calibrate", str(tmp_path / "ids.jsonl")]
+    assert main([*given, f"--sensitivity={options}"]) == 2
+    first, shown, place = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"lwc-opt: error: --sensitivity: {message}")
+    assert (shown, place) == (f"  {options}", f"  {' ' * caret}^")

@@ -184,6 +184,10 @@ def test_text(tmp_path: Path) -> None:
     with pytest.raises(LwcError, match="too much for text"):
         save(make_module(1, rows=70_000), tmp_path / "big.onnxtxt")
     assert not (tmp_path / "big.onnxtxt").exists()
+    odd = make_module(1)
+    odd.graph[0].domain = "a b"
+    with pytest.raises(LwcError, match=r"cannot express this model: line \d+, column \d+: E"):
+        save(odd, tmp_path / "odd.onnxtxt")
 
 
 def test_bad_targets(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from support import run_plain
 from tiny_llama import KV_HEADS, LAYERS, SIZE, WORDS, Spelling, as_module, tiny_llama
 
 import lwc
-from lwc.core.errors import PassError
+from lwc.core.errors import UsageError
 from lwc.core.module import Module
 from lwc.generate.feeding import Feeder
 from lwc.generate.interface import find_interface
@@ -173,7 +173,7 @@ def test_a_second_run_changes_nothing(written: dict[str, Module]) -> None:
 
 
 def test_without_a_cache_or_data_it_says_so(written: dict[str, Module]) -> None:
-    with pytest.raises(PassError, match="there is no calibration data"):
+    with pytest.raises(UsageError, match="there is no calibration data"):
         lwc.optimize(written["gqa"].clone(), "quantize-kv-cache")
     plain = lwc.optimize(as_module(tiny_llama(), "plain"), "quantize-kv-cache", calibration=[{}])
     assert not plain.record.passes[0].changed

@@ -682,7 +682,7 @@ def test_what_multiplies_a_constant_is_rounded_to_nearest(text: str, method: Any
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_a_calibrated_method_needs_data(method: Any) -> None:
-    with pytest.raises(PassError, match="there is no calibration data"):
+    with pytest.raises(UsageError, match="there is no calibration data"):
         quantized(module_of(LINEAR), method=method)
 
 

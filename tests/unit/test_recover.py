@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +29,7 @@ Array = np.ndarray[Any, Any]
 
 ROOT = Path(__file__).parents[2]
 WORDS, WIDTH = 11, 16
+WHEN = ("before", "after")
 BODY = """x = Gather(table, ids) h = MatMul(x, up) t = Tanh(h) d = MatMul(t, down) r = Add(x, d)
     logits = MatMul(r, head)"""
 
@@ -149,6 +152,58 @@ def test_a_few_scattered_zeros_count_as_chance_and_a_note_says_so() -> None:
     assert f"note: {gone.mean():.1%} of its weights are 0 here and there" in told
     assert told.count("here and there") == 1
     assert "here and there" not in recovered(language(), "rank=4 steps=2")[2]
+
+
+def with_adapters(module: Module, seed: int = 7) -> Module:
+    """Give each of both layers an adapter of rank 2 that is 0 nowhere."""
+    made = lwc.optimize(module, "add-lora{rank=2 layers=up,down}").module
+    drawn = np.random.default_rng(seed)
+    for name, value in made.graph.initializers.items():
+        if name.endswith(("lora_A", "lora_B")):
+            assert value.shape is not None
+            content = drawn.normal(size=value.shape.numpy()).astype(np.float32) / 9
+            made.replace_initializer(value, ir.Tensor(content, name=name))
+    return made
+
+
+def test_adapters_that_were_there_bring_no_zeros_back_and_a_warning_says_so() -> None:
+    given = with_adapters(language(dead=True))
+    module, found, told = recovered(given, "steps=60 learning-rate=1e-2")
+    assert not weight(module, "up")[:, ::2].any()
+    assert not weight(module, "down")[::2].any()
+    assert weight(module, "up")[:, 1::2].all()
+    assert told.count("warning: its adapter, which was there before, is not 0 in rows") == 2
+    # What is judged before is the model as it came, which is not what training starts from.
+    ids = texts()[-1]["ids"]
+    logits = run_plain(given, {"ids": ids})[0].astype(np.float64)[:, :-1]
+    chances = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    losses = -np.take_along_axis(chances, ids[:, 1:, None], -1)
+    assert found["held-out loss before"] == pytest.approx(losses.mean(), rel=1e-5)
+    free, _, told = recovered(given, "steps=60 learning-rate=1e-2 keep-zeros=false")
+    assert weight(free, "up")[:, ::2].all()
+    assert "was there before" not in told
+
+
+def test_new_adapters_that_do_nothing_yet_are_no_warning() -> None:
+    given = lwc.optimize(language(dead=True), "add-lora{rank=2 layers=up,down}").module
+    module, _, told = recovered(given, "steps=10 learning-rate=1e-2")
+    assert "warning" not in told
+    assert not weight(module, "up")[:, ::2].any()
+
+
+def test_an_adapter_beside_scattered_zeros_fills_them_when_merged_and_a_warning_says_so() -> None:
+    sparse, gone = scattered(0.5)
+    module, _, told = recovered(with_adapters(sparse), "steps=10 learning-rate=1e-2")
+    assert "missed: its adapter is not trained" in told
+    assert told.count("warning: its adapter, which was there before, is not 0: merged, it") == 1
+    assert weight(module, "up")[gone].all()
+
+
+def test_what_is_0_of_quantized_weights_is_not_seen_and_a_note_says_so() -> None:
+    small = lwc.optimize(language(), "quantize-weights{bits=4 block-size=16}").module
+    _, _, told = recovered(small, "rank=2 steps=2")
+    assert told.count("note: its weights are quantized, so keep-zeros does not see which") == 2
+    assert "keep-zeros" not in recovered(small, "rank=2 steps=2 keep-zeros=false")[2]
 
 
 def test_feeds_of_one_token_are_left_out() -> None:
@@ -277,14 +332,21 @@ def test_memory_bound_changes_nothing_but_rounding() -> None:
     np.testing.assert_allclose(weight(bound, "up"), weight(plain, "up"), atol=1e-4)
 
 
-def test_outputs_that_are_no_logits_are_learned_from_a_teacher() -> None:
-    text = "g (float[n, 16] x) => (float[n, 16] y) { a = Tanh(x) y = MatMul(a, w) }"
-    text = text.replace("(float[n, 16] x)", "(float[n, 16] x, float[16, 16] w)")
+def numbers() -> Module:
+    """Make a model that takes and gives numbers."""
+    body = "a = Tanh(x) y = MatMul(a, w)"
+    text = f"g (float[n, 16] x, float[16, 16] w) => (float[n, 16] y) {{ {body} }}"
     module = module_of(text, 21, 10)
     value = module.graph.inputs.pop()
     drawn = np.random.default_rng(0)
     value.const_value = ir.Tensor(drawn.normal(size=(16, 16)).astype(np.float32), name="w")
     module.graph.register_initializer(value)
+    return module
+
+
+def test_outputs_that_are_no_logits_are_learned_from_a_teacher() -> None:
+    module = numbers()
+    drawn = np.random.default_rng(0)
     feeds = [{"x": drawn.normal(size=(8, 16)).astype(np.float32)} for _ in range(5)]
     result = lwc.optimize(
         module,
@@ -306,7 +368,7 @@ def test_outputs_that_are_no_logits_are_learned_from_a_teacher() -> None:
 
 def test_errors(monkeypatch: pytest.MonkeyPatch, teacher: Path, tmp_path: Path) -> None:
     module = language()
-    with pytest.raises(PassError, match="no calibration data"):
+    with pytest.raises(UsageError, match="no calibration data"):
         lwc.optimize(module, "recover")
     with pytest.raises(InputError, match="two feeds or more"):
         recovered(module, "rank=4", data=texts(1))
@@ -341,7 +403,55 @@ def test_errors(monkeypatch: pytest.MonkeyPatch, teacher: Path, tmp_path: Path) 
         recovered(module, "rank=4")
 
 
-def test_on_the_command_line(tmp_path: Path, teacher: Path) -> None:
+def test_what_has_no_number_for_a_loss_names_the_feed() -> None:
+    """Feeds of one token are left out, and counted all the same."""
+    module = numbers()
+    feeds = [{"x": np.ones((2, 16), np.float32)} for _ in range(20)]
+    feeds[18]["x"][1, 3] = np.nan
+    small = "quantize-weights{bits=2 block-size=16 format=matmulnbits}"
+    with pytest.raises(
+        PassError, match="feed 19 of the calibration data: the held-out loss is nan before"
+    ):
+        lwc.optimize(module, f"{small},recover{{rank=2 steps=2}}", calibration=feeds)
+    broken = language()
+    content = weight(broken, "head")
+    content[0, 0] = np.nan
+    broken.replace_initializer(broken.graph.initializers["head"], ir.Tensor(content, name="head"))
+    with pytest.raises(PassError, match="feed 2 of the calibration data: 'logits' has numbers"):
+        recovered(broken, "rank=4", data=[{"ids": np.array([[3]])}, *texts()])
+
+
+def test_an_id_that_is_not_in_the_vocabulary_is_bad_data_and_names_the_feed() -> None:
+    for odd in (WORDS, -100):
+        data = texts()
+        data[1]["ids"][2, 4] = odd
+        with pytest.raises(
+            InputError, match=f"feed 2 of the calibration data gives input 'ids' the id {odd} "
+        ):
+            recovered(language(), "rank=4", data=data)
+
+
+def test_what_fails_on_a_feed_names_the_feed_and_the_teacher(tmp_path: Path) -> None:
+    body = {
+        "one": "s = Constant<value_ints = [4, 8]>() r = Reshape(x, s) y = MatMul(r, w)",
+        "two": "k = Constant<value_ints = [0]>() y = ReduceSum<keepdims = 1>(x, k)",
+    }
+    feeds = [{"x": np.ones((2, 16), np.float32)} for _ in range(5)]
+    for name, text in body.items():
+        path = tmp_path / f"{name}.onnxtxt"
+        path.write_text(
+            '<ir_version: 8, opset_import: ["" : 17]> g (float[n, 16] x) => (float[a, 16] y)'
+            f"<float[8, 16] w = {{{', '.join(['1'] * 128)}}}> {{ {text} }}"
+        )
+        with pytest.raises(PassError) as caught:
+            lwc.optimize(numbers(), f"recover{{rank=2 teacher={path}}}", calibration=feeds)
+        assert str(path) in str(caught.value)
+        assert "feed 5 of the calibration data: the teacher" in str(caught.value)
+
+
+def test_on_the_command_line(
+    tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save(language(dead=True), tmp_path / "dead.onnx")
     lines = [str(feed["ids"][0].tolist()) for feed in texts(8)]
     (tmp_path / "text.jsonl").write_text("\n".join(lines) + "\n")
@@ -356,6 +466,20 @@ def test_on_the_command_line(tmp_path: Path, teacher: Path) -> None:
     pipeline = f"recover{{rank=4 steps=20 learning-rate=1e-2 teacher='{teacher}'}}"
     assert main([*words, "-p", pipeline, "--verify", "numeric", "-q"]) == 0
     assert not np.array_equal(weight(lwc.load(out), "up"), weight(language(dead=True), "up"))
+    for options, figure in (
+        (f"kd-weight=1 teacher='{teacher}'", "loss"),
+        ("teacher=none", "perplexity"),
+    ):
+        report = tmp_path / "report.json"
+        pipeline = f"recover{{rank=4 steps=20 learning-rate=1e-2 {options}}}"
+        assert main([*words, "-p", pipeline, "--report", str(report)]) == 0
+        (found,) = re.findall(rf", held-out {figure} (\S+) -> (\S+), ", capsys.readouterr().err)
+        figures = json.loads(report.read_text())["passes"][0]["statistics"]
+        assert found == tuple(f"{figures[f'held-out {figure} {when}']:.4g}" for when in WHEN)
+        if figure == "perplexity":
+            assert np.log(float(found[1])) == pytest.approx(
+                figures["held-out loss after"], rel=1e-3
+            )
 
 
 def test_the_page_runs() -> None:

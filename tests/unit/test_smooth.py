@@ -11,7 +11,7 @@ from support import module_of, run_plain
 
 from lwc.analysis.manager import AnalysisManager
 from lwc.backends.onnxruntime.session import make_runner
-from lwc.core.errors import PassError, UsageError
+from lwc.core.errors import UsageError
 from lwc.core.module import Module
 from lwc.passes.quantization.channel_factors import Sharing
 from lwc.passes.quantization.migration import shared, spread
@@ -296,7 +296,7 @@ def test_what_is_refused() -> None:
         Smooth(1.5)
     module = weighted(NORM, scale=(8,), bias=(8,), w=(8, 6), v=(8, 4))
     ctx = PassContext(AnalysisManager(module), source="smooth", make_runner=make_runner)
-    with pytest.raises(PassError, match="--calibrate FILE"):
+    with pytest.raises(UsageError, match="--calibrate PATH"):
         Smooth().run(module, ctx)
 
 

@@ -12,7 +12,7 @@ from support import module_of, run_plain
 from lwc.analysis.manager import AnalysisManager
 from lwc.backends.onnxruntime.session import OnnxRuntimeBackend, make_runner
 from lwc.calibration.statistics import Sample
-from lwc.core.errors import PassError, UsageError
+from lwc.core.errors import UsageError
 from lwc.core.module import Module
 from lwc.passes.quantization.convert_dtype import ConvertDtype
 from lwc.passes.quantization.int8_rounding import (
@@ -585,7 +585,7 @@ def test_a_limit_stops_after_some_rewrites() -> None:
     "chosen", [SmoothQuantize(), SmoothQuantize(None, activations="static"), LlmInt8()]
 )
 def test_what_needs_data_says_so(chosen: Pass) -> None:
-    with pytest.raises(PassError, match="--calibrate FILE"):
+    with pytest.raises(UsageError, match="--calibrate PATH"):
         run(chosen, norm(), None)
 
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx.parser
 import pytest
@@ -208,6 +209,18 @@ def test_a_dimension_that_is_not_there_is_told(
     words = ["-q", "--backend=triton", f"--emit={tmp_path / 'out'}", "--shapes", "tokens=3"]
     assert main([str(model), *words]) == 2
     assert "no input has a dimension 'tokens' (the dimensions are" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("failing", "code"), [("--shapes=tokens=3", 2), ("--sensitivity", 1)])
+def test_where_code_cannot_be_emitted_or_layers_ranked_nothing_is_written(
+    failing: str, code: int, model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "small.onnx").write_bytes(b"old")
+    np.savez(tmp_path / "odd.npz", other=np.zeros(3))
+    words = ["-q", "-o", str(tmp_path / "small.onnx"), "--calibrate", str(tmp_path / "odd.npz")]
+    assert emitted(model, tmp_path / "out", failing, *words) == code
+    assert (tmp_path / "small.onnx").read_bytes() == b"old"
     assert not (tmp_path / "out").exists()
 
 
