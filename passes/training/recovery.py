@@ -19,6 +19,7 @@ from lwc.calibration.collect import checked_feeds, on_feed
 from lwc.calibration.stages import filed
 from lwc.core.errors import InputError, PassError
 from lwc.core.text import size
+from lwc.passes.training.low_rank import find_adapters
 from lwc.passes.training.merging import merge
 from lwc.passes.training.trainable import Trainable, adapters_to_train, weights_to_train
 from lwc.pipeline.passes import PassResult
@@ -227,6 +228,11 @@ def _divided(
 def _chosen(twin: Module, ctx: PassContext, options: Recover) -> list[Trainable]:
     if options.method == "full":
         chosen = weights_to_train(twin, options.keep_zeros)
+        if options.keep_zeros and any(find_adapters(ctx.editor())):
+            ctx.warn(
+                "its adapters are trained as weights of their own: merged, they fill zeros of the "
+                "weights beside them (run merge-lora first)"
+            )
     else:
         chosen = adapters_to_train(
             twin,

@@ -184,6 +184,15 @@ def test_adapters_that_were_there_bring_no_zeros_back_and_a_warning_says_so() ->
     assert "was there before" not in told
 
 
+def test_full_training_beside_adapters_says_that_they_may_fill_zeros() -> None:
+    given = with_adapters(language(dead=True))
+    module, _, told = recovered(given, "method=full steps=10 learning-rate=1e-2")
+    assert "they fill zeros of the weights beside them (run merge-lora first)" in told
+    assert not weight(module, "up")[:, ::2].any()
+    merged = lwc.optimize(module, "merge-lora").module
+    assert weight(merged, "up")[:, ::2].all()
+
+
 def test_new_adapters_that_do_nothing_yet_are_no_warning() -> None:
     given = lwc.optimize(language(dead=True), "add-lora{rank=2 layers=up,down}").module
     module, _, told = recovered(given, "steps=10 learning-rate=1e-2")
