@@ -177,7 +177,7 @@ BUILTIN: tuple[PassInfo, ...] = (
                 name="max-positions",
                 type="int",
                 default="0",
-                help="Positions in tables where the graph does not bound them; 0 for what `config.json` says, or 4096.",
+                help="Positions in tables where the graph does not bound them; 0 for what `config.json` says, up to 131072, or 4096.",
                 positional=True,
             ),
             OptionInfo(

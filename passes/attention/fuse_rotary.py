@@ -23,6 +23,8 @@ __all__ = ["POSITIONS_FIT", "FuseRotary"]
 POSITIONS_FIT = "Positions lie in the tables: from 0 on and below max-positions."
 
 _POSITIONS = 4096
+_MOST = 1 << 17
+"""Positions beyond which tables are made only where `max_positions` asks: 67 MB of 128 columns."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,11 @@ class FuseRotary(RulePass):
     Tables are as long as the graph shows that they must be, else as `max_positions` or the
     `config.json` beside the model says. ONNX Runtime stops with an error at a position behind the
     end of a table or below 0: no output is ever wrong. So tables need no grant; a note says how far
-    they reach, and a warning where nothing says how far they should.
+    they reach, a warning where nothing says that this is far enough.
 
     Attributes:
         max_positions: Positions in tables where the graph does not bound them; 0 for what
-            `config.json` says, or 4096.
+            `config.json` says, up to 131072, or 4096.
         form: `contrib` is ONNX Runtime's RotaryEmbedding, `standard` that of opset 23; `auto`
             takes the standard one where the model has that opset.
     """
@@ -64,21 +66,21 @@ class FuseRotary(RulePass):
 
     def _rule(self, ctx: PassContext | None) -> Rule:
         state: list[Tables] = []
-        told, wished = False, None
+        told, stated = False, 0
 
         def rotary(node: ir.Node, edit: Editor) -> Outcome:
             """x · cos + rotate(x) · sin becomes one operator."""
-            nonlocal told, wished
+            nonlocal told, stated
             if not state or state[0].edit is not edit:
                 state[:] = [Tables(edit)]
-                wished = self.max_positions or stated_positions(edit.module)
+                stated = self.max_positions or stated_positions(edit.module) or 0
             known = state[0].waves
             if edit.in_function(node) or _is_part(node, edit, known):
                 return None
             found = read_rotation(node, edit, known)
             if found is None or isinstance(found, Miss):
                 return found
-            bound = bound_of(found, wished or _POSITIONS, edit)
+            bound = bound_of(found, self.max_positions or min(stated or _POSITIONS, _MOST), edit)
             if isinstance(bound, Miss):
                 return bound
             objection = against(found, self.form, edit)
@@ -96,16 +98,16 @@ class FuseRotary(RulePass):
             made = write_rotation(found, (values[0], values[1]), self.form, edit)
             if not bound.proved and ctx is not None and not told:
                 told = True
-                self._tell(ctx, bound.positions, stated=wished is not None)
+                self._tell(ctx, bound.positions, enough=0 < stated <= bound.positions)
             return made
 
         return Rule("rotary", ("Add", "Sub", "Concat", "Reshape"), rotary)
 
-    def _tell(self, ctx: PassContext, positions: int, *, stated: bool) -> None:
+    def _tell(self, ctx: PassContext, positions: int, *, enough: bool) -> None:
         if ctx.is_granted(POSITIONS_FIT):
             ctx.assume(POSITIONS_FIT)
         told = f"tables hold {positions} positions; ONNX Runtime stops with an error at others"
-        if stated:
+        if enough:
             ctx.note(told)
         else:
             ctx.warn(f"{told}: max-positions sets another number")

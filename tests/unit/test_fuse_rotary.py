@@ -416,6 +416,7 @@ def test_what_is_assumed_is_said() -> None:
     [
         ('{"max_position_embeddings": 96}', 96),
         ('{"text_config": {"max_position_embeddings": 48}}', 48),
+        ('{"max_position_embeddings": 1048576}', 131072),
         ('{"n_positions": 0}', None),
         ("[1]", None),
         ("{", None),
@@ -429,7 +430,8 @@ def test_the_configuration_says_how_far_positions_reach(
     module = usual().with_source(companions={"config.json": str(file)})
     run_pass(FuseRotary(), module)
     assert module.graph.initializers["cos_table"].shape == ir.Shape([positions or 4096, SIZE // 2])
-    assert ("warning" in [each.kind for each in module.remarks]) == (positions is None)
+    warned = "warning" in [each.kind for each in module.remarks]
+    assert warned == (positions is None or positions == 131072)
     module = usual().with_source(companions={"config.json": str(file)})
     run_pass(FuseRotary(32), module)
     assert module.graph.initializers["cos_table"].shape == ir.Shape([32, SIZE // 2])
