@@ -7,9 +7,23 @@ from pathlib import Path
 
 import fetch_models
 import pytest
+from support import once_a_run
 
 
 @pytest.fixture(scope="session")
 def model_file() -> Callable[[str], Path]:
     """Return a function from a model's name to its path, fetched on first use."""
     return fetch_models.model_path
+
+
+@pytest.fixture(scope="session")
+def smollm2(model_file: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2 as its GGUF file is read, in a folder: tracing it takes half a minute."""
+
+    def make(folder: Path) -> None:
+        from lwc.frontend.load import load
+        from lwc.frontend.onnx_writer import save_folder
+
+        save_folder(load(model_file("smollm2")), folder)
+
+    return once_a_run("smollm2", make, tmp_path_factory)
