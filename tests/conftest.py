@@ -11,6 +11,24 @@ import pytest
 from support import once_a_run
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Begin each process's share with slow tests, so that quick ones fill the end."""
+    processes = getattr(config, "workerinput", {}).get("workercount", 1)
+    if processes == 1:
+        return
+    slow: list[pytest.Item] = []
+    quick: list[pytest.Item] = []
+    for each in items:
+        marked = each.get_closest_marker("slow") or each.get_closest_marker("models")
+        (slow if marked else quick).append(each)
+    items[:] = [
+        each
+        for n in range(processes)
+        for part in (slow, quick)
+        for each in part[len(part) * n // processes : len(part) * (n + 1) // processes]
+    ]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_waiting_for_disks() -> Iterator[None]:
     """What tests write need not outlive a loss of power: `os.fsync` only looks at its file."""
