@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import onnx
 import onnx.parser
 import onnx_ir as ir
 import onnxruntime as ort
+import pytest
 
 from lwc.analysis.manager import AnalysisManager
 from lwc.core.module import Module
@@ -65,6 +67,20 @@ def plain_session(model: Module | onnx.ModelProto) -> ort.InferenceSession:
 def run_plain(model: Module | onnx.ModelProto, feed: Mapping[str, Any]) -> list[Any]:
     """Run a graph as it is written and return its outputs."""
     return list(plain_session(model).run(None, dict(feed)))
+
+
+def once_a_run(name: str, make: Callable[[Path], None], temporary: pytest.TempPathFactory) -> Path:
+    """Return a folder that `make` fills for all processes of this run; each only reads it."""
+    shared = temporary.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder, draft = shared / name, shared / f"{name}.draft"
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            make(draft)
+            draft.rename(folder)
+    return folder
 
 
 class Idle(Pass):

@@ -8,6 +8,7 @@ at no time is the whole model in memory.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import shutil
@@ -162,7 +163,9 @@ def _skeleton(file: GgufFile, folder: Path) -> tuple[Any, _Mapping]:
         processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(
             config=config.to_dict()
         )
-        names = {ours: theirs for theirs, ours in get_gguf_hf_weights_map(model, processor).items()}
+        with _one_name_table():
+            found = get_gguf_hf_weights_map(model, processor)
+    names = {ours: theirs for theirs, ours in found.items()}
 
     def convert(content: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
         state: dict[str, dict[str, Any]] = {"tensors": {}}
@@ -172,6 +175,22 @@ def _skeleton(file: GgufFile, folder: Path) -> tuple[Any, _Mapping]:
 
     _scale_rope(file, model)
     return model, _Mapping(names, convert)
+
+
+@contextlib.contextmanager
+def _one_name_table() -> Iterator[None]:
+    """Make gguf's table of an architecture's names once: transformers asks for it at each module.
+
+    For a decoder of thirty layers that is 400 tables and a tenth of the time to read it.
+    """
+    import gguf
+
+    make = gguf.get_tensor_name_map
+    gguf.get_tensor_name_map = functools.cache(make)
+    try:
+        yield
+    finally:
+        gguf.get_tensor_name_map = make
 
 
 def _scale_rope(file: GgufFile, model: Any) -> None:

@@ -48,7 +48,7 @@ SMALL = {
         "lwc/4-g128/rotate+gptq",
         "ort/4-g32/rtn",
     ],
-    "quantize_weights": ["--variants", "8 bits", "--tokens", "33"],
+    "quantize_weights": ["--layers", "2", "--variants", "8 bits", "--tokens", "33"],
     "recover": ["--layers", "2", "--steps", "2", "--tokens", "64", "--samples", "2"],
     "scale": [
         "--layers",

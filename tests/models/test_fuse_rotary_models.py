@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +78,9 @@ def test_attention_turns_by_itself(family: str) -> None:
 
 
 @pytest.mark.slow
-def test_smollm2_from_gguf(model_file: Callable[[str], Path]) -> None:
+def test_smollm2(smollm2: Path) -> None:
     """Thirty layers, whose positions are an input."""
-    module = load(model_file("smollm2"))
+    module = load(smollm2)
     run_pass(Canonicalize(), module)
     assert run_pass(FuseRotary(), module).rewrites == {"rotary": 60}
     assert not {"Cos", "Sin"} & set(ops(module))

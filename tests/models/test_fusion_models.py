@@ -122,8 +122,7 @@ def test_real_models(name: str) -> None:
 
 @pytest.mark.models
 @pytest.mark.slow
-def test_smollm2() -> None:
+def test_smollm2(smollm2: Path) -> None:
     """Its outputs and its exports are compared by the benchmark, which takes ten minutes."""
-    subject = REAL["smollm2-file"]
-    module, missed = fuse(subject.path(), PASSES)
-    assert count(module) == vars(subject.expected), missed
+    module, missed = fuse(smollm2, PASSES)
+    assert count(module) == vars(REAL["smollm2-file"].expected), missed

@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 from bench.decode_models import Source, cached_export, huggingface_folder, open_source  # noqa: E402
 from run_page import Page, PageError  # noqa: E402
+from support import once_a_run  # noqa: E402
 
 from lwc.core.module import Module  # noqa: E402
 from lwc.frontend.load import load  # noqa: E402
@@ -37,13 +38,19 @@ def gguf(model_file: Callable[[str], Path]) -> Path:
 @pytest.fixture(scope="module")
 def page(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder in which the page of the documentation was run, and where the page is wrong."""
-    folder = tmp_path_factory.mktemp("page").resolve()
-    (folder / "smollm2.gguf").symlink_to(gguf)
-    try:
-        Page(PAGE, folder, {"PYTHONPATH": str(ROOT)}).run()
-    except PageError as error:
-        return folder, str(error)
-    return folder, ""
+
+    def run(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "smollm2.gguf").symlink_to(gguf)
+        wrong = ""
+        try:
+            Page(PAGE, folder.resolve(), {"PYTHONPATH": str(ROOT)}).run()
+        except PageError as error:
+            wrong = str(error)
+        (folder / "wrong.txt").write_text(wrong, encoding="utf-8")
+
+    folder = once_a_run("generation", run, tmp_path_factory)
+    return folder, (folder / "wrong.txt").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")

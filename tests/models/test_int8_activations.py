@@ -42,22 +42,21 @@ def plant(module: lwc.Module, channels: int = 4, size: float = 100.0) -> int:
 
 
 @pytest.mark.slow
-def test_planted_outliers(model_file: Callable[[str], Path], tmp_path: Path) -> None:
+def test_planted_outliers(smollm2: Path, model_file: Callable[[str], Path], tmp_path: Path) -> None:
     """Plain int8 collapses; smooth, rotate and llm-int8 each bring it back within 2 %."""
-    path = model_file("smollm2")
     whole = model_file("lee").read_text(encoding="utf-8")
     seen, unseen = whole[len(whole) // 2 :], whole[: len(whole) // 2]
     (tmp_path / "seen.txt").write_text(seen, encoding="utf-8")
-    data = CalibrationFile(tmp_path / "seen.txt", path, samples=2)
+    data = CalibrationFile(tmp_path / "seen.txt", smollm2, samples=2)
 
     def value(module: lwc.Module, passes: str, *, calibrated: bool = False) -> float:
         made = lwc.optimize(
             module, passes, calibration=data if calibrated else None, verify="none"
         ).module
-        return perplexity(made, load_tokenizer(path), unseen, max_tokens=513, threads=1).value
+        return perplexity(made, load_tokenizer(smollm2), unseen, max_tokens=513, threads=1).value
 
     plain = "smooth-quantize{none}"
-    sound = lwc.optimize(path, FUSED, verify="none").module
+    sound = lwc.optimize(smollm2, FUSED, verify="none").module
     planted = sound.clone()
     assert plant(planted) == 60
     wanted = value(sound, plain)

@@ -95,12 +95,12 @@ def test_half_precision_on_real_files(name: str, model_file: ModelFile) -> None:
     assert largest_error(before, after) < bound
 
 
-def test_tied_head_of_a_language_model(tmp_path: Path, model_file: ModelFile) -> None:
+def test_tied_head_of_a_language_model(smollm2: Path, tmp_path: Path) -> None:
     """SmolLM2, the table stored once: at most 0.22 of float32's size at 4 bits, 0.30 at 8.
 
     At 8 bits it still completes a sentence as in float32; 4-bit rounding may change one word.
     """
-    source = load(model_file("smollm2"))
+    source = load(smollm2)
     run_pass(Canonicalize(), source)
     before = 4 * 134_515_008
     for chosen, share in ((QuantizeWeights(bits=4), 0.22), (QuantizeWeights(bits=8), 0.30)):

@@ -31,6 +31,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(ROOT / "tests" / "unit" / "test_registry.py", folder / "tests" / "unit")
     shutil.copy(ROOT / "tests" / "unit" / "test_passes_page.py", folder / "tests" / "unit")
     shutil.copy(ROOT / "pyproject.toml", folder)
+    if (checked := ROOT / ".mypy_cache").exists():  # what is as it was is not checked anew
+        shutil.copytree(checked, folder / ".mypy_cache")
     return folder
 
 

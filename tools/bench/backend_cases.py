@@ -6,6 +6,7 @@ that numpy lacks are those of ml_dtypes.
 
 from __future__ import annotations
 
+import functools
 import warnings
 import zlib
 from collections.abc import Collection, Mapping, Sequence
@@ -75,11 +76,16 @@ def cases_of(kind: str, only: str = "") -> list[Case]:
 
     Making the node cases takes a few seconds: ONNX computes their outputs then.
     """
+    make = {"node": _node_case, "light": _light_case}.get(kind, _folder_case)
+    return [make(test) for test in _tests(kind) if only in test.name]
+
+
+@functools.cache
+def _tests(kind: str) -> list[Any]:
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
         tests = loader.load_model_tests(kind="real" if kind == "light" else kind)
-    make = {"node": _node_case, "light": _light_case}.get(kind, _folder_case)
-    return [make(test) for test in sorted(tests, key=lambda t: str(t.name)) if only in test.name]
+    return sorted(tests, key=lambda test: str(test.name))
 
 
 def variant_of(case: Case, name: VariantName) -> Variant:

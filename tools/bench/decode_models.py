@@ -7,10 +7,10 @@ hold the versions of the libraries that made it. A draft is renamed when it is c
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,8 +26,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.decode_peers import place
 from fetch_models import cache_folder
 
+import lwc
 from lwc.calibration.text import load_tokenizer, read_text
 from lwc.frontend.huggingface import offline
+from lwc.frontend.onnx_writer import save_folder
 
 DECODER = (
     "canonicalize,fuse-norm,fuse-activation,fuse-rotary,fuse-attention,add-kv-cache,"
@@ -74,7 +76,11 @@ class Source:
                 print(f"making {name}", file=sys.stderr)
                 with _quiet():
                     make(draft)
-                os.replace(draft, target)
+                try:
+                    os.replace(draft, target)
+                except OSError:  # another process was quicker with a folder
+                    if not target.exists():
+                        raise
         return target
 
 
@@ -251,12 +257,21 @@ def _fuse(export: Path, model_folder: Path, folder: Path) -> None:
 
 
 def lwc_model(source: Source, form: str) -> Path:
-    """Return a folder with the model after lwc, made anew each time: lwc may have changed."""
-    folder = source.home / f"lwc-{form}"
-    shutil.rmtree(folder, ignore_errors=True)
-    words = [sys.executable, "-m", "lwc.cli.opt", str(source.gguf), "-q", "-o", f"{folder}/"]
-    run([*words, "-p", LWC[form], "--grant", "all"])
+    """Return a folder with the model after lwc, made by each process: lwc may have changed."""
+    module, scratch = _as_read(source)
+    folder = Path(scratch.name, f"lwc-{form}")
+    if not folder.exists():
+        made = lwc.optimize(module, LWC[form], grant="all").module
+        save_folder(made, folder)
     return folder
+
+
+@functools.cache
+def _as_read(source: Source) -> tuple[lwc.Module, tempfile.TemporaryDirectory[str]]:
+    """Read a model, and make a folder that lasts as long as this process."""
+    source.home.mkdir(parents=True, exist_ok=True)
+    scratch = tempfile.TemporaryDirectory(prefix=".lwc-", dir=source.home)
+    return lwc.load(source.gguf), scratch
 
 
 # Peers' own formats

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import onnx_ir as ir
+from bench.decode_models import open_source
 from fetch_models import model_path
 from rich.console import Console
 from rich.table import Table
@@ -103,10 +104,10 @@ VARIANTS: dict[str, Callable[[Module], Module]] = {
 }
 
 
-def measure(variants: list[str], threads: int, tokens: int) -> list[dict[str, Any]]:
+def measure(gguf: Path, variants: list[str], threads: int, tokens: int) -> list[dict[str, Any]]:
     """Return a row for each variant."""
-    source = load(model_path("smollm2"))
-    tokenizer = load_tokenizer(model_path("smollm2"))
+    source = load(gguf)
+    tokenizer = load_tokenizer(gguf)
     text = model_path("lee").read_text(encoding="utf-8")
     rows: list[dict[str, Any]] = []
     backend = OnnxRuntimeBackend()
@@ -144,11 +145,13 @@ def measure(variants: list[str], threads: int, tokens: int) -> list[dict[str, An
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--layers", type=int, help="use only the first layers, for a quick run")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=4097, help="tokens of the text to use")
     parser.add_argument("--json", type=Path, help="write the summary and rows here")
     options = parser.parse_args()
-    rows = measure(options.variants, options.threads, options.tokens)
+    gguf = open_source(model_path("smollm2"), options.layers).gguf
+    rows = measure(gguf, options.variants, options.threads, options.tokens)
     table = Table(title=f"SmolLM2-135M, {options.threads} threads")
     for column in rows[0]:
         table.add_column(
