@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -349,7 +350,7 @@ def variant_path(variant: Variant) -> Path:
     path = cache_folder() / f"families-{SPELLING}" / f"{variant.name}.onnx"
     if not path.exists():
         model = build(variant.family, variant.implementation)
-        part = path.with_suffix(".part.onnx")
+        part = path.with_suffix(f".{os.getpid()}.onnx")  # tests run in several processes
         export(model, FAMILIES[variant.family].kind, variant.exporter, part)
         part.replace(path)
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,7 @@ def test_failures_are_one_line_with_the_culprit(
     assert "\n" not in text
     assert all(word in text for word in words), text
     assert capfd.readouterr() == ("", "")
+    assert gc.isenabled()
 
 
 def test_missing_arguments_and_other_objects_are_refused() -> None:
