@@ -34,14 +34,17 @@ class Bound(NamedTuple):
 
 def stated_positions(module: Module) -> int | None:
     """Return for how many positions a model was made, as the `config.json` beside it says."""
-    file = module.source.companions.get("config.json")
+    source = module.source
+    file = source.companions.get("config.json")
+    if file is None and source.path is not None:
+        file = str(Path(source.path).with_name("config.json"))
     try:
         config: Any = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None  # its reader says what is wrong with it
+        return None
     parts: list[Any] = [config, config.get("text_config")] if isinstance(config, dict) else []
     found = [part.get(key) for part in parts if isinstance(part, dict) for key in _STATED]
-    return next((number for number in found if isinstance(number, int) and number > 0), None)
+    return next((number for number in found if type(number) is int and number > 0), None)
 
 
 def bound_of(rotation: Rotation, wished: int, edit: Editor) -> Bound | Miss:

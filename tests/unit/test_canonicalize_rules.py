@@ -682,3 +682,47 @@ def test_an_element_that_is_asked_for_twice_and_one_that_is_not_there() -> None:
     )
     canonicalize(module)
     assert "SequenceAt" in ops(module)
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("s = SplitToSequence<keepdims = 0>(x) y = SequenceAt(s, ones)", "SequenceAt"),
+        ("s = SplitToSequence<keepdims = 0>(x, one) y = SequenceAt(s, one)", "SequenceAt"),
+        ("s = SplitToSequence<keepdims = 0>(x, halves) y = SequenceAt(s, ones)", "Split"),
+        ("s = SplitToSequence<keepdims = 0>(x, fours) y = SequenceAt(s, one)", "Split"),
+    ],
+    ids=["place-of-one", "scalar-one", "halves", "vector-of-ones"],
+)
+def test_axes_of_elements_are_those_that_the_runtime_gives(text: str, left: str) -> None:
+    module = agree(
+        f"""g (float[4, 3] x) => (float y) <int64 one = {{1}}, int64[1] ones = {{1}},
+            int64[2] halves = {{2, 2}}, int64[4] fours = {{1, 1, 1, 1}}> {{ {text} }}""",
+        {"x": np.arange(12, dtype=np.float32).reshape(4, 3)},
+    )
+    assert left in ops(module)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        # Another graph reads an element, which a Split there could not give.
+        """s = SplitToSequence(x, two)
+        y = If (c) <then_branch = t () => (float[2] p) { p = SequenceAt(s, one) },
+                    else_branch = e () => (float[2] q) { q = SequenceAt(s, one) }>""",
+        "y = SplitToSequence(x, two) z = SequenceAt(y, one)",
+        "s = SplitToSequence(x, short) y = SequenceAt(s, zero)",
+        "r = Unsqueeze(x, none) s = SequenceConstruct(x, r) y = ConcatFromSequence<axis = 0>(s)",
+    ],
+    ids=["branches", "an-output", "parts-too-short", "ranks"],
+)
+def test_sequences_that_stay(body: str) -> None:
+    """In the second, the sequence leaves the graph; the last two fail where they are run."""
+    result = "seq(float[n]) y, float[2] z" if "z =" in body else "float[n] y"
+    module = module_of(
+        f"""g (bool c, float[4] x) => ({result}) <int64 zero = {{0}}, int64 one = {{1}},
+            int64 two = {{2}}, int64[1] short = {{2}}, int64[1] none = {{0}}> {{ {body} }}"""
+    )
+    before = sorted(ops(module))
+    canonicalize(module)
+    assert sorted(ops(module)) == before

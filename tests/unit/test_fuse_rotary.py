@@ -240,19 +240,24 @@ def test_positions_of_an_input() -> None:
     np.testing.assert_allclose(result, turned(feed, at), atol=ATOL)
 
 
-@pytest.mark.parametrize(("less", "swapped"), [(1, False), (3, False), (1, True)])
-def test_positions_counted_in_a_mask(less: int, swapped: bool) -> None:
-    """As Hugging Face has them for padding on the left: -1 never arrives, -3 may."""
+@pytest.mark.parametrize(
+    ("less", "swapped", "exclusive"), [(1, False, 0), (3, False, 0), (1, True, 0), (1, False, 1)]
+)
+def test_positions_counted_in_a_mask(less: int, swapped: bool, exclusive: int) -> None:
+    """As Hugging Face has them for padding on the left: -1 never arrives, -3 may.
+
+    Counted without the token itself, the first one is at -1.
+    """
     graph = Graph()
     x, mask = graph.input("x", ["N", HEADS, "S", SIZE]), graph.input("mask", ["N", "S"], np.int64)
-    places = graph.op("CumSum", mask, graph.constant(1))
+    places = graph.op("CumSum", mask, graph.constant(1), exclusive=exclusive)
     places = graph.op("Sub", places, graph.constant(less))
     hidden = graph.op("Equal", mask, graph.constant(0))
     branches = [graph.constant(1), places]
     places = graph.op("Where", hidden, *(branches[::-1] if swapped else branches))
     module, feed = graph.module(graph.usual(x, places)), heads()
     result = run_pass(FuseRotary(), module)
-    legal = less == 1 and not swapped
+    legal = less == 1 and not swapped and not exclusive
     assert bool(result.rewrites) == legal
     if not legal:
         assert "below 0" in missed(module)
@@ -398,6 +403,17 @@ def test_a_length_that_is_known_needs_no_assumption() -> None:
     assert "positions" not in "\n".join(each.message for each in module.remarks)
 
 
+def test_positions_that_begin_behind_the_tables() -> None:
+    graph = Graph()
+    x = graph.input("x", ["N", HEADS, "S", SIZE])
+    places = graph.op("Add", graph.counted(x), graph.constant(20))
+    axes = graph.op("Unsqueeze", places, graph.constant([0]))
+    module = graph.module(graph.usual(x, axes))
+    assert not run_pass(FuseRotary(8), module).rewrites
+    assert "begin at 20, behind tables of 8" in missed(module)
+    assert run_pass(FuseRotary(21), module).rewrites
+
+
 def test_what_is_assumed_is_said() -> None:
     module = usual()
     run_pass(FuseRotary(), module)
@@ -418,6 +434,7 @@ def test_what_is_assumed_is_said() -> None:
         ('{"text_config": {"max_position_embeddings": 48}}', 48),
         ('{"max_position_embeddings": 1048576}', 131072),
         ('{"n_positions": 0}', None),
+        ('{"n_positions": true}', None),
         ("[1]", None),
         ("{", None),
     ],
@@ -432,8 +449,10 @@ def test_the_configuration_says_how_far_positions_reach(
     assert module.graph.initializers["cos_table"].shape == ir.Shape([positions or 4096, SIZE // 2])
     warned = "warning" in [each.kind for each in module.remarks]
     assert warned == (positions is None or positions == 131072)
-    module = usual().with_source(companions={"config.json": str(file)})
-    run_pass(FuseRotary(32), module)
+    module = usual().with_source(path=str(tmp_path / "model.onnx"))
+    run_pass(FuseRotary(), module)
+    assert module.graph.initializers["cos_table"].shape == ir.Shape([positions or 4096, SIZE // 2])
+    run_pass(FuseRotary(32), module := usual().with_source(companions={"config.json": str(file)}))
     assert module.graph.initializers["cos_table"].shape == ir.Shape([32, SIZE // 2])
 
 
@@ -444,6 +463,7 @@ def test_queries_and_keys_share_tables() -> None:
         results.append(graph.usual(graph.input(name, ["N", count, "S", SIZE])))
     module = graph.module(*results)
     assert run_pass(FuseRotary(), module).rewrites == {"rotary": 2}
+    assert [each.kind for each in module.remarks].count("warning") == 1
     tables = [name for name in module.graph.initializers if "table" in name]
     assert sorted(tables) == ["cos_table", "sin_table"]
 

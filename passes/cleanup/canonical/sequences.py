@@ -37,16 +37,19 @@ def _extents(node: ir.Node, edit: Editor) -> list[int] | None:
     """Return the extents of the parts along the axis, where all of them are numbers."""
     shape = edit.shape(node.inputs[0])
     whole = None if not shape else shape[attribute(node, "axis", 0) % len(shape)]
+    if not isinstance(whole, int) or whole < 1:
+        return None
+    size, keeps = 1, bool(attribute(node, "keepdims", 1))
     if len(node.inputs) > 1 and node.inputs[1] is not None:
-        given = edit.ints(node.inputs[1])
-        if given is None or edit.rank(node.inputs[1]) != 0:
-            return given or None
+        given, rank = edit.ints(node.inputs[1]), edit.rank(node.inputs[1])
+        if given is None or rank is None:
+            return None
+        if rank == 1:
+            return given if sum(given) == whole else None
         (size,) = given
-    elif attribute(node, "keepdims", 1):
-        size = 1
-    else:
-        return None  # its parts lack the axis
-    if not isinstance(whole, int) or size < 1 or whole < 1:
+    # Without keepdims, parts of one lack the axis: also where a scalar says that they are of one,
+    # as ONNX Runtime has it.
+    if not keeps or size < 1:
         return None
     rest = whole % size
     return [size] * (whole // size) + ([rest] if rest else [])
@@ -57,6 +60,8 @@ def element_of_split(node: ir.Node, edit: Editor) -> Outcome:
     """An element of a tensor cut into slices without the axis: what a Gather takes."""
     split = producer_of(node.inputs[0], "SplitToSequence")
     if split is None or attribute(split, "keepdims", 1) or len(split.inputs) > 1:
+        return None
+    if edit.rank(node.inputs[1]) != 0:  # a Gather would put an axis in
         return None
     axis = {"axis": attribute(split, "axis", 0)}
     return edit.op("Gather", [split.inputs[0], node.inputs[1]], axis)
@@ -75,6 +80,9 @@ def concat_from_construct(node: ir.Node, edit: Editor) -> Outcome:
     """The elements of a sequence that is made of tensors, put together: a Concat."""
     made = producer_of(node.inputs[0], "SequenceConstruct")
     if made is None or attribute(node, "new_axis", 0):
+        return None
+    ranks = {edit.rank(value) for value in made.inputs}
+    if None in ranks or len(ranks) > 1:
         return None
     return edit.op("Concat", made.inputs, {"axis": attribute(node, "axis")})
 
