@@ -80,6 +80,15 @@ def test_a_killed_writer_leaves_a_whole_folder(way: str, tmp_path: Path) -> None
     assert seen == [2] * 6
 
 
+def test_a_folder_is_for_all_whom_the_mask_lets(tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        write(tmp_path / "out", "new")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+
+
 @pytest.mark.parametrize("exchanges", [True, False])
 def test_a_link_stays_a_link(
     exchanges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -20,6 +20,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from support import run_interpreted  # noqa: E402
 from tiny_llama import as_module, tiny_llama  # noqa: E402
 
+from lwc.backends.triton.ahead import compile_ahead  # noqa: E402
 from lwc.backends.triton.architectures import architecture  # noqa: E402
 from lwc.backends.triton.emit import emit  # noqa: E402
 from lwc.backends.triton.folder import check_folder  # noqa: E402
@@ -157,7 +158,33 @@ def test_files_that_were_not_emitted_are_not_lost(
     assert (folder / foreign).read_text() == "kept"
 
 
-@pytest.mark.parametrize("manifest", ["", "{", "[]", '{"files": ["mine"]}', '{"format": 2}'])
+def test_files_that_come_while_kernels_are_compiled_are_not_lost(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    assert emitted(model, folder, "-q") == 0
+
+    def disturbed(*given: Any) -> Any:
+        (folder / "notes.txt").write_text("kept")
+        return compile_ahead(*given)
+
+    monkeypatch.setattr("lwc.backends.triton.emit.compile_ahead", disturbed)
+    assert emitted(model, folder, "-q") == 2
+    assert "'notes.txt' in it would be lost" in capsys.readouterr().err
+    assert (folder / "notes.txt").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        "",
+        "{",
+        "[]",
+        '{"files": ["mine"]}',
+        '{"format": 2}',
+        '{"format": 1, "lwc": "0.1.0", "files": ["mine", "manifest.json"]}',
+    ],
+)
 def test_a_manifest_of_others_is_no_leave_to_replace(manifest: str, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(manifest)
     (tmp_path / "mine").write_text("kept")
