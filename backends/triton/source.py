@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from lwc.backends.fx.module import described
 from lwc.backends.triton.packed_linear import PackedLinear
 from lwc.core.errors import LwcError
 
@@ -147,9 +148,11 @@ def state_of(graph_module: torch.fx.GraphModule) -> dict[str, torch.Tensor]:
             continue
         value = _fetched(graph_module, node.target)
         if not isinstance(value, torch.Tensor):
-            kind = "a nested graph" if isinstance(value, torch.nn.Module) else "no tensor"
+            nested = isinstance(value, torch.nn.Module)
+            what = "a nested graph" if nested else f"'{node.target}', which is no tensor"
             raise LwcError(
-                f"'{node.target}' is {kind}, which cannot be emitted",
+                f"it reads {what}: that cannot be emitted",
+                node=next((described(user) for user in node.users), None),
                 file=graph_module.meta["lwc"]["file"],
                 remedy="run the model by backend='triton' instead",
             )
