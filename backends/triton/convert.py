@@ -24,6 +24,8 @@ def to_triton(module: Any, *, expose: Sequence[str] = ()) -> torch.fx.GraphModul
     each node runs, and why a kernel does not compute it, is told in remarks of the module (applied,
     missed) and by `lwc.backends.triton.lower.placements`.
 
+    Kernels give no gradients: weights ask for none, and an input that does is an error.
+
     It runs on a GPU after `.to("cuda")`, with `torch.set_default_device("cuda")` as operators make
     tensors too, or on the CPU where TRITON_INTERPRET=1 was set before Python started.
 

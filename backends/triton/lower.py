@@ -68,6 +68,7 @@ def lowered_to_kernels(module: Module, *, expose: Sequence[str] = ()) -> OnnxGra
     graph.owning_module = plain  # which is asked whether modules that are called have effects
     graph.eliminate_dead_code()
     result = OnnxGraphModule(plain, graph, type(plain).__name__)
+    result.requires_grad_(False)
     kept = {name for name, _ in (*result.named_parameters(), *result.named_buffers())}
     origin = plain.meta["lwc"]
     weights = {name: places for name, places in origin["weights"].items() if name in kept}

@@ -10,8 +10,9 @@ from typing import Any
 
 from lwc.backends.triton.architectures import Architecture, nearest
 from lwc.backends.triton.availability import interpreting
-from lwc.backends.triton.operation import Configuration, Operation
+from lwc.backends.triton.operation import Configuration, Launch, Operation
 from lwc.backends.triton.recording import recorder
+from lwc.core.errors import LwcError
 
 __all__ = ["architecture_of", "computable", "run", "running_on"]
 
@@ -27,6 +28,9 @@ def run(operation: Operation) -> tuple[Any, ...]:
     On a GPU it is tuned the first time that an operation of its key comes (see
     `lwc.backends.triton.tuning`). The interpreter takes the first candidate. Within `recording`
     nothing runs: the launches of the first candidate are written down.
+
+    Raises:
+        LwcError: A gradient is asked for, which kernels do not give.
     """
     if not any(result.numel() for result in operation.results):
         return operation.results
@@ -35,8 +39,21 @@ def run(operation: Operation) -> tuple[Any, ...]:
         noted.launches.extend(operation.prepare(operation.candidates[0]))
         return operation.results
     for launch in operation.prepare(_chosen(operation)):
+        _check_no_gradient(launch)
         launch.run()
     return operation.results
+
+
+def _check_no_gradient(launch: Launch) -> None:
+    import torch
+
+    if torch.is_grad_enabled() and any(
+        isinstance(each, torch.Tensor) and each.requires_grad for each in launch.arguments.values()
+    ):
+        raise LwcError(
+            f"{launch.name} gives no gradient, and is given what asks for one",
+            remedy="run it under torch.no_grad(), or train through lwc.to_fx",
+        )
 
 
 def _chosen(operation: Operation) -> Configuration:

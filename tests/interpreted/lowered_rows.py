@@ -163,3 +163,20 @@ def test_an_error_of_a_launch_names_its_node() -> None:
     inputs = [torch.from_numpy(array) for array in feed.values()]
     with pytest.raises(LwcError, match=told):
         dry_run(lwc.to_triton(module), inputs, nearest(0))
+
+
+# Gradients
+
+
+def test_no_gradient_is_lost() -> None:
+    """Kernels give none: weights ask for none, and an input that does is told."""
+    given = {"x": normal(2, 8), "scale": normal(8)}
+    module, _ = one_node("RMSNormalization", given, opset=23, constant=["scale"])
+    net = lwc.to_triton(module)
+    x = torch.from_numpy(given["x"])
+    assert not net(x).requires_grad
+    asks = x.clone().requires_grad_()
+    with pytest.raises(LwcError, match="norm_kernel gives no gradient, and is given what asks"):
+        net(asks)
+    with torch.no_grad():
+        torch.testing.assert_close(net(asks), net(x))
