@@ -13,6 +13,9 @@ serves operators whose attribute became an input (`axes`). Of an attribute that 
 `Literal`, other values are refused too. It returns a tensor, or a tuple where
 the node uses several outputs: how many is passed as `outputs`, if it takes that.
 
+Defaults of 0 and 1 are written as integers, of floats too: torch.compile takes other floats that
+are not in the call for variables, and starts again at each that decides a branch.
+
 The options of `op` say what else it wants to be given; `host` adds the same operator on Python
 integers, for the arithmetic of extents. Several functions of one operator are told apart by the
 opset version they came with. A domain other than the standard one is written `domain::Op`.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import families
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
@@ -17,8 +18,10 @@ pytest.importorskip("transformers")
 import torch
 import torch._dynamo.testing
 from bench.fx_round_trip import FUSED, feed_of
+from tiny_llama import as_module, tiny_llama
 
 import lwc
+from lwc.calibration.feeds import make_feed
 
 pytestmark = [pytest.mark.models, pytest.mark.slow]
 
@@ -63,6 +66,18 @@ def test_compiled_decoder() -> None:
         assert (a is None) == (b is None)
         if b is not None:
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()) + 1e-8)
+
+
+def test_a_decoder_with_a_cache_is_compiled_once() -> None:
+    """With any extents: no float that decides a branch makes the compiler start again."""
+    module = as_module(tiny_llama(), "gqa")
+    lowered = lwc.to_fx(module)
+    feed = make_feed(module, {"batch": 2, "past": 4, "sequence": 3, "total": 7})
+    given = [torch.from_numpy(np.asarray(feed[name])) for name in lowered.meta["lwc"]["inputs"]]
+    counted = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lowered, backend=counted, fullgraph=True, dynamic=True)
+    torch.testing.assert_close(compiled(*given), lowered(*given), rtol=RTOL, atol=ATOL)
+    assert counted.frame_count == 1
 
 
 @pytest.mark.parametrize(

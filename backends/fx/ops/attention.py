@@ -52,7 +52,7 @@ def attention(
     q_num_heads: int | None = None,
     qk_matmul_output_mode: int = 0,
     scale: float | None = None,
-    softcap: float = 0.0,
+    softcap: float = 0,
     softmax_precision: torch.dtype | None = None,
     left_window_size: int = -1,
     right_window_size: int = -1,
@@ -270,7 +270,7 @@ def linear_attention(
     *,
     q_num_heads: int,
     kv_num_heads: int,
-    scale: float = 0.0,
+    scale: float = 0,
     update_rule: Literal["linear", "gated", "delta", "gated_delta"] = "gated_delta",
 ) -> tuple[Tensor, Tensor]:
     """Attend by a state that each token writes to; returns rows and the last state."""

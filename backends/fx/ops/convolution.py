@@ -29,7 +29,7 @@ def convolve(
     pads: Sequence[int] | None,
     auto_pad: AutoPad,
     group: int,
-    fill: float = 0.0,
+    fill: float = 0,
 ) -> Tensor:
     """Convolve with what lies around x taken for `fill`."""
     rank = x.dim() - 2

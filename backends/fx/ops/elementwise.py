@@ -164,13 +164,13 @@ def bit_shift(x: Tensor, by: Tensor, *, direction: Literal["LEFT", "RIGHT"]) -> 
 
 
 @op("Celu")
-def celu(x: Tensor, *, alpha: float = 1.0) -> Tensor:
+def celu(x: Tensor, *, alpha: float = 1) -> Tensor:
     """max(0, x) + min(0, alpha * (exp(x / alpha) - 1))."""
     return F.celu(x, alpha)
 
 
 @op("Elu")
-def elu(x: Tensor, *, alpha: float = 1.0) -> Tensor:
+def elu(x: Tensor, *, alpha: float = 1) -> Tensor:
     """x above 0, alpha * (exp(x) - 1) below."""
     return torch.where(x > 0, x, alpha * torch.expm1(x.clamp(max=0)))
 
@@ -208,20 +208,20 @@ def selu(
 
 
 @op("ThresholdedRelu")
-def thresholded_relu(x: Tensor, *, alpha: float = 1.0) -> Tensor:
+def thresholded_relu(x: Tensor, *, alpha: float = 1) -> Tensor:
     """x above alpha, 0 below."""
     return torch.where(x > alpha, x, torch.zeros_like(x))
 
 
 @op("Shrink")
-def shrink(x: Tensor, *, lambd: float = 0.5, bias: float = 0.0) -> Tensor:
+def shrink(x: Tensor, *, lambd: float = 0.5, bias: float = 0) -> Tensor:
     """Bring what lies outside of [-lambd, lambd] nearer by bias; 0 inside."""
     outer = torch.where(x > lambd, x - bias, torch.zeros_like(x))
     return torch.where(x < -lambd, x + bias, outer)
 
 
 @op("Swish")
-def swish(x: Tensor, *, alpha: float = 1.0) -> Tensor:
+def swish(x: Tensor, *, alpha: float = 1) -> Tensor:
     """x * sigmoid(alpha * x)."""
     return x * torch.sigmoid(alpha * x)
 
@@ -233,7 +233,7 @@ def quick_gelu(x: Tensor, *, alpha: float = 1.702) -> Tensor:
 
 
 @op("SwiGLU")
-def swiglu(x: Tensor, gate: Tensor | None = None, *, alpha: float = 1.0) -> Tensor:
+def swiglu(x: Tensor, gate: Tensor | None = None, *, alpha: float = 1) -> Tensor:
     """Open a gate by Swish."""
     if gate is None:
         x, gate = x.chunk(2, dim=-1)

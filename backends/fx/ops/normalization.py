@@ -225,7 +225,7 @@ def _grouped(x: Tensor, groups: int, epsilon: float, stash_type: int) -> Tensor:
 
 @op("LRN")
 def local_response_normalization(
-    x: Tensor, *, size: int, alpha: float = 1e-4, beta: float = 0.75, bias: float = 1.0
+    x: Tensor, *, size: int, alpha: float = 1e-4, beta: float = 0.75, bias: float = 1
 ) -> Tensor:
     """Divide by what the neighbouring channels have together."""
     before, after = (size - 1) // 2, size // 2

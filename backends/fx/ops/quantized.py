@@ -384,7 +384,7 @@ def qgemm(
     y_scale: Tensor | None = None,
     y_zero: Tensor | None = None,
     *,
-    alpha: float = 1.0,
+    alpha: float = 1,
     transA: int = 0,
     transB: int = 0,
     to: torch.dtype | None = None,

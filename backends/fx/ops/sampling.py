@@ -38,7 +38,7 @@ def resize(
     coordinate_transformation_mode: Coordinates = "half_pixel",
     cubic_coeff_a: float = -0.75,
     exclude_outside: int = 0,
-    extrapolation_value: float = 0.0,
+    extrapolation_value: float = 0,
     keep_aspect_ratio_policy: Literal["stretch", "not_larger", "not_smaller"] = "stretch",
     mode: Mode = "nearest",
     nearest_mode: Rounding = "round_prefer_floor",
@@ -194,7 +194,7 @@ def roi_align(
     output_height: int = 1,
     output_width: int = 1,
     sampling_ratio: int = 0,
-    spatial_scale: float = 1.0,
+    spatial_scale: float = 1,
 ) -> Tensor:
     """Pool samples of each cell of each region."""
     shift = 0.5 if coordinate_transformation_mode == "half_pixel" else 0.0

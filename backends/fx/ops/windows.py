@@ -36,7 +36,7 @@ def pads_of(
     return list(pads[:rank]), list(pads[rank:])
 
 
-def padded(x: Tensor, before: Sequence[int], after: Sequence[int], value: float = 0.0) -> Tensor:
+def padded(x: Tensor, before: Sequence[int], after: Sequence[int], value: float = 0) -> Tensor:
     """Put a constant around the last axes."""
     edges = [n for pair in zip(before[::-1], after[::-1], strict=True) for n in pair]
     return F.pad(x, edges, value=value) if any(edges) else x
