@@ -245,8 +245,30 @@ def test_a_module_that_gives_the_same_is_no_teacher() -> None:
     result = lwc.optimize(
         module, "fold-linear,add-lora{rank=2},recover{steps=2}", calibration=texts(), threads=1
     )
-    assert "so it is no teacher" in " ".join(r.message for r in result.record.passes[-1].remarks)
+    assert "on every feed, so it is no teacher" in " ".join(
+        r.message for r in result.record.passes[-1].remarks
+    )
     assert result.record.passes[-1].statistics["loss"] == "cross-entropy"
+
+
+def test_a_first_feed_of_one_repeated_token_changes_no_objective(teacher: Path) -> None:
+    blank = [{"ids": np.full((4, 12), 3)}, *texts()]
+    _, found, _ = recovered(language(), f"rank=4 steps=2 teacher={teacher}", data=blank)
+    assert found["loss"] == "0.5 cross-entropy + 0.5 kl"
+    _, found, _ = recovered(language(), "rank=4 steps=2", data=blank)
+    assert found["loss"] == "cross-entropy"
+
+
+@pytest.mark.parametrize("rows", [4], ids=["zeros"])
+def test_a_first_feed_on_which_all_outputs_agree_drops_no_teacher(rows: int) -> None:
+    drawn = np.random.default_rng(0)
+    feeds = [{"x": np.zeros((rows, 16), np.float32)}]
+    feeds += [{"x": drawn.normal(size=(4, 16)).astype(np.float32)} for _ in range(6)]
+    small = "quantize-weights{bits=2 block-size=16 format=matmulnbits}"
+    result = lwc.optimize(
+        numbers(), f"{small},recover{{rank=4 steps=5}}", calibration=feeds, threads=1
+    )
+    assert result.record.passes[-1].statistics["loss"] == "mse"
 
 
 def test_adapters_that_are_there_are_trained_further() -> None:

@@ -274,17 +274,33 @@ class Shown:
     [
         ([[1, 2, 3, 4]], lambda ids: np.cumsum(ids, axis=1)[..., None], True),
         ([[1, 2, 3, 4]], lambda ids: np.cumsum(ids[:, ::-1], axis=1)[..., None], False),
-        ([[2, 2, 2, 2]], lambda ids: np.cumsum(ids, axis=1)[..., None], False),
+        ([[2, 2, 2, 2]], lambda ids: np.cumsum(ids, axis=1)[..., None], True),
+        ([[2, 2, 2, 2]], lambda ids: np.cumsum(ids[:, ::-1], axis=1)[..., None], False),
+        ([[0, 0]], lambda ids: np.cumsum(ids, axis=1)[..., None] + [1, 2], True),
+        ([[0, 0]], lambda ids: np.cumsum(ids[:, ::-1], axis=1)[..., None] + [1, 2], False),
         ([[5, 3, 3]], lambda ids: np.cumsum(ids, axis=1)[:, -1:, None], False),
         ([[1, 2, 3, 3]], lambda ids: (ids * 0 + ids[:, 2:3] * ids[:, 3:])[..., None], False),
+        ([[1, 2, 3, 4]], lambda ids: (ids + ids.sum(axis=1, keepdims=True))[..., None], False),
+        ([[0, 1, 0, 1]], lambda ids: (ids + ids.sum(1, keepdims=True))[..., None] + [1, 2], False),
     ],
-    ids=["earlier tokens", "later tokens", "nothing to tell by", "last logits", "palindrome"],
+    ids=[
+        "earlier tokens",
+        "later tokens",
+        "earlier tokens, all the same",
+        "later tokens, all the same",
+        "earlier tokens, all 0",
+        "later tokens, all 0",
+        "last logits",
+        "palindrome",
+        "a bag of words",
+        "a bag of all words there are",
+    ],
 )
 def test_next_tokens_are_predicted_where_no_later_one_matters(
     ids: Any, answer: Any, causal: bool
 ) -> None:
-    feeds = [{"ids": np.array([[1]]), "mask": np.array([[1]])},
-             {"ids": np.array(ids), "mask": np.zeros_like(ids)}]  # fmt: skip
+    feeds = {2: {"ids": np.array([[1]]), "mask": np.array([[1]])},
+             3: {"ids": np.array(ids), "mask": np.zeros_like(ids)}}  # fmt: skip
     model = TextModel("logits", TokenInputs("ids", "mask"))
     assert predicts_next(model, feeds, Shown(lambda each: answer(each) * 1.0)) == causal
 
