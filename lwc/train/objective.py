@@ -12,7 +12,7 @@ import onnx_ir as ir
 from lwc.calibration.collect import on_feed
 from lwc.calibration.inputs import RoleKind, fed_inputs, input_role
 from lwc.calibration.text import id_input
-from lwc.core.errors import LwcError, PassError
+from lwc.core.errors import InputError, LwcError, PassError
 
 if TYPE_CHECKING:
     from lwc.core.module import Module
@@ -182,6 +182,7 @@ class Objective:
 
         Raises:
             PassError: An output has another shape than the teacher's.
+            InputError: An output is empty.
         """
         from lwc.train.losses import next_token_loss
 
@@ -211,6 +212,11 @@ class Objective:
                 f"the teacher gives '{name}' of shape {list(teacher.shape)}, the model of shape "
                 f"{list(student.shape)}",
                 remedy="give a teacher of the same outputs, or teacher=none",
+            )
+        if not student.numel():
+            raise InputError(
+                f"output '{name}' is empty, so there is nothing to compare",
+                remedy="leave that feed out",
             )
         given = torch.from_numpy(np.array(teacher)).to(student.dtype)
         mask = self._mask(inputs)

@@ -45,6 +45,10 @@ _CLOSE = 1e-3
 """Relative difference of outputs up to which a teacher has nothing to teach."""
 
 
+_TOLD = 5
+"""Feeds that a remark names at most."""
+
+
 def recover(module: Module, ctx: PassContext, options: Recover) -> PassResult:
     """Train a module; see `Recover`.
 
@@ -139,11 +143,9 @@ def _train(
                         )
             return sum(losses) / len(losses)
 
-        numbers = list(trained)
-
-        def backward(index: int, factor: float) -> float:
-            feed = trained[numbers[index]]
-            with on_feed(numbers[index]):
+        def backward(number: int, factor: float) -> float:
+            feed = trained[number]
+            with on_feed(number):
                 return runner.backward(feed, lesson.loss(feed), factor)
 
         before = judged("before")
@@ -159,7 +161,7 @@ def _train(
         train(
             runner.parameters,
             backward,
-            len(trained),
+            list(trained),
             Schedule(options.steps, options.batch, rate, seed=ctx.seed),
             trail=trail,
             progress=ctx.progress,
@@ -195,12 +197,35 @@ def _facts(ctx: PassContext, teacher: Module | None) -> tuple[object, ...]:
 def _feeds(module: Module, ctx: PassContext) -> dict[int, Feed]:
     """Return the feeds by their numbers, counted from 1."""
     put = filed if ctx.max_memory is not None else np.asarray
-    feeds: dict[int, Feed] = {
-        number: {name: put(array) for name, array in feed.items()}
-        for number, feed in enumerate(checked_feeds(module, ctx), 1)
-    }
+    feeds: dict[int, Feed] = {}
+    empty = []
+    for number, feed in enumerate(checked_feeds(module, ctx), 1):
+        _check_numbers(module, number, feed)
+        if any(np.ndim(array) > 1 and not len(array) for array in feed.values()):
+            empty.append(number)
+        else:
+            feeds[number] = {name: put(array) for name, array in feed.items()}
+    if empty:
+        ctx.warn(
+            f"{len(empty)} of {len(feeds) + len(empty)} feeds are left out: they have no rows "
+            f"(feed {', '.join(map(str, empty[:_TOLD]))}{', …' if len(empty) > _TOLD else ''})"
+        )
     _enough(feeds, module)
     return feeds
+
+
+def _check_numbers(module: Module, number: int, feed: Feed) -> None:
+    """Check that a feed has no NaN; infinity may stand in a mask."""
+    for value in module.graph.inputs:
+        array = feed.get(value.name or "")
+        if array is None or value.dtype is None or not value.dtype.is_floating_point():
+            continue
+        if np.isnan(array).any():
+            raise InputError(
+                f"feed {number} of the calibration data gives input '{value.name}' a NaN",
+                file=module.source.path,
+                remedy="leave that feed out, or look at where it comes from",
+            )
 
 
 def _enough(feeds: Sized, module: Module) -> None:

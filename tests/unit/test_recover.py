@@ -259,7 +259,7 @@ def test_a_first_feed_of_one_repeated_token_changes_no_objective(teacher: Path) 
     assert found["loss"] == "cross-entropy"
 
 
-@pytest.mark.parametrize("rows", [4], ids=["zeros"])
+@pytest.mark.parametrize("rows", [4, 0], ids=["zeros", "no rows"])
 def test_a_first_feed_on_which_all_outputs_agree_drops_no_teacher(rows: int) -> None:
     drawn = np.random.default_rng(0)
     feeds = [{"x": np.zeros((rows, 16), np.float32)}]
@@ -437,8 +437,9 @@ def test_errors(monkeypatch: pytest.MonkeyPatch, teacher: Path, tmp_path: Path) 
 def test_what_has_no_number_for_a_loss_names_the_feed() -> None:
     """Feeds of one token are left out, and counted all the same."""
     module = numbers()
+    next(iter(module.graph)).op_type = "Identity"  # Tanh of infinity is 1
     feeds = [{"x": np.ones((2, 16), np.float32)} for _ in range(20)]
-    feeds[18]["x"][1, 3] = np.nan
+    feeds[18]["x"][1, 3] = np.inf
     small = "quantize-weights{bits=2 block-size=16 format=matmulnbits}"
     with pytest.raises(
         PassError, match="feed 19 of the calibration data: the held-out loss is nan before"
@@ -450,6 +451,43 @@ def test_what_has_no_number_for_a_loss_names_the_feed() -> None:
     broken.replace_initializer(broken.graph.initializers["head"], ir.Tensor(content, name="head"))
     with pytest.raises(PassError, match="feed 2 of the calibration data: 'logits' has numbers"):
         recovered(broken, "rank=4", data=[{"ids": np.array([[3]])}, *texts()])
+
+
+def noise(count: int) -> list[dict[str, Array]]:
+    drawn = np.random.default_rng(0)
+    return [{"x": drawn.normal(size=(4, 16)).astype(np.float32)} for _ in range(count)]
+
+
+SMALL = "quantize-weights{bits=2 block-size=16 format=matmulnbits}"
+
+
+def test_a_feed_with_a_number_that_is_none_is_refused_by_its_number() -> None:
+    feeds = noise(8)
+    feeds[2]["x"][1, 3] = np.nan
+    with pytest.raises(InputError, match="feed 3 of the calibration data gives input 'x' a NaN"):
+        lwc.optimize(numbers(), f"{SMALL},recover{{rank=2 steps=2}}", calibration=feeds)
+
+
+def test_a_loss_that_is_no_number_before_any_update_names_the_feed() -> None:
+    feeds = noise(8)
+    for number in range(7):
+        feeds[number]["x"] = feeds[number]["x"] * np.float32("inf")
+    plain = numbers()
+    next(iter(plain.graph)).op_type = "Identity"
+    with pytest.raises(PassError, match=r"step 1, on feed \d of .* \(nothing was updated yet"):
+        lwc.optimize(plain, f"{SMALL},recover{{rank=2 steps=2}}", calibration=feeds)
+
+
+def test_feeds_without_rows_are_left_out_and_named() -> None:
+    empty = {"x": np.zeros((0, 16), np.float32)}
+    data = [empty, *noise(3), empty, *noise(3)]
+    result = lwc.optimize(numbers(), f"{SMALL},recover{{rank=2 steps=9}}", calibration=data)
+    record = result.record.passes[-1]
+    told = [each.message for each in record.remarks if each.kind == "warning"]
+    assert "2 of 8 feeds are left out: they have no rows (feed 1, 5)" in told
+    assert record.statistics["feeds trained on"] == 5
+    with pytest.raises(InputError, match=r"two feeds or more, .*, not 1"):
+        lwc.optimize(numbers(), f"{SMALL},recover{{rank=2}}", calibration=[*noise(1), empty])
 
 
 def test_an_id_that_is_not_in_the_vocabulary_is_bad_data_and_names_the_feed() -> None:

@@ -116,7 +116,7 @@ def test_forward_kl_covers_both_modes_and_reverse_kl_picks_one(
 
         schedule = Schedule(steps=150, batch=1, learning_rate=0.08, clip=10.0)
         train(
-            {"centre": centre, "spread": spread}, backward, 1, schedule,
+            {"centre": centre, "spread": spread}, backward, [1], schedule,
             trail=NOTHING, progress=SILENT,
         )  # fmt: skip
         found[loss.__name__] = (float(centre.detach()), float(spread.detach().exp()))
@@ -161,7 +161,7 @@ def problem(
 def test_a_step_is_that_of_adamw_on_the_mean_gradient() -> None:
     parameters, backward = problem()
     train(
-        parameters, backward, 8, Schedule(1, 8, 0.1, weight_decay=0.1),
+        parameters, backward, range(8), Schedule(1, 8, 0.1, weight_decay=0.1),
         trail=NOTHING, progress=SILENT,
     )  # fmt: skip
     twin, backward = problem()
@@ -178,7 +178,7 @@ def test_masked_entries_stay() -> None:
     mask = torch.tensor([[1.0], [0.0], [1.0]])
     parameters, backward = problem(start.clone())
     losses = train(
-        parameters, backward, 8, Schedule(30, 2, 0.1),
+        parameters, backward, range(8), Schedule(30, 2, 0.1),
         trail=NOTHING, progress=SILENT, masks={"weight": mask},
     )  # fmt: skip
     assert torch.equal(parameters["weight"][1], start[1])
@@ -190,7 +190,7 @@ def test_masked_entries_stay() -> None:
 def test_killed_and_resumed_it_ends_at_the_same_bits(killed: int, tmp_path: Path) -> None:
     schedule = Schedule(20, 3, 0.05, weight_decay=0.01)
     whole, backward = problem()
-    train(whole, backward, 8, schedule, trail=NOTHING, progress=SILENT)
+    train(whole, backward, range(8), schedule, trail=NOTHING, progress=SILENT)
 
     class Killed(BaseException):
         pass
@@ -210,13 +210,13 @@ def test_killed_and_resumed_it_ends_at_the_same_bits(killed: int, tmp_path: Path
 
     if killed < 20:
         with pytest.raises(Killed):
-            train(parameters, dying, 8, schedule, trail=trail(), progress=SILENT)
+            train(parameters, dying, range(8), schedule, trail=trail(), progress=SILENT)
     else:
-        train(parameters, plain, 8, schedule, trail=trail(), progress=SILENT)
+        train(parameters, plain, range(8), schedule, trail=trail(), progress=SILENT)
     # Kept after every second step, each time in the place of the one before.
     assert len(list((tmp_path / "kept").iterdir())) == min(1, killed // 2)
     again, backward = problem()
-    losses = train(again, backward, 8, schedule, trail=trail(), progress=SILENT)
+    losses = train(again, backward, range(8), schedule, trail=trail(), progress=SILENT)
     assert len(losses) == 20 - killed // 2 * 2
     assert torch.equal(again["weight"], whole["weight"])
 
@@ -236,8 +236,28 @@ def test_what_is_not_finite_is_an_error_that_names_the_step(where: str) -> None:
             gradient[0, 0] = float("inf")
         return float("nan") if calls == 4 and where == "loss" else loss
 
-    with pytest.raises(PassError, match=f"{where} is no finite number at step 2.*learning-rate"):
-        train(parameters, backward, 8, Schedule(5, 2, 0.1), trail=NOTHING, progress=SILENT)
+    schedule = Schedule(5, 2, 0.1)
+    seen = schedule.feeds(1, 8)  # one of them is the feed in which a loss is not finite
+    told = f"feed {seen[1] if where == 'loss' else ', '.join(map(str, sorted(seen)))} of"
+    with pytest.raises(
+        PassError, match=f"{where} is no finite number at step 2, on {told}.*learning-rate"
+    ):
+        train(parameters, backward, range(8), schedule, trail=NOTHING, progress=SILENT)
+
+
+def test_before_any_update_no_learning_rate_is_to_blame() -> None:
+    parameters, plain = problem()
+
+    def backward(number: int, factor: float) -> float:
+        return plain(number - 10, factor) * float("inf")
+
+    (first,) = Schedule(5, 1, 0.1).feeds(0, 8)
+    told = f"the loss is no finite number at step 1, on feed {first + 10} of"
+    with pytest.raises(PassError, match=told) as caught:
+        train(parameters, backward, range(10, 18), Schedule(5, 1, 0.1), trail=NOTHING,
+              progress=SILENT)  # fmt: skip
+    assert "nothing was updated yet" in str(caught.value)
+    assert "learning-rate" not in str(caught.value)
 
 
 LANGUAGE = """g (int64[b, s] ids, int64[b, s] attention_mask) => (float[b, s, 7] logits, float[b] z)
