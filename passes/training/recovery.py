@@ -173,9 +173,15 @@ def _train(
                 f"activations take {size(runner.kept)} in the backward pass, although max-memory "
                 f"is {size(ctx.max_memory)}: {runner.segments} segments are the fewest bytes"
             )
+        sharing: dict[int, list[ir.Value]] = {}
+        for graph in twin.graphs():
+            for value in graph.initializers.values():
+                sharing.setdefault(id(value.const_value), []).append(value)
         for name, each in zip(names, chosen, strict=True):
             array = runner.parameters[name].detach().numpy()
-            twin.replace_initializer(each.value, twin.spilled(ir.Tensor(np.array(array))))
+            tensor = twin.spilled(ir.Tensor(np.array(array)))
+            for value in sharing[id(each.value.const_value)]:
+                twin.replace_initializer(value, tensor)
     return before, after
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -37,7 +37,7 @@ class Trainable:
     """A weight that is trained.
 
     Attributes:
-        value: The initializer.
+        value: The initializer; others may share its tensor, which is trained once.
         mask: 0 where it is to be 0, broadcast against it; None where it may be anything.
     """
 
@@ -73,7 +73,7 @@ def weights_to_train(module: Module, keep_zeros: bool) -> list[Trainable]:
                 kept = array != 0
             mask = None if kept.all() else kept
         chosen.append(Trainable(value, mask))
-    return chosen
+    return _distinct(chosen)
 
 
 def adapters_to_train(
@@ -110,11 +110,23 @@ def adapters_to_train(
             f"'{value.name}' belongs to an adapter that is not trained, too: it stays as it is, "
             "also where keep-zeros would set it to 0"
         )
-    return [
+    return _distinct(
         Trainable(value, None if mask.all() else mask)
         for value, mask in masks.items()
         if value not in idle
-    ]
+    )
+
+
+def _distinct(chosen: Iterable[Trainable]) -> list[Trainable]:
+    """Return one for each tensor: 0 where any of those that share it is to be."""
+    found: dict[int, Trainable] = {}
+    for each in chosen:
+        first = found.setdefault(id(each.value.const_value), each)
+        masks = [mask for mask in (first.mask, each.mask) if mask is not None]
+        if first is not each and masks:
+            mask = np.logical_and.reduce(masks)
+            found[id(each.value.const_value)] = Trainable(first.value, mask)
+    return list(found.values())
 
 
 def _kept(adapter: Adapter, ctx: PassContext, *, new: bool) -> tuple[Array, Array] | None:

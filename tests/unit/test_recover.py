@@ -500,6 +500,42 @@ def test_an_id_that_is_not_in_the_vocabulary_is_bad_data_and_names_the_feed() ->
             recovered(language(), "rank=4", data=data)
 
 
+@pytest.mark.parametrize("through", ["memory", "a file"])
+def test_initializers_that_share_a_tensor_are_trained_as_one_and_stay_one(
+    through: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    module = language()
+    for one, other in (("up", "down"), ("head", "spare")):
+        shared = module.graph.initializers[one].const_value
+        if other == "spare":  # not trained by itself, but the same weight
+            spare = module.add_initializer(other, shared)
+            module.graph.append(ir.node("Abs", [spare], outputs=[ir.Value(name="more")]))
+            more = next(reversed(module.graph)).outputs[0]
+            more.dtype, more.shape = ir.DataType.FLOAT, ir.Shape([WIDTH, WORDS])
+            module.graph.outputs.append(more)
+        else:
+            module.graph.initializers[other].const_value = shared
+    options = "method=full steps=30 learning-rate=1e-2"
+    trained, found, _ = recovered(module, options)
+    assert found["trained parameters"] == WIDTH**2 + WIDTH * WORDS
+    assert not [each for each in recwarn if "duplicate" in str(each.message)]
+    if through == "a file":
+        save(trained, tmp_path / "out.onnx")
+        trained = lwc.load(tmp_path / "out.onnx")
+    held = trained.graph.initializers
+    for one, other in (("up", "down"), ("head", "spare")):
+        assert np.array_equal(weight(trained, one), weight(trained, other))
+        assert not np.array_equal(weight(trained, one), weight(module, one))
+        if through == "memory":
+            assert held[one].const_value is held[other].const_value
+    # What was judged is what came out.
+    ids = texts()[-1]["ids"]
+    logits = run_plain(trained, {"ids": ids})[0].astype(np.float64)[:, :-1]
+    chances = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    losses = -np.take_along_axis(chances, ids[:, 1:, None], -1)
+    assert found["held-out loss after"] == pytest.approx(losses.mean(), rel=1e-5)
+
+
 def test_what_fails_on_a_feed_names_the_feed_and_the_teacher(tmp_path: Path) -> None:
     body = {
         "one": "s = Constant<value_ints = [4, 8]>() r = Reshape(x, s) y = MatMul(r, w)",
