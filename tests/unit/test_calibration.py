@@ -17,6 +17,7 @@ from lwc.analysis.manager import AnalysisManager
 from lwc.backends.onnxruntime.session import make_runner
 from lwc.calibration.collect import collect
 from lwc.calibration.data import CalibrationFile, as_calibration
+from lwc.calibration.inputs import InputRole, RoleKind, embedded_ids, input_role
 from lwc.calibration.statistics import AbsMax, Gram, Histogram, MeanAbs
 from lwc.core.errors import InputError, LwcError, UsageError
 from lwc.core.module import Module
@@ -360,6 +361,19 @@ def test_other_integers_may_be_negative(spelled: str) -> None:
     value = module.graph[-1].outputs[0]
     value.shape = None
     feeds = [{"x": np.ones((4, 2), np.float32), "at": np.array([0, -1])}]
+    assert collect(module, {value: (AbsMax(),)}, context(module, feeds)) == 1
+
+
+def test_positions_are_known_by_their_name_and_may_be_negative() -> None:
+    """As some exporters have them where a mask is 0."""
+    module = module_of(f"g (int64[b, s] position_ids) => (float y) {TABLE} "
+                       "{ y = Gather (table, position_ids) }")  # fmt: skip
+    (given,) = module.graph.inputs
+    assert input_role(module, given) == InputRole(RoleKind.POSITIONS, high=6)
+    assert embedded_ids(module, given) is None
+    value = module.graph[-1].outputs[0]
+    value.shape = None
+    feeds = [{"position_ids": np.array([[-1, 0]])}]
     assert collect(module, {value: (AbsMax(),)}, context(module, feeds)) == 1
 
 

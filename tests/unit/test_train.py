@@ -395,6 +395,17 @@ def test_padding_counts_in_no_distance() -> None:
     )
 
 
+@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 4, 5)])
+def test_outputs_that_are_no_rows_for_tokens_have_no_padding(shape: tuple[int, ...]) -> None:
+    """Of three axes the first two are those of tokens; of others that is not known."""
+    objective = Objective("mse", ("y",), None, TokenInputs("ids", "mask"), 1.0)
+    feed = {"ids": torch.tensor([[1, 2, 3], [4, 0, 0]]),
+            "mask": torch.tensor([[1, 1, 1], [1, 0, 0]])}  # fmt: skip
+    student, teacher = drawn(*shape), drawn(*shape, seed=1)
+    found = objective({"y": student}, feed, {"y": teacher.numpy()})
+    assert float(found) == pytest.approx(float(mean_squares(teacher, student)))
+
+
 def test_one_token_has_no_label() -> None:
     logits = drawn(1, 1, 5).requires_grad_()
     for mask in (None, torch.tensor([[1]])):
