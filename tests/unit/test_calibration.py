@@ -492,6 +492,29 @@ def test_a_broken_archive(tmp_path: Path) -> None:
         list(CalibrationFile(path).feeds(module_of(IDS)))
 
 
+@pytest.mark.parametrize("content", ["text", "array", "objects"])
+def test_what_is_no_archive_of_plain_arrays_gets_one_line_without_advice_to_unpickle(
+    content: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "feed.npz"
+    if content == "text":
+        path.write_text("the quick brown fox\n")
+    elif content == "array":
+        np.save(tmp_path / "feed.npy", np.ones(3))
+        (tmp_path / "feed.npy").rename(path)
+    else:
+        np.savez(path, ids=np.array([{}], dtype=object))
+    with pytest.raises(InputError) as caught:
+        list(CalibrationFile(path).feeds(module_of(IDS)))
+    told = {
+        "objects": "no feed can be read: 'ids' is an array of Python objects (store plain arrays)"
+    }
+    assert str(caught.value) == f"{path}: " + told.get(
+        content,
+        "no feed can be read: it is no .npz archive (use numpy.savez; a text is not named .npz)",
+    )
+
+
 def test_a_percentile_at_the_edge_of_a_gap() -> None:
     """7 of 100 magnitudes are at 1, the others at 100; 0.07 · 100 is above 7 in floating point."""
     made = Histogram(256)
