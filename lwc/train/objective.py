@@ -199,8 +199,15 @@ class Objective:
         return total
 
     def teaches(self, feed: Feed) -> bool:
-        """Tell whether the loss says anything on a feed: of one token, cross-entropy does not."""
-        return self.weight == 1 or self.tokens is None or feed[self.tokens.ids].shape[1] > 1
+        """Tell whether the loss says anything on a feed.
+
+        Cross-entropy does not where no token follows another, and nothing does of padding alone.
+        """
+        if self.tokens is None:
+            return True
+        mask = self._mask(feed)
+        there = np.ones(feed[self.tokens.ids].shape, np.bool_) if mask is None else mask != 0
+        return bool((there if self.weight == 1 else there[:, 1:] & there[:, :-1]).any())
 
     def _distance(self, name: str, student: Any, teacher: Array, inputs: Mapping[str, Any]) -> Any:
         import torch

@@ -255,7 +255,7 @@ def _divided(
     if len(told) < len(feeds):
         ctx.warn(
             f"{len(feeds) - len(told)} of {len(feeds)} feeds are left out: they have one token, "
-            "after which none follows"
+            "after which none follows, or nothing but padding"
         )
     _enough(told, module)
     held = min(len(told) - 1, max(1, round(share * len(told))))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import onnx_ir as ir
 
+from lwc.core.diagnostics import describe
 from lwc.core.errors import PassError
 from lwc.core.walk import constant_tensor, op_name
 from lwc.core.weights import reading
@@ -66,7 +67,7 @@ def weights_to_train(module: Module, keep_zeros: bool) -> list[Trainable]:
         tensor = constant_tensor(value)
         if tensor is None or not value.is_initializer() or value.graph is not module.graph:
             continue
-        _check_type(value, tensor)
+        _check_type(f"'{value.name}' is", tensor)
         mask = None
         if keep_zeros:
             with reading(tensor) as array:
@@ -95,8 +96,13 @@ def adapters_to_train(
     masks: dict[ir.Value, Array] = {}
     idle: set[ir.Value] = set()
     for adapter in adapters:
-        for factor in (adapter.down, adapter.up):
-            _check_type(factor.value, factor.tensor)
+        if there:
+            for factor in (adapter.down, adapter.up):
+                _check_type(f"'{factor.value.name}' is", factor.tensor)
+        else:  # of the type of its layer, which is what the user knows
+            weight = factor_of(adapter.base)
+            named = f"'{weight.value.name}' is" if weight else f"{describe(adapter.base)} works in"
+            _check_type(named, adapter.down.tensor)
         kept = _kept(adapter, ctx, new=not there) if keep_zeros else (_ALL, _ALL)
         if kept is None:
             idle.update((adapter.down.value, adapter.up.value))
@@ -182,9 +188,9 @@ def _matrix(factor: Factor) -> Array:
         return np.array(array.T if factor.transposed else array)
 
 
-def _check_type(value: ir.Value, tensor: ir.TensorProtocol) -> None:
+def _check_type(what: str, tensor: ir.TensorProtocol) -> None:
     if tensor.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
         raise PassError(
-            f"'{value.name}' is {tensor.dtype.name.lower()}, in which small updates are lost",
-            remedy="run it before convert-dtype",
+            f"{what} {tensor.dtype.name.lower()}, in which small updates are lost",
+            remedy="run recover before convert-dtype, or on the model in float32",
         )

@@ -225,6 +225,36 @@ def test_feeds_of_one_token_are_left_out() -> None:
         recovered(language(), "rank=4", data=[{"ids": np.array([[3]])}] * 4)
 
 
+def padded(module: Module) -> Module:
+    """Give a model a mask of padding, which changes nothing in it."""
+    mask = ir.Value(name="attention_mask", shape=ir.Shape(["b", "s"]),
+                    type=ir.TensorType(ir.DataType.INT64))  # fmt: skip
+    module.graph.inputs.append(mask)
+    module.graph.append(ir.node("Identity", [mask], outputs=[ir.Value(name="mask_out")]))
+    out = module.graph[-1].outputs[0]
+    out.type, out.shape = mask.type, mask.shape
+    module.graph.outputs.append(out)
+    return module
+
+
+@pytest.mark.parametrize("taught", [False, True])
+def test_feeds_of_padding_alone_judge_nothing(taught: bool, tmp_path: Path) -> None:
+    data = [{**feed, "attention_mask": np.ones_like(feed["ids"])} for feed in texts()]
+    blank = {name: np.zeros_like(array) for name, array in data[0].items()}
+    options = "rank=4 steps=4"
+    if taught:
+        save(padded(language()), tmp_path / "teacher.onnx")
+        options += f" kd-weight=1 teacher={tmp_path / 'teacher.onnx'}"
+    student = padded(language(1))
+    _, wanted, _ = recovered(student, options, data=data)
+    _, found, told = recovered(student, options, data=[*data, blank, blank])
+    assert "warning: 2 of 8 feeds are left out: they have one token, after which" in told
+    assert "or nothing but padding" in told
+    assert found["held-out loss after"] == wanted["held-out loss after"]
+    with pytest.raises(InputError, match="two feeds or more, of which some are held out, not 0"):
+        recovered(student, options, data=[blank] * 3)
+
+
 def test_the_module_before_the_pipeline_is_the_teacher() -> None:
     result = lwc.optimize(
         language(),
@@ -417,8 +447,13 @@ def test_errors(monkeypatch: pytest.MonkeyPatch, teacher: Path, tmp_path: Path) 
         recovered(module, f"rank=4 teacher={tmp_path / 'broken.onnx'}")
     with pytest.raises(PassError, match="is no finite number at step"):
         recovered(module, "rank=4 steps=99 method=full learning-rate=1e38")
-    with pytest.raises(PassError, match="small updates are lost"):
-        lwc.optimize(module, "convert-dtype,recover{method=full}", calibration=texts())
+    for method in ("lora", "full"):
+        with pytest.raises(
+            PassError, match=r"'up' is float16, in which .* \(run recover before convert-dtype"
+        ):
+            lwc.optimize(
+                module, f"convert-dtype,recover{{rank=4 method={method}}}", calibration=texts()
+            )
     for options, words in (
         ({"rank": 0}, "rank=0"),
         ({"steps": 0}, "steps=0"),
@@ -433,6 +468,20 @@ def test_errors(monkeypatch: pytest.MonkeyPatch, teacher: Path, tmp_path: Path) 
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(MissingExtraError, match="gradient"):
         recovered(module, "rank=4")
+
+
+def test_errors_name_the_file(tmp_path: Path) -> None:
+    save(language(), tmp_path / "model.onnx")
+    for options, data in (
+        ("rank=99", texts()),
+        ("rank=4", texts(1)),
+        ("rank=4 loss=kl teacher=none", texts()),
+        ("rank=4 steps=99 method=full learning-rate=1e38", texts()),
+        ("rank=4", [{"ids": np.array([[3]])}] * 4),
+    ):
+        with pytest.raises((PassError, InputError)) as caught:
+            lwc.optimize(tmp_path / "model.onnx", f"recover{{{options}}}", calibration=data)
+        assert caught.value.file == str(tmp_path / "model.onnx")
 
 
 def test_what_has_no_number_for_a_loss_names_the_feed() -> None:
