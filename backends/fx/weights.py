@@ -52,7 +52,7 @@ class Weights:
         holder = _holder(value)
         made = self._made.get(id(holder))
         if made is None:
-            made = self._made[id(holder)] = _weight(tensor)
+            made = self._made[id(holder)] = _weight(tensor, id(holder) in self._places)
             self._sources.append(holder)  # so that nothing else gets its identity
         owner, name, path = _owner(root, value.name or "weight")
         if isinstance(made, torch.nn.Parameter):
@@ -92,10 +92,11 @@ def _holder(value: ir.Value) -> object:
     return attribute.value if attribute.type == ir.AttributeType.TENSOR else attribute
 
 
-def _weight(tensor: ir.TensorProtocol) -> Any:
+def _weight(tensor: ir.TensorProtocol, placed: bool) -> Any:
     with reading(tensor) as array:
         copy = tensor_of_array(array, tensor.dtype)
-    if not is_floating(tensor.dtype):
+    # What a call gives its function as an attribute has no place to which it could come back.
+    if not (placed and is_floating(tensor.dtype)):
         return copy
     # A scalar is an epsilon or a divisor far more often than something to be trained.
     return torch.nn.Parameter(copy, requires_grad=copy.dim() > 0)

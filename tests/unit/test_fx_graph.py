@@ -383,6 +383,19 @@ def test_update_weights_reaches_constants_however_they_are_spelled(
     np.testing.assert_allclose(found[0], np.broadcast_to(np.square(10.0 * np.array(content)), 3))
 
 
+def test_what_a_call_gives_its_function_cannot_be_taken_back_so_it_is_no_parameter() -> None:
+    module = parsed(
+        """<ir_version: 9, opset_import: ["": 17, "own": 1]>
+        g (float[2, 3] x) => (float[2, 3] y) { y = own.scaled <by = [1.0, 2.0, 3.0]> (x) }
+        <domain: "own", opset_import: ["": 17]>
+        scaled <by> (x) => (y) { k = Constant <value_floats: floats = @by> () y = Mul(x, k) }"""
+    )
+    lowered = lwc.to_fx(module)
+    assert not list(lowered.parameters())
+    assert [each.tolist() for each in lowered.buffers()] == [[1, 2, 3]]
+    assert lowered(torch.ones(2, 3))[0].tolist() == [1, 2, 3]
+
+
 def test_update_weights_tells_constants_of_equal_integers_apart() -> None:
     module = module_of(
         """g (int64[2, 2] x) => (int64[2, 2] y, int64[2, 2] z) {

@@ -20,7 +20,7 @@ from support import module_of
 
 from lwc.analysis.manager import AnalysisManager
 from lwc.calibration.checkpoint import CheckpointFolder, Trail
-from lwc.core.errors import PassError
+from lwc.core.errors import InputError, PassError
 from lwc.pipeline.passes import PassContext
 from lwc.train.lesson import check_teacher
 from lwc.train.loop import Schedule, train
@@ -424,6 +424,12 @@ def test_outputs_of_other_shapes_are_not_broadcast() -> None:
         PassError, match=r"gives 'y' of shape \[2, 1\], the model of shape \[2, 4\]"
     ):
         objective({"y": drawn(2, 4)}, {}, {"y": np.ones((2, 1), np.float32)})
+
+
+def test_an_output_without_numbers_is_no_comparison() -> None:
+    objective = Objective("mse", ("y",), None, None, 1.0)
+    with pytest.raises(InputError, match="output 'y' is empty"):
+        objective({"y": drawn(0, 4)}, {}, {"y": np.ones((0, 4), np.float32)})
 
 
 @pytest.mark.parametrize(
