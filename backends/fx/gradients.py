@@ -37,7 +37,7 @@ class FxGradientRunner:
 
     Raises:
         LwcError: An operator has no lowering, or what is asked for is not there or no
-            floating-point tensor.
+            floating-point tensor, masks included.
         UsageError: There is to be less than one segment.
     """
 
@@ -213,6 +213,11 @@ class _Gate(torch.nn.Module):  # type: ignore[misc]
 
     def __init__(self, name: str, mask: Array) -> None:
         super().__init__()
+        if mask.dtype.kind != "f":
+            raise LwcError(
+                f"the mask of value '{name}' is {mask.dtype}, which has no gradient",
+                remedy="give floats",
+            )
         self.name = name
         self.mask = torch.nn.Parameter(torch.from_numpy(np.array(mask)))
 

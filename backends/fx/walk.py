@@ -119,6 +119,7 @@ class _Walk:
         self.weights = weights
         self.straight_through = straight_through
         self.shapes = Shapes.build(module)
+        self.exposed: list[ir.Value] = []
         self.versions = {
             "" if domain == "ai.onnx" else domain: version
             for domain, version in module.graph.opset_imports.items()
@@ -128,6 +129,7 @@ class _Walk:
         """Lower the main graph."""
         graph, root = self.module.graph, torch.nn.Module()
         scope = _Scope(root)
+        self.exposed = self._named(graph, expose)
         fed = [value for value in graph.inputs if value.const_value is None]
         optional = [value for value in graph.inputs if value.const_value is not None]
         for value in fed:
@@ -142,14 +144,13 @@ class _Walk:
                 given, (scope.tensors[value], default), f"{value.name}_or_default"
             )
         self._nodes(scope, graph)
-        exposed = self._named(graph, expose)
         results = [self._declared(scope, value) for value in graph.outputs]
-        results += [self._tensor(scope, value) for value in exposed]
+        results += [self._tensor(scope, value) for value in self.exposed]
         scope.graph.output(results[0] if len(results) == 1 else tuple(results))
         made = OnnxGraphModule(root, scope.graph, identifier(graph.name or "GraphModule"))
         made.meta["lwc"] = {
             "inputs": [value.name for value in (*fed, *optional)],
-            "outputs": [value.name for value in (*graph.outputs, *exposed)],
+            "outputs": [value.name for value in (*graph.outputs, *self.exposed)],
             "weights": self.weights.places(made),
             "file": self.module.source.path,
         }
@@ -206,6 +207,31 @@ class _Walk:
         target = free_attribute(scope.root, identifier(name))
         scope.root.add_module(target, made)
         return scope.graph.get_attr(target)
+
+    def _outer_values(self, node: ir.Node) -> list[ir.Value]:
+        """Return the values that graphs of a node read from outside, in order.
+
+        Constants are left out, which nested graphs have themselves, unless they are exposed.
+        """
+        inner: set[ir.Value] = set()
+        read: dict[ir.Value, None] = {}
+
+        def visit(each: ir.Graph) -> None:
+            inner.update(each.inputs, each.initializers.values())
+            for item in each:
+                inner.update(item.outputs)
+                read.update((value, None) for value in item.inputs if value is not None)
+                for nested in attribute_graphs(item):
+                    visit(nested)
+            read.update((value, None) for value in each.outputs)
+
+        for graph in attribute_graphs(node):
+            visit(graph)
+        return [
+            value
+            for value in read
+            if value not in inner and (value in self.exposed or constant_tensor(value) is None)
+        ]
 
     # Nodes
 
@@ -315,7 +341,7 @@ class _Walk:
         if lowering.extra is not None:
             kwargs.update(lowering.extra(use))
         if "captured" in lowering.accepts:
-            kwargs["captured"] = self._captured(scope, _outer_values(node))
+            kwargs["captured"] = self._captured(scope, self._outer_values(node))
         if "outputs" in lowering.accepts and use.outputs > 1:
             kwargs["outputs"] = use.outputs
         if "straight_through" in lowering.accepts and self.straight_through:
@@ -326,7 +352,7 @@ class _Walk:
         kind, value = attribute.type, attribute.value
         if kind == ir.AttributeType.GRAPH:
             title = f"{node.name or node.outputs[0].name or node.op_type}_{attribute.name}"
-            return self._subgraph(scope, value, _outer_values(node), title)
+            return self._subgraph(scope, value, self._outer_values(node), title)
         if kind == ir.AttributeType.TENSOR:
             with reading(value) as array:
                 return array.ravel().tolist()[0] if array.size == 1 else array.tolist()
@@ -384,7 +410,12 @@ class _Walk:
         return value in scope.integers or self._constant(value) is not None
 
     def _constant(self, value: ir.Value) -> Any:
-        """Return the content of a small constant as a number or a list, else None."""
+        """Return the content of a small constant as a number or a list, else None.
+
+        One that is exposed has a node of its own, behind which something may be put.
+        """
+        if value in self.exposed:
+            return None
         tensor = constant_tensor(value)
         if tensor is None:
             return self._inferred(value)
@@ -461,22 +492,3 @@ def _is_same(value: Any, default: Any) -> bool:
 
 def _text(value: Any) -> Any:
     return value.decode() if isinstance(value, bytes) else value
-
-
-def _outer_values(node: ir.Node) -> list[ir.Value]:
-    """Return the values that graphs of a node read from outside, constants left out, in order."""
-    inner: set[ir.Value] = set()
-    read: dict[ir.Value, None] = {}
-
-    def visit(each: ir.Graph) -> None:
-        inner.update(each.inputs, each.initializers.values())
-        for item in each:
-            inner.update(item.outputs)
-            read.update((value, None) for value in item.inputs if value is not None)
-            for nested in attribute_graphs(item):
-                visit(nested)
-        read.update((value, None) for value in each.outputs)
-
-    for graph in attribute_graphs(node):
-        visit(graph)
-    return [value for value in read if value not in inner and constant_tensor(value) is None]

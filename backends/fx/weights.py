@@ -12,7 +12,7 @@ import torch
 from lwc.backends.fx.module import OnnxGraphModule
 from lwc.core.module import Module
 from lwc.core.torch_types import is_floating, tensor_of_array
-from lwc.core.walk import constant_tensor
+from lwc.core.walk import constant_tensor, is_default_domain
 from lwc.core.weights import reading
 
 __all__ = ["Weights", "free_attribute", "identifier"]
@@ -30,14 +30,15 @@ class Weights:
 
     def __init__(self, module: Module) -> None:
         self._made: dict[int, Any] = {}
-        self._sources: list[ir.TensorProtocol] = []
+        self._sources: list[object] = []
         self._places: dict[int, list[tuple[int, str]]] = {}
         for index, graph in enumerate(module.graphs()):
             for name, value in graph.initializers.items():
                 self._places.setdefault(id(value.const_value), []).append((index, name))
             for node in graph:
-                if node.op_type == "Constant" and "value" in node.attributes:
-                    key, title = id(node.attributes["value"].value), node.outputs[0].name or ""
+                if node.op_type == "Constant" and is_default_domain(node):
+                    (output,) = node.outputs
+                    key, title = id(_holder(output)), output.name or ""
                     self._places.setdefault(key, []).append((index, title))
 
     def attach(self, root: torch.nn.Module, value: ir.Value) -> str:
@@ -48,10 +49,11 @@ class Weights:
         """
         tensor = value.const_value if value.is_initializer() else constant_tensor(value)
         assert tensor is not None
-        made = self._made.get(id(tensor))
+        holder = _holder(value)
+        made = self._made.get(id(holder))
         if made is None:
-            made = self._made[id(tensor)] = _weight(tensor)
-            self._sources.append(tensor)  # so that no other tensor gets its identity
+            made = self._made[id(holder)] = _weight(tensor, id(holder) in self._places)
+            self._sources.append(holder)  # so that nothing else gets its identity
         owner, name, path = _owner(root, value.name or "weight")
         if isinstance(made, torch.nn.Parameter):
             owner.register_parameter(name, made)
@@ -75,10 +77,26 @@ class Weights:
         return found
 
 
-def _weight(tensor: ir.TensorProtocol) -> Any:
+def _holder(value: ir.Value) -> object:
+    """Return what is the same wherever a weight is: its tensor, or the attribute of its numbers.
+
+    A Constant of plain numbers makes a new tensor each time it is asked, and small integers are
+    one object for all of them; attributes are shared by copies of a node, and by calls of its
+    function.
+    """
+    if value.is_initializer():
+        return value.const_value
+    producer = value.producer()
+    assert producer is not None
+    (attribute,) = producer.attributes.values()
+    return attribute.value if attribute.type == ir.AttributeType.TENSOR else attribute
+
+
+def _weight(tensor: ir.TensorProtocol, placed: bool) -> Any:
     with reading(tensor) as array:
         copy = tensor_of_array(array, tensor.dtype)
-    if not is_floating(tensor.dtype):
+    # What a call gives its function as an attribute has no place to which it could come back.
+    if not (placed and is_floating(tensor.dtype)):
         return copy
     # A scalar is an epsilon or a divisor far more often than something to be trained.
     return torch.nn.Parameter(copy, requires_grad=copy.dim() > 0)

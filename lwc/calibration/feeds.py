@@ -480,10 +480,26 @@ def load_feeds(path: str | Path) -> Iterator[dict[str, Array]]:
         raise InputError("the folder holds no .npz file", file=path)
     for file in files:
         try:
-            arrays = np.load(file, allow_pickle=False)
-            if not isinstance(arrays, np.lib.npyio.NpzFile):
-                raise InputError("not an .npz archive", file=file, remedy="use numpy.savez")
-            with arrays:
-                yield {name: arrays[name] for name in arrays.files}
+            if file.exists() and not zipfile.is_zipfile(file):
+                raise InputError(
+                    "no feed can be read: it is no .npz archive",
+                    file=file,
+                    remedy="use numpy.savez; a text is not named .npz",
+                )
+            with np.load(file, allow_pickle=False) as arrays:
+                yield {name: _plain(arrays, name, file) for name in arrays.files}
         except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
             raise InputError(f"no feed can be read: {error}", file=file) from error
+
+
+def _plain(arrays: Mapping[str, Array], name: str, file: Path) -> Array:
+    try:
+        return arrays[name]
+    except ValueError as error:
+        if "pickle" not in str(error):
+            raise
+        raise InputError(
+            f"no feed can be read: '{name}' is an array of Python objects",
+            file=file,
+            remedy="store plain arrays",
+        ) from error

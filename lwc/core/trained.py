@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lwc.core.errors import LwcError, MissingExtraError
-from lwc.core.walk import is_default_domain
+from lwc.core.walk import constant_tensor, is_default_domain
 from lwc.core.weights import reading
 
 if TYPE_CHECKING:
@@ -71,8 +71,9 @@ def _weight(
         for node in graph:
             if node.op_type == "Constant" and is_default_domain(node):
                 (output,) = node.outputs
-                if output.name == name and "value" in node.attributes:
-                    return output, node.attributes["value"].as_tensor()
+                tensor = constant_tensor(output) if output.name == name else None
+                if tensor is not None:
+                    return output, tensor
     raise LwcError(
         f"the module has no weight '{name}'",
         file=module.source.path,
@@ -110,6 +111,7 @@ def _replace(module: Module, value: ir.Value, tensor: ir.TensorProtocol) -> None
     if producer is None:
         module.replace_initializer(value, kept)
         return
+    producer.attributes.clear()  # it may have been spelled as plain numbers
     producer.attributes["value"] = ir.AttrTensor("value", kept)
     if value.const_value is not None:
         value.const_value = kept

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -67,7 +67,7 @@ class Schedule:
 def train(
     parameters: Mapping[str, torch.nn.Parameter],
     backward: Callable[[int, float], float],
-    count: int,
+    feeds: Sequence[int],
     schedule: Schedule,
     *,
     trail: Trail,
@@ -83,14 +83,14 @@ def train(
         parameters: What to train, by name.
         backward: Given the number of a feed and a factor, adds that much of the gradients to the
             parameters', and returns the loss.
-        count: Number of feeds.
+        feeds: Numbers of the feeds, by which errors name them.
         schedule: How.
         trail: Keeps the state.
         progress: Shows the loss.
         masks: By name of a parameter: 0 where it must stay as it is, broadcast against it.
 
     Raises:
-        PassError: A loss or a gradient is not finite.
+        PassError: A loss or a gradient is not finite; it names step and feed.
     """
     optimizer = torch.optim.AdamW(
         list(parameters.values()), lr=schedule.learning_rate, weight_decay=schedule.weight_decay
@@ -106,7 +106,8 @@ def train(
 
     for step in progress.track(range(start, schedule.steps), described):
         optimizer.zero_grad(set_to_none=True)
-        found = [backward(feed, 1 / schedule.batch) for feed in schedule.feeds(step, count)]
+        chosen = [feeds[index] for index in schedule.feeds(step, len(feeds))]
+        found = [backward(number, 1 / schedule.batch) for number in chosen]
         for name, mask in (masks or {}).items():
             gradient = parameters[name].grad
             if gradient is not None:
@@ -114,10 +115,16 @@ def train(
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), schedule.clip)
         losses.append(sum(found) / len(found))
         if not (math.isfinite(losses[-1]) and torch.isfinite(norm)):
-            what = "a gradient" if math.isfinite(losses[-1]) else "the loss"
+            bad = [at for at, loss in zip(chosen, found, strict=True) if not math.isfinite(loss)]
+            what = "the loss" if bad else "a gradient"
+            where = ", ".join(map(str, sorted({*(bad or chosen)})))
             raise PassError(
-                f"{what} is no finite number at step {step + 1}",
-                remedy=f"lower learning-rate={schedule.learning_rate:g}, or look at the data",
+                f"{what} is no finite number at step {step + 1}, on feed {where} of the "
+                "calibration data",
+                remedy=f"lower learning-rate={schedule.learning_rate:g}, or look at the data"
+                if step
+                else "nothing was updated yet: look for a number that is not finite, or huge, in "
+                "the feed, the model or its teacher",
             )
         optimizer.step()
         scheduler.step()

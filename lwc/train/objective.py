@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -12,7 +12,7 @@ import onnx_ir as ir
 from lwc.calibration.collect import on_feed
 from lwc.calibration.inputs import RoleKind, fed_inputs, input_role
 from lwc.calibration.text import id_input
-from lwc.core.errors import LwcError, PassError
+from lwc.core.errors import InputError, LwcError, PassError
 
 if TYPE_CHECKING:
     from lwc.core.module import Module
@@ -99,12 +99,12 @@ def vocabulary(module: Module) -> int | None:
         return None
 
 
-def predicts_next(model: TextModel, feeds: Sequence[Feed], runner: Runner) -> bool:
+def predicts_next(model: TextModel, feeds: Mapping[int, Feed], runner: Runner) -> bool:
     """Tell whether logits depend on no later token, by a run in which later ones are others.
 
     Args:
         model: Inputs and outputs.
-        feeds: What it may be fed; one with two tokens or more is used.
+        feeds: What it may be fed, by number; the first one with two tokens or more is used.
         runner: Runs it.
 
     Raises:
@@ -112,32 +112,29 @@ def predicts_next(model: TextModel, feeds: Sequence[Feed], runner: Runner) -> bo
         LwcError: The module cannot be run.
     """
     name, mask = model.inputs.ids, model.inputs.mask
-    count, feed = next(
-        ((at, each) for at, each in enumerate(feeds, 1) if each[name].shape[1] > 1), (0, None)
+    number, feed = next(
+        ((at, each) for at, each in feeds.items() if each[name].shape[1] > 1), (0, None)
     )
     if feed is None:
         return False
     if mask is not None:
         feed = {**feed, mask: np.ones_like(feed[mask])}
-    ids = feed[name]
+    ids, names = feed[name], [model.logits]
     half = ids.shape[1] // 2
-    # Ids that the data has, so that they are valid.
-    others = np.concatenate([ids[:, :half], np.roll(ids[:, half:], 1, axis=1)[:, ::-1]], axis=1)
-    if np.array_equal(others, ids):
-        others = np.concatenate([ids[:, :half], np.full_like(ids[:, half:], ids.min())], axis=1)
-    if np.array_equal(others, ids):
-        return False
-    names = [model.logits]
-    with on_feed(count):
-        seen, changed = (
-            runner.run({**feed, name: each}, names)[model.logits] for each in (ids, others)
-        )
-    if seen.shape[1] != ids.shape[1]:
-        return False
+    with on_feed(number):
+        seen = runner.run(feed, names)[model.logits]
+        if seen.shape[:2] != ids.shape:
+            return False
+        # The id that is there least, or not at all: whatever the feed is, others in another order
+        # or the same ones again would not tell.
+        late = ids[:, half:].ravel().astype(np.int64)
+        others = ids.copy()
+        others[:, half:] = np.bincount(late, minlength=seen.shape[2]).argmin()
+        changed = runner.run({**feed, name: others}, names)[model.logits]
     early, also = (each[:, :half].astype(np.float32) for each in (seen, changed))
     if not np.isfinite(early).all():
         raise PassError(
-            f"feed {count} of the calibration data: '{model.logits}' has numbers that are not "
+            f"feed {number} of the calibration data: '{model.logits}' has numbers that are not "
             "finite",
             remedy="look at the model before this pass",
         )
@@ -185,6 +182,7 @@ class Objective:
 
         Raises:
             PassError: An output has another shape than the teacher's.
+            InputError: An output is empty.
         """
         from lwc.train.losses import next_token_loss
 
@@ -201,8 +199,15 @@ class Objective:
         return total
 
     def teaches(self, feed: Feed) -> bool:
-        """Tell whether the loss says anything on a feed: of one token, cross-entropy does not."""
-        return self.weight == 1 or self.tokens is None or feed[self.tokens.ids].shape[1] > 1
+        """Tell whether the loss says anything on a feed.
+
+        Cross-entropy does not where no token follows another, and nothing does of padding alone.
+        """
+        if self.tokens is None:
+            return True
+        mask = self._mask(feed)
+        there = np.ones(feed[self.tokens.ids].shape, np.bool_) if mask is None else mask != 0
+        return bool((there if self.weight == 1 else there[:, 1:] & there[:, :-1]).any())
 
     def _distance(self, name: str, student: Any, teacher: Array, inputs: Mapping[str, Any]) -> Any:
         import torch
@@ -214,6 +219,11 @@ class Objective:
                 f"the teacher gives '{name}' of shape {list(teacher.shape)}, the model of shape "
                 f"{list(student.shape)}",
                 remedy="give a teacher of the same outputs, or teacher=none",
+            )
+        if not student.numel():
+            raise InputError(
+                f"output '{name}' is empty, so there is nothing to compare",
+                remedy="leave that feed out",
             )
         given = torch.from_numpy(np.array(teacher)).to(student.dtype)
         mask = self._mask(inputs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from lwc.core.errors import UsageError
+from lwc.core.errors import InputError, PassError, UsageError
 from lwc.pipeline.passes import Contract, Lossy, Pass, PassContext, PassResult
 
 if TYPE_CHECKING:
@@ -90,4 +90,8 @@ class Recover(Pass):
         """See the class."""
         from lwc.passes.training.recovery import recover
 
-        return recover(module, ctx, self)
+        try:
+            return recover(module, ctx, self)
+        except (InputError, PassError) as error:
+            error.file = error.file or module.source.path
+            raise

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -30,7 +30,7 @@ from lwc.train.objective import Objective, choose_objective, predicts_next, text
 if TYPE_CHECKING:
     from lwc.core.module import Module
     from lwc.passes.training.recover import Recover
-    from lwc.pipeline.passes import Feed, PassContext
+    from lwc.pipeline.passes import Feed, PassContext, Runner
 
 __all__ = ["recover"]
 
@@ -41,8 +41,12 @@ _RATES = {"lora": 1e-3, "full": 1e-5}
 _LARGEST = 700.0
 """Loss from which a perplexity leaves the range of floats, or nearly."""
 
-_SAME = 1e-3
+_CLOSE = 1e-3
 """Relative difference of outputs up to which a teacher has nothing to teach."""
+
+
+_TOLD = 5
+"""Feeds that a remark names at most."""
 
 
 def recover(module: Module, ctx: PassContext, options: Recover) -> PassResult:
@@ -139,11 +143,9 @@ def _train(
                         )
             return sum(losses) / len(losses)
 
-        numbers = list(trained)
-
-        def backward(index: int, factor: float) -> float:
-            feed = trained[numbers[index]]
-            with on_feed(numbers[index]):
+        def backward(number: int, factor: float) -> float:
+            feed = trained[number]
+            with on_feed(number):
                 return runner.backward(feed, lesson.loss(feed), factor)
 
         before = judged("before")
@@ -159,7 +161,7 @@ def _train(
         train(
             runner.parameters,
             backward,
-            len(trained),
+            list(trained),
             Schedule(options.steps, options.batch, rate, seed=ctx.seed),
             trail=trail,
             progress=ctx.progress,
@@ -171,9 +173,15 @@ def _train(
                 f"activations take {size(runner.kept)} in the backward pass, although max-memory "
                 f"is {size(ctx.max_memory)}: {runner.segments} segments are the fewest bytes"
             )
+        sharing: dict[int, list[ir.Value]] = {}
+        for graph in twin.graphs():
+            for value in graph.initializers.values():
+                sharing.setdefault(id(value.const_value), []).append(value)
         for name, each in zip(names, chosen, strict=True):
             array = runner.parameters[name].detach().numpy()
-            twin.replace_initializer(each.value, twin.spilled(ir.Tensor(np.array(array))))
+            tensor = twin.spilled(ir.Tensor(np.array(array)))
+            for value in sharing[id(each.value.const_value)]:
+                twin.replace_initializer(value, tensor)
     return before, after
 
 
@@ -192,16 +200,41 @@ def _facts(ctx: PassContext, teacher: Module | None) -> tuple[object, ...]:
 # Data and what is trained
 
 
-def _feeds(module: Module, ctx: PassContext) -> list[Feed]:
+def _feeds(module: Module, ctx: PassContext) -> dict[int, Feed]:
+    """Return the feeds by their numbers, counted from 1."""
     put = filed if ctx.max_memory is not None else np.asarray
-    feeds: list[Feed] = [
-        {name: put(array) for name, array in feed.items()} for feed in checked_feeds(module, ctx)
-    ]
+    feeds: dict[int, Feed] = {}
+    empty = []
+    for number, feed in enumerate(checked_feeds(module, ctx), 1):
+        _check_numbers(module, number, feed)
+        if any(np.ndim(array) > 1 and not len(array) for array in feed.values()):
+            empty.append(number)
+        else:
+            feeds[number] = {name: put(array) for name, array in feed.items()}
+    if empty:
+        ctx.warn(
+            f"{len(empty)} of {len(feeds) + len(empty)} feeds are left out: they have no rows "
+            f"(feed {', '.join(map(str, empty[:_TOLD]))}{', …' if len(empty) > _TOLD else ''})"
+        )
     _enough(feeds, module)
     return feeds
 
 
-def _enough(feeds: Sequence[object], module: Module) -> None:
+def _check_numbers(module: Module, number: int, feed: Feed) -> None:
+    """Check that a feed has no NaN; infinity may stand in a mask."""
+    for value in module.graph.inputs:
+        array = feed.get(value.name or "")
+        if array is None or value.dtype is None or not value.dtype.is_floating_point():
+            continue
+        if np.isnan(array).any():
+            raise InputError(
+                f"feed {number} of the calibration data gives input '{value.name}' a NaN",
+                file=module.source.path,
+                remedy="leave that feed out, or look at where it comes from",
+            )
+
+
+def _enough(feeds: Sized, module: Module) -> None:
     if len(feeds) < 2:
         raise InputError(
             f"training takes two feeds or more, of which some are held out, not {len(feeds)}",
@@ -211,14 +244,18 @@ def _enough(feeds: Sequence[object], module: Module) -> None:
 
 
 def _divided(
-    module: Module, ctx: PassContext, feeds: list[Feed], objective: Objective, share: float
+    module: Module,
+    ctx: PassContext,
+    feeds: Mapping[int, Feed],
+    objective: Objective,
+    share: float,
 ) -> tuple[dict[int, Feed], dict[int, Feed]]:
-    """Return the feeds to train on and those to judge by, by their numbers, counted from 1."""
-    told = [(count, feed) for count, feed in enumerate(feeds, 1) if objective.teaches(feed)]
+    """Return the feeds to train on and those to judge by."""
+    told = [(number, feed) for number, feed in feeds.items() if objective.teaches(feed)]
     if len(told) < len(feeds):
         ctx.warn(
             f"{len(feeds) - len(told)} of {len(feeds)} feeds are left out: they have one token, "
-            "after which none follows"
+            "after which none follows, or nothing but padding"
         )
     _enough(told, module)
     held = min(len(told) - 1, max(1, round(share * len(told))))
@@ -262,7 +299,7 @@ def _size(chosen: Trainable) -> int:
 
 @contextlib.contextmanager
 def _lesson(
-    module: Module, ctx: PassContext, options: Recover, feeds: Sequence[Feed]
+    module: Module, ctx: PassContext, options: Recover, feeds: Mapping[int, Feed]
 ) -> Iterator[tuple[Lesson, Module | None]]:
     """Decide on the objective, and give it with its teacher at hand."""
     teacher = _teacher(module, ctx, options)
@@ -271,7 +308,7 @@ def _lesson(
     if (
         text is not None
         and teacher is None
-        and all(feed[text.inputs.ids].shape[1] < 2 for feed in feeds)
+        and all(feed[text.inputs.ids].shape[1] < 2 for feed in feeds.values())
     ):
         raise InputError(
             "every feed has one token, after which none follows, and there is no teacher",
@@ -284,14 +321,16 @@ def _lesson(
         if text is not None or (runner is not None and options.teacher == "auto"):
             with ctx.runner(module) as student:
                 causal = text is not None and predicts_next(text, feeds, student)
-                if runner is not None and options.teacher == "auto":
-                    given = {name: feeds[0][name] for name in inputs if name in feeds[0]}
-                    with on_feed(1):
-                        same = _agree(runner.run(given), student.run(feeds[0]))
-                    if same:
-                        ctx.note("the module as it was before the pipeline gives the same outputs "
-                                 "on the first feed, so it is no teacher")  # fmt: skip
-                        runner, teacher = None, None
+                if (
+                    runner is not None
+                    and options.teacher == "auto"
+                    and _agree(runner, student, feeds, inputs)
+                ):
+                    ctx.note(
+                        "the module as it was before the pipeline gives the same outputs on every "
+                        "feed, so it is no teacher"
+                    )
+                    runner, teacher = None, None
         objective = choose_objective(
             module,
             options.loss,
@@ -316,7 +355,19 @@ def _teacher(module: Module, ctx: PassContext, options: Recover) -> Module | Non
     return None if same else original
 
 
-def _agree(taught: Mapping[str, Array], found: Mapping[str, Array]) -> bool:
+def _agree(
+    teacher: Runner, student: Runner, feeds: Mapping[int, Feed], inputs: Sequence[str]
+) -> bool:
+    """Tell whether outputs are the same on all feeds: on one, they may be zeros, or empty."""
+    for number, feed in feeds.items():
+        given = {name: feed[name] for name in inputs if name in feed}
+        with on_feed(number):
+            if not _same(teacher.run(given), student.run(feed)):
+                return False
+    return True
+
+
+def _same(taught: Mapping[str, Array], found: Mapping[str, Array]) -> bool:
     """Tell whether outputs are the same up to rounding, by their norms."""
     for name, array in found.items():
         if array.dtype.kind != "f" or name not in taught:
@@ -325,6 +376,6 @@ def _agree(taught: Mapping[str, Array], found: Mapping[str, Array]) -> bool:
             return False
         off = np.linalg.norm(np.subtract(array, taught[name], dtype=np.float64))
         # So written, what is not a number does not agree.
-        if not off <= _SAME * np.linalg.norm(array.astype(np.float64)):
+        if not off <= _CLOSE * np.linalg.norm(array.astype(np.float64)):
             return False
     return True

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
 
+from lwc.core.diagnostics import describe
 from lwc.core.errors import PassError
 from lwc.core.walk import constant_tensor, op_name
 from lwc.core.weights import reading
@@ -37,7 +38,7 @@ class Trainable:
     """A weight that is trained.
 
     Attributes:
-        value: The initializer.
+        value: The initializer; others may share its tensor, which is trained once.
         mask: 0 where it is to be 0, broadcast against it; None where it may be anything.
     """
 
@@ -66,14 +67,14 @@ def weights_to_train(module: Module, keep_zeros: bool) -> list[Trainable]:
         tensor = constant_tensor(value)
         if tensor is None or not value.is_initializer() or value.graph is not module.graph:
             continue
-        _check_type(value, tensor)
+        _check_type(f"'{value.name}' is", tensor)
         mask = None
         if keep_zeros:
             with reading(tensor) as array:
                 kept = array != 0
             mask = None if kept.all() else kept
         chosen.append(Trainable(value, mask))
-    return chosen
+    return _distinct(chosen)
 
 
 def adapters_to_train(
@@ -95,8 +96,13 @@ def adapters_to_train(
     masks: dict[ir.Value, Array] = {}
     idle: set[ir.Value] = set()
     for adapter in adapters:
-        for factor in (adapter.down, adapter.up):
-            _check_type(factor.value, factor.tensor)
+        if there:
+            for factor in (adapter.down, adapter.up):
+                _check_type(f"'{factor.value.name}' is", factor.tensor)
+        else:  # of the type of its layer, which is what the user knows
+            weight = factor_of(adapter.base)
+            named = f"'{weight.value.name}' is" if weight else f"{describe(adapter.base)} works in"
+            _check_type(named, adapter.down.tensor)
         kept = _kept(adapter, ctx, new=not there) if keep_zeros else (_ALL, _ALL)
         if kept is None:
             idle.update((adapter.down.value, adapter.up.value))
@@ -110,11 +116,23 @@ def adapters_to_train(
             f"'{value.name}' belongs to an adapter that is not trained, too: it stays as it is, "
             "also where keep-zeros would set it to 0"
         )
-    return [
+    return _distinct(
         Trainable(value, None if mask.all() else mask)
         for value, mask in masks.items()
         if value not in idle
-    ]
+    )
+
+
+def _distinct(chosen: Iterable[Trainable]) -> list[Trainable]:
+    """Return one for each tensor: 0 where any of those that share it is to be."""
+    found: dict[int, Trainable] = {}
+    for each in chosen:
+        first = found.setdefault(id(each.value.const_value), each)
+        masks = [mask for mask in (first.mask, each.mask) if mask is not None]
+        if first is not each and masks:
+            mask = np.logical_and.reduce(masks)
+            found[id(each.value.const_value)] = Trainable(first.value, mask)
+    return list(found.values())
 
 
 def _kept(adapter: Adapter, ctx: PassContext, *, new: bool) -> tuple[Array, Array] | None:
@@ -170,9 +188,9 @@ def _matrix(factor: Factor) -> Array:
         return np.array(array.T if factor.transposed else array)
 
 
-def _check_type(value: ir.Value, tensor: ir.TensorProtocol) -> None:
+def _check_type(what: str, tensor: ir.TensorProtocol) -> None:
     if tensor.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
         raise PassError(
-            f"'{value.name}' is {tensor.dtype.name.lower()}, in which small updates are lost",
-            remedy="run it before convert-dtype",
+            f"{what} {tensor.dtype.name.lower()}, in which small updates are lost",
+            remedy="run recover before convert-dtype, or on the model in float32",
         )

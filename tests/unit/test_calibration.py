@@ -17,6 +17,7 @@ from lwc.analysis.manager import AnalysisManager
 from lwc.backends.onnxruntime.session import make_runner
 from lwc.calibration.collect import collect
 from lwc.calibration.data import CalibrationFile, as_calibration
+from lwc.calibration.inputs import InputRole, RoleKind, embedded_ids, input_role
 from lwc.calibration.statistics import AbsMax, Gram, Histogram, MeanAbs
 from lwc.core.errors import InputError, LwcError, UsageError
 from lwc.core.module import Module
@@ -363,6 +364,19 @@ def test_other_integers_may_be_negative(spelled: str) -> None:
     assert collect(module, {value: (AbsMax(),)}, context(module, feeds)) == 1
 
 
+def test_positions_are_known_by_their_name_and_may_be_negative() -> None:
+    """As some exporters have them where a mask is 0."""
+    module = module_of(f"g (int64[b, s] position_ids) => (float y) {TABLE} "
+                       "{ y = Gather (table, position_ids) }")  # fmt: skip
+    (given,) = module.graph.inputs
+    assert input_role(module, given) == InputRole(RoleKind.POSITIONS, high=6)
+    assert embedded_ids(module, given) is None
+    value = module.graph[-1].outputs[0]
+    value.shape = None
+    feeds = [{"position_ids": np.array([[-1, 0]])}]
+    assert collect(module, {value: (AbsMax(),)}, context(module, feeds)) == 1
+
+
 def test_nothing_is_run_where_nothing_is_wanted() -> None:
     module = module_of(NUMBERS)
     for limit in (None, 1):
@@ -476,6 +490,29 @@ def test_a_broken_archive(tmp_path: Path) -> None:
     path.write_bytes(b"PK\x03\x04garbage")
     with pytest.raises(InputError, match="no feed can be read"):
         list(CalibrationFile(path).feeds(module_of(IDS)))
+
+
+@pytest.mark.parametrize("content", ["text", "array", "objects"])
+def test_what_is_no_archive_of_plain_arrays_gets_one_line_without_advice_to_unpickle(
+    content: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "feed.npz"
+    if content == "text":
+        path.write_text("the quick brown fox\n")
+    elif content == "array":
+        np.save(tmp_path / "feed.npy", np.ones(3))
+        (tmp_path / "feed.npy").rename(path)
+    else:
+        np.savez(path, ids=np.array([{}], dtype=object))
+    with pytest.raises(InputError) as caught:
+        list(CalibrationFile(path).feeds(module_of(IDS)))
+    told = {
+        "objects": "no feed can be read: 'ids' is an array of Python objects (store plain arrays)"
+    }
+    assert str(caught.value) == f"{path}: " + told.get(
+        content,
+        "no feed can be read: it is no .npz archive (use numpy.savez; a text is not named .npz)",
+    )
 
 
 def test_a_percentile_at_the_edge_of_a_gap() -> None:

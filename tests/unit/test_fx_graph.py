@@ -24,6 +24,7 @@ from lwc.backends.fx.convert import to_fx
 from lwc.backends.fx.session import FxBackend
 from lwc.core.errors import LwcError
 from lwc.core.module import Module
+from lwc.core.walk import constant_tensor
 from lwc.frontend.onnx_writer import save
 from lwc.wiring import find_backend
 
@@ -351,6 +352,78 @@ def test_update_weights_reaches_constants_functions_and_branches() -> None:
         trained = lowered(torch.from_numpy(x), torch.tensor(chosen)).detach().numpy()
         np.testing.assert_allclose(found, wanted)
         np.testing.assert_allclose(found, trained)
+
+
+@pytest.mark.parametrize(
+    ("spelled", "content"),
+    [
+        ("value_floats = [1.0, 2.0, 3.0]", [1, 2, 3]),
+        ("value_float = 2.0", 2),
+        ("value = float[3] {1, 2, 3}", [1, 2, 3]),
+    ],
+)
+def test_update_weights_reaches_constants_however_they_are_spelled(
+    spelled: str, content: object
+) -> None:
+    module = parsed(
+        f"""<ir_version: 9, opset_import: ["": 17, "own": 1]>
+        g (float[2, 3] x) => (float[2, 3] y) {{ a = own.scaled (x) y = own.scaled (a) }}
+        <domain: "own", opset_import: ["": 17]>
+        scaled (x) => (y) {{ k = Constant <{spelled}> () y = Mul(x, k) }}"""
+    )
+    lowered = lwc.to_fx(module)
+    (parameter,) = lowered.parameters()  # one constant, however often its function is called
+    assert parameter.tolist() == content
+    with torch.no_grad():
+        parameter.mul_(10)
+    assert module.update_weights(lowered) == ["k"]
+    assert module.update_weights(lowered) == []
+    x = np.ones((2, 3), np.float32)
+    (found,) = run_plain(module, {"x": x})
+    np.testing.assert_allclose(found[0], np.broadcast_to(np.square(10.0 * np.array(content)), 3))
+
+
+def test_what_a_call_gives_its_function_cannot_be_taken_back_so_it_is_no_parameter() -> None:
+    module = parsed(
+        """<ir_version: 9, opset_import: ["": 17, "own": 1]>
+        g (float[2, 3] x) => (float[2, 3] y) { y = own.scaled <by = [1.0, 2.0, 3.0]> (x) }
+        <domain: "own", opset_import: ["": 17]>
+        scaled <by> (x) => (y) { k = Constant <value_floats: floats = @by> () y = Mul(x, k) }"""
+    )
+    lowered = lwc.to_fx(module)
+    assert not list(lowered.parameters())
+    assert [each.tolist() for each in lowered.buffers()] == [[1, 2, 3]]
+    assert lowered(torch.ones(2, 3))[0].tolist() == [1, 2, 3]
+
+
+def test_update_weights_tells_constants_of_equal_integers_apart() -> None:
+    module = module_of(
+        """g (int64[2, 2] x) => (int64[2, 2] y, int64[2, 2] z) {
+        a = Constant <value_int = 5> () b = Constant <value_int = 5> ()
+        c = Constant <value_ints = [5, 6]> () p = Mul(x, a) y = Mul(p, b) z = Mul(x, c) }"""
+    )
+    lowered = lwc.to_fx(module)
+    with torch.no_grad():
+        lowered.b.add_(1)
+        lowered.c.add_(1)
+    assert module.update_weights(lowered) == ["b", "c"]
+    y, z = run_plain(module, {"x": np.ones((2, 2), np.int64)})
+    assert y[0].tolist() == [30, 30]
+    assert z[0].tolist() == [6, 7]
+
+
+def test_update_weights_leaves_no_old_content_at_the_output_of_a_constant() -> None:
+    module = module_of(
+        "g (float[2] x) => (float[2] y) { k = Constant <value = float[2] {1, 2}> () y = Mul(x, k) }"
+    )
+    (held,) = next(iter(module.graph)).outputs
+    held.const_value = constant_tensor(held)  # as onnxscript's optimizer leaves it
+    lowered = lwc.to_fx(module)
+    with torch.no_grad():
+        lowered.k.mul_(10)
+    assert module.update_weights(lowered) == ["k"]
+    assert held.const_value is not None
+    assert held.const_value.numpy().tolist() == [10, 20]
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "float16", "int4"])

@@ -185,6 +185,48 @@ def test_a_tensor_of_two_names_is_one_weight() -> None:
     np.testing.assert_array_equal(found.weights["u"], w.grad)
 
 
+BRANCHED = """g (float[1, 4] x, bool c) => (float[1, 4] y) <float[4, 4] w = {
+    2, 0, 0, 0, 0, 2, 0, 0, 0, 0, 2, 0, 0, 0, 0, 2}> {
+    a = MatMul(x, w)
+    y = If(c) <then_branch = t () => (float[1, 4] p) { p = If(c) <
+            then_branch = u () => (float[1, 4] q) { q = MatMul(a, w) },
+            else_branch = v () => (float[1, 4] r) { r = Identity(a) }> },
+        else_branch = e () => (float[1, 4] s) { s = Identity(a) }> }"""
+
+
+@pytest.mark.parametrize("segments", [None, 2])
+def test_gates_and_taps_of_a_weight_reach_what_nested_graphs_read_of_it(
+    segments: int | None,
+) -> None:
+    """The sum of four times (2 · gate)² is 4 where the gate is 0.5."""
+    module = module_of(BRANCHED)
+    feed = {"x": np.ones((1, 4), np.float32), "c": np.array(True)}
+    gate = np.full((4, 4), 0.5, np.float32)
+
+    def found(**asked: Any) -> Gradients:
+        request = GradientRequest(**asked, segments=segments)
+        with make_gradient_runner(module, request) as runner:
+            return runner.total([feed], lambda outputs, _: outputs["y"].sum())
+
+    masked = found(masks={"w": gate}, weights=("w",))
+    assert masked.loss == 4
+    # By a gate of the diagonal 8 · gate; off it the weight is 0.
+    np.testing.assert_array_equal(masked.masks["w"], np.eye(4) * 4)
+    plain = found(weights=("w",))
+    assert plain.weights["w"].sum() == 64
+    np.testing.assert_array_equal(found(values=("w",)).values["w"], plain.weights["w"])
+
+
+def test_gates_reach_constants_that_are_else_written_into_the_calls() -> None:
+    module = module_of(
+        "g () => (float[n] y) <float zero = {0}, float end = {4}, float one = {1}> "
+        "{ y = Range(zero, end, one) }"
+    )
+    request = GradientRequest(masks={"end": np.array(0.5, np.float32)})
+    with make_gradient_runner(module, request) as runner:
+        assert runner.loss({}, lambda outputs, _: outputs["y"].sum()) == 0 + 1
+
+
 def test_rounding_passes_gradients_on_unless_told_otherwise() -> None:
     text = "g (float[n] x) => (float[n] y) <float[1] w = {2}> { a = Mul(x, w) y = Round(a) }"
     feed = {"x": np.array([1.0, 3.0], np.float32)}
@@ -213,6 +255,8 @@ def test_what_is_not_reached_has_a_gradient_of_zeros() -> None:
         ({"masks": {"k": np.ones(1, np.float32)}}, "value 'k' is no floating-point tensor"),
         ({"masks": {"a": np.ones((2, 1, 1), np.float32)}}, "does not fit value 'a'"),
         ({"masks": {"a": np.ones(3, np.float32)}}, "does not fit value 'a'"),
+        ({"masks": {"a": np.ones(4, np.int64)}}, "the mask of value 'a' is int64, which has no"),
+        ({"masks": {"a": np.ones(4, np.bool_)}}, r"is bool, which has no gradient \(give floats"),
     ],
 )
 def test_errors_name_what_is_wrong(asked: dict[str, Any], words: str) -> None:

@@ -225,6 +225,36 @@ def test_feeds_of_one_token_are_left_out() -> None:
         recovered(language(), "rank=4", data=[{"ids": np.array([[3]])}] * 4)
 
 
+def padded(module: Module) -> Module:
+    """Give a model a mask of padding, which changes nothing in it."""
+    mask = ir.Value(name="attention_mask", shape=ir.Shape(["b", "s"]),
+                    type=ir.TensorType(ir.DataType.INT64))  # fmt: skip
+    module.graph.inputs.append(mask)
+    module.graph.append(ir.node("Identity", [mask], outputs=[ir.Value(name="mask_out")]))
+    out = module.graph[-1].outputs[0]
+    out.type, out.shape = mask.type, mask.shape
+    module.graph.outputs.append(out)
+    return module
+
+
+@pytest.mark.parametrize("taught", [False, True])
+def test_feeds_of_padding_alone_judge_nothing(taught: bool, tmp_path: Path) -> None:
+    data = [{**feed, "attention_mask": np.ones_like(feed["ids"])} for feed in texts()]
+    blank = {name: np.zeros_like(array) for name, array in data[0].items()}
+    options = "rank=4 steps=4"
+    if taught:
+        save(padded(language()), tmp_path / "teacher.onnx")
+        options += f" kd-weight=1 teacher={tmp_path / 'teacher.onnx'}"
+    student = padded(language(1))
+    _, wanted, _ = recovered(student, options, data=data)
+    _, found, told = recovered(student, options, data=[*data, blank, blank])
+    assert "warning: 2 of 8 feeds are left out: they have one token, after which" in told
+    assert "or nothing but padding" in told
+    assert found["held-out loss after"] == wanted["held-out loss after"]
+    with pytest.raises(InputError, match="two feeds or more, of which some are held out, not 0"):
+        recovered(student, options, data=[blank] * 3)
+
+
 def test_the_module_before_the_pipeline_is_the_teacher() -> None:
     result = lwc.optimize(
         language(),
@@ -245,8 +275,30 @@ def test_a_module_that_gives_the_same_is_no_teacher() -> None:
     result = lwc.optimize(
         module, "fold-linear,add-lora{rank=2},recover{steps=2}", calibration=texts(), threads=1
     )
-    assert "so it is no teacher" in " ".join(r.message for r in result.record.passes[-1].remarks)
+    assert "on every feed, so it is no teacher" in " ".join(
+        r.message for r in result.record.passes[-1].remarks
+    )
     assert result.record.passes[-1].statistics["loss"] == "cross-entropy"
+
+
+def test_a_first_feed_of_one_repeated_token_changes_no_objective(teacher: Path) -> None:
+    blank = [{"ids": np.full((4, 12), 3)}, *texts()]
+    _, found, _ = recovered(language(), f"rank=4 steps=2 teacher={teacher}", data=blank)
+    assert found["loss"] == "0.5 cross-entropy + 0.5 kl"
+    _, found, _ = recovered(language(), "rank=4 steps=2", data=blank)
+    assert found["loss"] == "cross-entropy"
+
+
+@pytest.mark.parametrize("rows", [4, 0], ids=["zeros", "no rows"])
+def test_a_first_feed_on_which_all_outputs_agree_drops_no_teacher(rows: int) -> None:
+    drawn = np.random.default_rng(0)
+    feeds = [{"x": np.zeros((rows, 16), np.float32)}]
+    feeds += [{"x": drawn.normal(size=(4, 16)).astype(np.float32)} for _ in range(6)]
+    small = "quantize-weights{bits=2 block-size=16 format=matmulnbits}"
+    result = lwc.optimize(
+        numbers(), f"{small},recover{{rank=4 steps=5}}", calibration=feeds, threads=1
+    )
+    assert result.record.passes[-1].statistics["loss"] == "mse"
 
 
 def test_adapters_that_are_there_are_trained_further() -> None:
@@ -270,6 +322,7 @@ def test_worse_is_refused() -> None:
     module, found, told = recovered(language(), "rank=4 steps=30 learning-rate=30")
     assert not found["held-out loss after"] < found["held-out loss before"]
     assert "missed: the held-out loss did not fall" in told
+    assert "applied" not in told  # not even of the adapters that the copy got
     assert set(module.graph.initializers) == {"table", "up", "down", "head"}
     assert np.array_equal(weight(module, "up"), weight(language(), "up"))
 
@@ -394,8 +447,13 @@ def test_errors(monkeypatch: pytest.MonkeyPatch, teacher: Path, tmp_path: Path) 
         recovered(module, f"rank=4 teacher={tmp_path / 'broken.onnx'}")
     with pytest.raises(PassError, match="is no finite number at step"):
         recovered(module, "rank=4 steps=99 method=full learning-rate=1e38")
-    with pytest.raises(PassError, match="small updates are lost"):
-        lwc.optimize(module, "convert-dtype,recover{method=full}", calibration=texts())
+    for method in ("lora", "full"):
+        with pytest.raises(
+            PassError, match=r"'up' is float16, in which .* \(run recover before convert-dtype"
+        ):
+            lwc.optimize(
+                module, f"convert-dtype,recover{{rank=4 method={method}}}", calibration=texts()
+            )
     for options, words in (
         ({"rank": 0}, "rank=0"),
         ({"steps": 0}, "steps=0"),
@@ -412,11 +470,26 @@ def test_errors(monkeypatch: pytest.MonkeyPatch, teacher: Path, tmp_path: Path) 
         recovered(module, "rank=4")
 
 
+def test_errors_name_the_file(tmp_path: Path) -> None:
+    save(language(), tmp_path / "model.onnx")
+    for options, data in (
+        ("rank=99", texts()),
+        ("rank=4", texts(1)),
+        ("rank=4 loss=kl teacher=none", texts()),
+        ("rank=4 steps=99 method=full learning-rate=1e38", texts()),
+        ("rank=4", [{"ids": np.array([[3]])}] * 4),
+    ):
+        with pytest.raises((PassError, InputError)) as caught:
+            lwc.optimize(tmp_path / "model.onnx", f"recover{{{options}}}", calibration=data)
+        assert caught.value.file == str(tmp_path / "model.onnx")
+
+
 def test_what_has_no_number_for_a_loss_names_the_feed() -> None:
     """Feeds of one token are left out, and counted all the same."""
     module = numbers()
+    next(iter(module.graph)).op_type = "Identity"  # Tanh of infinity is 1
     feeds = [{"x": np.ones((2, 16), np.float32)} for _ in range(20)]
-    feeds[18]["x"][1, 3] = np.nan
+    feeds[18]["x"][1, 3] = np.inf
     small = "quantize-weights{bits=2 block-size=16 format=matmulnbits}"
     with pytest.raises(
         PassError, match="feed 19 of the calibration data: the held-out loss is nan before"
@@ -430,6 +503,43 @@ def test_what_has_no_number_for_a_loss_names_the_feed() -> None:
         recovered(broken, "rank=4", data=[{"ids": np.array([[3]])}, *texts()])
 
 
+def noise(count: int) -> list[dict[str, Array]]:
+    drawn = np.random.default_rng(0)
+    return [{"x": drawn.normal(size=(4, 16)).astype(np.float32)} for _ in range(count)]
+
+
+SMALL = "quantize-weights{bits=2 block-size=16 format=matmulnbits}"
+
+
+def test_a_feed_with_a_number_that_is_none_is_refused_by_its_number() -> None:
+    feeds = noise(8)
+    feeds[2]["x"][1, 3] = np.nan
+    with pytest.raises(InputError, match="feed 3 of the calibration data gives input 'x' a NaN"):
+        lwc.optimize(numbers(), f"{SMALL},recover{{rank=2 steps=2}}", calibration=feeds)
+
+
+def test_a_loss_that_is_no_number_before_any_update_names_the_feed() -> None:
+    feeds = noise(8)
+    for number in range(7):
+        feeds[number]["x"] = feeds[number]["x"] * np.float32("inf")
+    plain = numbers()
+    next(iter(plain.graph)).op_type = "Identity"
+    with pytest.raises(PassError, match=r"step 1, on feed \d of .* \(nothing was updated yet"):
+        lwc.optimize(plain, f"{SMALL},recover{{rank=2 steps=2}}", calibration=feeds)
+
+
+def test_feeds_without_rows_are_left_out_and_named() -> None:
+    empty = {"x": np.zeros((0, 16), np.float32)}
+    data = [empty, *noise(3), empty, *noise(3)]
+    result = lwc.optimize(numbers(), f"{SMALL},recover{{rank=2 steps=9}}", calibration=data)
+    record = result.record.passes[-1]
+    told = [each.message for each in record.remarks if each.kind == "warning"]
+    assert "2 of 8 feeds are left out: they have no rows (feed 1, 5)" in told
+    assert record.statistics["feeds trained on"] == 5
+    with pytest.raises(InputError, match=r"two feeds or more, .*, not 1"):
+        lwc.optimize(numbers(), f"{SMALL},recover{{rank=2}}", calibration=[*noise(1), empty])
+
+
 def test_an_id_that_is_not_in_the_vocabulary_is_bad_data_and_names_the_feed() -> None:
     for odd in (WORDS, -100):
         data = texts()
@@ -438,6 +548,43 @@ def test_an_id_that_is_not_in_the_vocabulary_is_bad_data_and_names_the_feed() ->
             InputError, match=f"feed 2 of the calibration data gives input 'ids' the id {odd} "
         ):
             recovered(language(), "rank=4", data=data)
+
+
+@pytest.mark.parametrize("through", ["memory", "a file"])
+def test_initializers_that_share_a_tensor_are_trained_as_one_and_stay_one(
+    through: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    module = language()
+    for one, other in (("up", "down"), ("head", "spare")):
+        shared = module.graph.initializers[one].const_value
+        assert shared is not None
+        if other == "spare":  # not trained by itself, but the same weight
+            spare = module.add_initializer(other, shared)
+            module.graph.append(ir.node("Abs", [spare], outputs=[ir.Value(name="more")]))
+            more = next(reversed(module.graph)).outputs[0]
+            more.dtype, more.shape = ir.DataType.FLOAT, ir.Shape([WIDTH, WORDS])
+            module.graph.outputs.append(more)
+        else:
+            module.graph.initializers[other].const_value = shared
+    options = "method=full steps=30 learning-rate=1e-2"
+    trained, found, _ = recovered(module, options)
+    assert found["trained parameters"] == WIDTH**2 + WIDTH * WORDS
+    assert not [each for each in recwarn if "duplicate" in str(each.message)]
+    if through == "a file":
+        save(trained, tmp_path / "out.onnx")
+        trained = lwc.load(tmp_path / "out.onnx")
+    held = trained.graph.initializers
+    for one, other in (("up", "down"), ("head", "spare")):
+        assert np.array_equal(weight(trained, one), weight(trained, other))
+        assert not np.array_equal(weight(trained, one), weight(module, one))
+        if through == "memory":
+            assert held[one].const_value is held[other].const_value
+    # What was judged is what came out.
+    ids = texts()[-1]["ids"]
+    logits = run_plain(trained, {"ids": ids})[0].astype(np.float64)[:, :-1]
+    chances = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    losses = -np.take_along_axis(chances, ids[:, 1:, None], -1)
+    assert found["held-out loss after"] == pytest.approx(losses.mean(), rel=1e-5)
 
 
 def test_what_fails_on_a_feed_names_the_feed_and_the_teacher(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from support import module_of
 
 from lwc.analysis.manager import AnalysisManager
 from lwc.calibration.checkpoint import CheckpointFolder, Trail
-from lwc.core.errors import PassError
+from lwc.core.errors import InputError, PassError
 from lwc.pipeline.passes import PassContext
 from lwc.train.lesson import check_teacher
 from lwc.train.loop import Schedule, train
@@ -116,7 +116,7 @@ def test_forward_kl_covers_both_modes_and_reverse_kl_picks_one(
 
         schedule = Schedule(steps=150, batch=1, learning_rate=0.08, clip=10.0)
         train(
-            {"centre": centre, "spread": spread}, backward, 1, schedule,
+            {"centre": centre, "spread": spread}, backward, [1], schedule,
             trail=NOTHING, progress=SILENT,
         )  # fmt: skip
         found[loss.__name__] = (float(centre.detach()), float(spread.detach().exp()))
@@ -161,7 +161,7 @@ def problem(
 def test_a_step_is_that_of_adamw_on_the_mean_gradient() -> None:
     parameters, backward = problem()
     train(
-        parameters, backward, 8, Schedule(1, 8, 0.1, weight_decay=0.1),
+        parameters, backward, range(8), Schedule(1, 8, 0.1, weight_decay=0.1),
         trail=NOTHING, progress=SILENT,
     )  # fmt: skip
     twin, backward = problem()
@@ -178,7 +178,7 @@ def test_masked_entries_stay() -> None:
     mask = torch.tensor([[1.0], [0.0], [1.0]])
     parameters, backward = problem(start.clone())
     losses = train(
-        parameters, backward, 8, Schedule(30, 2, 0.1),
+        parameters, backward, range(8), Schedule(30, 2, 0.1),
         trail=NOTHING, progress=SILENT, masks={"weight": mask},
     )  # fmt: skip
     assert torch.equal(parameters["weight"][1], start[1])
@@ -190,7 +190,7 @@ def test_masked_entries_stay() -> None:
 def test_killed_and_resumed_it_ends_at_the_same_bits(killed: int, tmp_path: Path) -> None:
     schedule = Schedule(20, 3, 0.05, weight_decay=0.01)
     whole, backward = problem()
-    train(whole, backward, 8, schedule, trail=NOTHING, progress=SILENT)
+    train(whole, backward, range(8), schedule, trail=NOTHING, progress=SILENT)
 
     class Killed(BaseException):
         pass
@@ -210,13 +210,13 @@ def test_killed_and_resumed_it_ends_at_the_same_bits(killed: int, tmp_path: Path
 
     if killed < 20:
         with pytest.raises(Killed):
-            train(parameters, dying, 8, schedule, trail=trail(), progress=SILENT)
+            train(parameters, dying, range(8), schedule, trail=trail(), progress=SILENT)
     else:
-        train(parameters, plain, 8, schedule, trail=trail(), progress=SILENT)
+        train(parameters, plain, range(8), schedule, trail=trail(), progress=SILENT)
     # Kept after every second step, each time in the place of the one before.
     assert len(list((tmp_path / "kept").iterdir())) == min(1, killed // 2)
     again, backward = problem()
-    losses = train(again, backward, 8, schedule, trail=trail(), progress=SILENT)
+    losses = train(again, backward, range(8), schedule, trail=trail(), progress=SILENT)
     assert len(losses) == 20 - killed // 2 * 2
     assert torch.equal(again["weight"], whole["weight"])
 
@@ -236,8 +236,28 @@ def test_what_is_not_finite_is_an_error_that_names_the_step(where: str) -> None:
             gradient[0, 0] = float("inf")
         return float("nan") if calls == 4 and where == "loss" else loss
 
-    with pytest.raises(PassError, match=f"{where} is no finite number at step 2.*learning-rate"):
-        train(parameters, backward, 8, Schedule(5, 2, 0.1), trail=NOTHING, progress=SILENT)
+    schedule = Schedule(5, 2, 0.1)
+    seen = schedule.feeds(1, 8)  # one of them is the feed in which a loss is not finite
+    told = f"feed {seen[1] if where == 'loss' else ', '.join(map(str, sorted(seen)))} of"
+    with pytest.raises(
+        PassError, match=f"{where} is no finite number at step 2, on {told}.*learning-rate"
+    ):
+        train(parameters, backward, range(8), schedule, trail=NOTHING, progress=SILENT)
+
+
+def test_before_any_update_no_learning_rate_is_to_blame() -> None:
+    parameters, plain = problem()
+
+    def backward(number: int, factor: float) -> float:
+        return plain(number - 10, factor) * float("inf")
+
+    (first,) = Schedule(5, 1, 0.1).feeds(0, 8)
+    told = f"the loss is no finite number at step 1, on feed {first + 10} of"
+    with pytest.raises(PassError, match=told) as caught:
+        train(parameters, backward, range(10, 18), Schedule(5, 1, 0.1), trail=NOTHING,
+              progress=SILENT)  # fmt: skip
+    assert "nothing was updated yet" in str(caught.value)
+    assert "learning-rate" not in str(caught.value)
 
 
 LANGUAGE = """g (int64[b, s] ids, int64[b, s] attention_mask) => (float[b, s, 7] logits, float[b] z)
@@ -274,17 +294,33 @@ class Shown:
     [
         ([[1, 2, 3, 4]], lambda ids: np.cumsum(ids, axis=1)[..., None], True),
         ([[1, 2, 3, 4]], lambda ids: np.cumsum(ids[:, ::-1], axis=1)[..., None], False),
-        ([[2, 2, 2, 2]], lambda ids: np.cumsum(ids, axis=1)[..., None], False),
+        ([[2, 2, 2, 2]], lambda ids: np.cumsum(ids, axis=1)[..., None], True),
+        ([[2, 2, 2, 2]], lambda ids: np.cumsum(ids[:, ::-1], axis=1)[..., None], False),
+        ([[0, 0]], lambda ids: np.cumsum(ids, axis=1)[..., None] + [1, 2], True),
+        ([[0, 0]], lambda ids: np.cumsum(ids[:, ::-1], axis=1)[..., None] + [1, 2], False),
         ([[5, 3, 3]], lambda ids: np.cumsum(ids, axis=1)[:, -1:, None], False),
         ([[1, 2, 3, 3]], lambda ids: (ids * 0 + ids[:, 2:3] * ids[:, 3:])[..., None], False),
+        ([[1, 2, 3, 4]], lambda ids: (ids + ids.sum(axis=1, keepdims=True))[..., None], False),
+        ([[0, 1, 0, 1]], lambda ids: (ids + ids.sum(1, keepdims=True))[..., None] + [1, 2], False),
     ],
-    ids=["earlier tokens", "later tokens", "nothing to tell by", "last logits", "palindrome"],
+    ids=[
+        "earlier tokens",
+        "later tokens",
+        "earlier tokens, all the same",
+        "later tokens, all the same",
+        "earlier tokens, all 0",
+        "later tokens, all 0",
+        "last logits",
+        "palindrome",
+        "a bag of words",
+        "a bag of all words there are",
+    ],
 )
 def test_next_tokens_are_predicted_where_no_later_one_matters(
     ids: Any, answer: Any, causal: bool
 ) -> None:
-    feeds = [{"ids": np.array([[1]]), "mask": np.array([[1]])},
-             {"ids": np.array(ids), "mask": np.zeros_like(ids)}]  # fmt: skip
+    feeds = {2: {"ids": np.array([[1]]), "mask": np.array([[1]])},
+             3: {"ids": np.array(ids), "mask": np.zeros_like(ids)}}  # fmt: skip
     model = TextModel("logits", TokenInputs("ids", "mask"))
     assert predicts_next(model, feeds, Shown(lambda each: answer(each) * 1.0)) == causal
 
@@ -359,6 +395,17 @@ def test_padding_counts_in_no_distance() -> None:
     )
 
 
+@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 4, 5)])
+def test_outputs_that_are_no_rows_for_tokens_have_no_padding(shape: tuple[int, ...]) -> None:
+    """Of three axes the first two are those of tokens; of others that is not known."""
+    objective = Objective("mse", ("y",), None, TokenInputs("ids", "mask"), 1.0)
+    feed = {"ids": torch.tensor([[1, 2, 3], [4, 0, 0]]),
+            "mask": torch.tensor([[1, 1, 1], [1, 0, 0]])}  # fmt: skip
+    student, teacher = drawn(*shape), drawn(*shape, seed=1)
+    found = objective({"y": student}, feed, {"y": teacher.numpy()})
+    assert float(found) == pytest.approx(float(mean_squares(teacher, student)))
+
+
 def test_one_token_has_no_label() -> None:
     logits = drawn(1, 1, 5).requires_grad_()
     for mask in (None, torch.tensor([[1]])):
@@ -377,6 +424,12 @@ def test_outputs_of_other_shapes_are_not_broadcast() -> None:
         PassError, match=r"gives 'y' of shape \[2, 1\], the model of shape \[2, 4\]"
     ):
         objective({"y": drawn(2, 4)}, {}, {"y": np.ones((2, 1), np.float32)})
+
+
+def test_an_output_without_numbers_is_no_comparison() -> None:
+    objective = Objective("mse", ("y",), None, None, 1.0)
+    with pytest.raises(InputError, match="output 'y' is empty"):
+        objective({"y": drawn(0, 4)}, {}, {"y": np.ones((0, 4), np.float32)})
 
 
 @pytest.mark.parametrize(
