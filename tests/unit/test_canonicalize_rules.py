@@ -726,3 +726,28 @@ def test_sequences_that_stay(body: str) -> None:
     before = sorted(ops(module))
     canonicalize(module)
     assert sorted(ops(module)) == before
+
+
+@pytest.mark.parametrize(
+    ("body", "left"),
+    [
+        ("w = Unsqueeze(i, last) y = GatherND(x, w)", ["Gather"]),
+        ("y = GatherND(x, rows)", ["Gather"]),
+        ("w = Unsqueeze(i, first) y = GatherND(x, w)", ["Unsqueeze", "GatherND"]),
+        ("w = Unsqueeze(k, last) y = GatherND<batch_dims = 1>(x, w)", ["Unsqueeze", "GatherND"]),
+        ("y = GatherND(x, pairs)", ["GatherND"]),
+    ],
+    ids=["unsqueezed", "constant", "coordinates", "batch", "pairs"],
+)
+def test_rows_by_their_places(body: str, left: list[str]) -> None:
+    module = agree(
+        f"""g (float[3, 4] x, int64[a] i, int64[3] k) => (float y) <int64[1] last = {{-1}},
+            int64[1] first = {{0}}, int64[2, 1] rows = {{-1, 0}}, int64[1, 2] pairs = {{1, 2}}>
+            {{ {body} }}""",
+        {
+            "x": np.arange(12, dtype=np.float32).reshape(3, 4),
+            "i": np.array([2, -2]),
+            "k": np.array([0, 3, 1]),
+        },
+    )
+    assert ops(module) == left

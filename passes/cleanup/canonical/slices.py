@@ -153,4 +153,29 @@ def unsqueezed_gather(node: ir.Node, edit: Editor) -> Outcome:
     return edit.op("Gather", [gather.inputs[0], indices], {"axis": axis})
 
 
-RULES: tuple[Rule, ...] = (unsqueezed_gather, slice_of_slice, concat_of_concat, concat_of_split)
+@rule("GatherND")
+def gather_of_rows(node: ir.Node, edit: Editor) -> Outcome:
+    """Places along the first axis alone: a Gather."""
+    indices, shape = node.inputs[1], edit.shape(node.inputs[1])
+    if not shape or shape[-1] != 1 or attribute(node, "batch_dims", 0):
+        return None
+    rank = len(shape)
+    known = edit.array(indices)
+    if known is not None:
+        places: ir.Value | None = edit.constant(known.reshape(known.shape[:-1]), "indices")
+    else:
+        wide = producer_of(indices, "Unsqueeze")
+        axes = None if wide is None else edit.ints(wide.inputs[1])
+        if wide is None or axes is None or [axis % rank for axis in axes] != [rank - 1]:
+            return None
+        places = wide.inputs[0]
+    return edit.op("Gather", [node.inputs[0], places], {"axis": 0})
+
+
+RULES: tuple[Rule, ...] = (
+    unsqueezed_gather,
+    gather_of_rows,
+    slice_of_slice,
+    concat_of_concat,
+    concat_of_split,
+)
