@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import signal
 import sys
@@ -43,6 +44,8 @@ def guarded(program: str, run: Callable[[], int], *, debug: bool = False) -> int
     """
     _stand_in_for_closed_streams()
     _end_cleanly_on_sigterm()
+    if not debug:  # lines without a name, of values that have a shape and no type
+        logging.getLogger("onnx_ir").setLevel(logging.ERROR)
     try:
         code = run()
         sys.stdout.flush()

@@ -14,6 +14,7 @@ from lwc.analysis.plan import Plan, PlanRow, plan_rows
 from lwc.analysis.shapes import Shapes
 from lwc.cli.plan_phases import phases_table
 from lwc.core import text
+from lwc.core.diagnostics import describe
 from lwc.core.errors import UsageError
 from lwc.pipeline.options import did_you_mean
 
@@ -59,7 +60,7 @@ def print_plan(
         console.print(text.printable(line), soft_wrap=True)
 
     if plan.peak is not None:
-        at = "" if plan.peak.node is None else f", at '{plan.peak.node.name}'"
+        at = "" if plan.peak.node is None else f", at {describe(plan.peak.node)}"
         say(f"largest sum of live activations: {text.size(plan.peak.nbytes)}{at}")
     else:
         for name, formula in (

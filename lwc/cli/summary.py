@@ -58,6 +58,8 @@ def _pass_line(each: PassRecord) -> str:
         for name, count in each.statistics.items()
         if name in ("layers resumed", "statistics resumed")
     )
+    if step := each.statistics.get("training resumed"):
+        counts += f", resumed at step {step:,}"
     counts += _judged(each)
     if not each.changed:
         return f"unchanged: {_why_unchanged(each)}"
