@@ -12,6 +12,9 @@ pytest.importorskip("torch")
 from dialect import draw_case, expected, variants
 from dialect import module_of as dialect_module
 from fx_agreement import assert_agrees, one_node, run_fx
+from support import run_plain
+
+from lwc.core.errors import LwcError
 
 MS = "com.microsoft"
 RANDOM = np.random.default_rng(5)
@@ -175,6 +178,43 @@ def test_multi_head_attention(mask: str, causal: int) -> None:
         "attention_bias": normal(1, 2, 5, 5),
     }
     check("MultiHeadAttention", given, num_heads=2, unidirectional=causal)
+
+
+MASKS = [
+    [3, 4, 1, 9],  # ends, then starts
+    [5, 2, 0, 5, 10, 0, 5, 10],  # lengths added up, of which the kernels for the CPU read the ends
+    [2],
+    [1, 2, 3],
+    [[1, 1]],
+    [[1, 1, 0, 1, 0]],
+    [[[1, 1, 0, 1, 0]]] * 2,
+    [[[[1, 1, 0, 1, 0]] * 5]] * 2,
+]
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("op", ["Attention", "MultiHeadAttention"])
+def test_masks_that_attention_takes_or_refuses(op: str, mask: list[Any]) -> None:
+    """As ONNX Runtime, also a mask of one sequence for two."""
+    if op == "Attention":
+        given = {"x": normal(2, 5, 8), "weights": normal(8, 24), "bias": normal(24)}
+    else:
+        given = {name: normal(2, 5, 8) for name in "qkv"} | {"bias": None}
+    given["mask"] = np.array(mask, np.int32)
+    module, feed = one_node(op, given, domain=MS, num_heads=2)
+    if len(mask) in ((4, 8) if op == "Attention" else (8,)):
+        assert_agrees(module, feed)
+        return
+    with pytest.raises(Exception, match=r"shape|shall|not supported"):
+        run_plain(module, feed)
+    with pytest.raises(LwcError, match=rf"{op} 'n': the mask has shape .* with a batch of 2"):
+        run_fx(module, feed)
+
+
+@pytest.mark.parametrize("mask", [[3, 1], [4, 0, 5, 0, 5]], ids=str)
+def test_masks_of_more_numbers_than_sequences(mask: list[int]) -> None:
+    given = {"x": normal(1, 5, 8), "weights": normal(8, 24), "bias": normal(24)}
+    check("Attention", given | {"mask": np.array(mask, np.int32)}, num_heads=2)
 
 
 def test_multi_head_attention_with_a_past() -> None:
