@@ -358,7 +358,11 @@ class _Walk:
         if fact.shape and fact.shape[0] > _LITERAL:
             return False
         return all(
-            value is not None and (index in hosted.tensors or self._is_at_hand(scope, value))
+            value is not None
+            and (
+                index in hosted.tensors
+                or (self._is_at_hand(scope, value) and self.shapes.dtype(value) not in _FLOATS)
+            )
             for index, value in enumerate(_present(node.inputs))
         )
 
@@ -377,6 +381,8 @@ class _Walk:
                 value = attribute.value.numpy().item()
             if not _is_same(value, hosted.accepts[attribute.name]):
                 kwargs[attribute.name] = value
+        if "bits" in hosted.accepts and self.shapes.dtype(node.outputs[0]) == ir.DataType.INT32:
+            kwargs["bits"] = 32
         name = node.name or node.outputs[0].name or node.op_type
         scope.integers[node.outputs[0]] = scope.call(hosted.function, args, name, **kwargs)
 
