@@ -42,6 +42,8 @@ def _extents(node: ir.Node, edit: Editor) -> list[int] | None:
         if given is None or edit.rank(node.inputs[1]) != 0:
             return given or None
         (size,) = given
+        if size == 1 and not attribute(node, "keepdims", 1):
+            return None  # ONNX Runtime drops the axis
     elif attribute(node, "keepdims", 1):
         size = 1
     else:
