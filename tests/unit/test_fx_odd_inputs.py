@@ -187,3 +187,21 @@ def test_attention_by_a_negative_scale(scale: float) -> None:
     shares = np.exp(scale * q @ k.transpose(0, 1, 3, 2))
     wanted = shares / shares.sum(-1, keepdims=True) @ v
     np.testing.assert_allclose(run_fx(module, feed)[0], wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "x", [X * 0, X[:0], X[:, :0], X, -X], ids=["0", "rows", "columns", "+", "-"]
+)
+def test_dynamic_quantization_of_nothing_and_of_zeros(x: Any) -> None:
+    assert_agrees(*one_node("DynamicQuantizeLinear", {"x": x}, outputs=3))
+
+
+@pytest.mark.parametrize("op", ["ReduceMean", "ReduceLogSum", "ReduceLogSumExp", "ReduceL2"])
+@pytest.mark.parametrize("dtype", [np.float32, np.int32, np.int64])
+@pytest.mark.parametrize("keepdims", [0, 1])
+def test_reductions_of_integers_and_of_nothing(op: str, dtype: Any, keepdims: int) -> None:
+    rows = np.array([[5, 4, 4, 4, 4, 4], [3, 3, 3, 3, 3, 3], [2**30, 2**30, 0, 0, 1, 1]], dtype)
+    axes = {"a": np.array([1])}
+    for x in (rows, rows[:, :0], np.tile(rows[:, :0], (7, 1))):
+        module, feed = one_node(op, {"x": x, **axes}, constant=["a"], keepdims=keepdims)
+        assert_agrees(module, feed)
