@@ -115,6 +115,11 @@ def test_dynamic_quantize_matmul() -> None:
     check("DynamicQuantizeMatMul", given, atol=1e-4, constant=list(weights))
 
 
+def test_dynamic_quantize_matmul_of_nothing() -> None:
+    given = {"a": normal(0, 8), "b": integers(0, 60, 8, 5), "scales": np.float32([0.1])}
+    check("DynamicQuantizeMatMul", given)
+
+
 def test_matmul_integer_to_float() -> None:
     given = {
         "a": integers(0, 255, 3, 16),
@@ -215,6 +220,16 @@ def test_masks_that_attention_takes_or_refuses(op: str, mask: list[Any]) -> None
 def test_masks_of_more_numbers_than_sequences(mask: list[int]) -> None:
     given = {"x": normal(1, 5, 8), "weights": normal(8, 24), "bias": normal(24)}
     check("Attention", given | {"mask": np.array(mask, np.int32)}, num_heads=2)
+
+
+@pytest.mark.parametrize(("batch", "queries", "keys"), [(0, 3, 3), (2, 0, 3), (2, 3, 0)])
+def test_attention_of_nothing(batch: int, queries: int, keys: int) -> None:
+    given = {"q": normal(batch, queries, 8)}
+    given |= {name: normal(batch, keys, 8) for name in "kv"}
+    check("MultiHeadAttention", given, num_heads=2)
+    if queries == keys:
+        packed = {"x": normal(batch, 3, 8), "weights": normal(8, 24), "bias": normal(24)}
+        check("Attention", packed, num_heads=2)
 
 
 def test_multi_head_attention_with_a_past() -> None:

@@ -18,7 +18,7 @@ Tensor: TypeAlias = torch.Tensor
 
 def as_heads(x: Tensor, heads: int) -> Tensor:
     """Bring `[batch, length, heads * size]` to `[batch, heads, length, size]`."""
-    return x.reshape(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
 def as_rows(x: Tensor) -> Tensor:

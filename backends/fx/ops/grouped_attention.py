@@ -127,7 +127,7 @@ def written(past: Tensor | None, new: Tensor, places: Tensor, total: int) -> Ten
         missing = torch.sym_max(total - past.shape[2], 0)
         room = torch.cat([past, past.new_zeros((batch, heads, missing, size))], dim=2)
         before = torch.arange(room.shape[2]) < places[:, :1]
-        room = torch.where(before.reshape(batch, 1, -1, 1), room, torch.zeros_like(room))
+        room = torch.where(before[:, None, :, None], room, torch.zeros_like(room))
     index = places.reshape(batch, 1, length, 1).expand(new.shape)
     return torch.scatter(room, 2, index, new)
 
