@@ -69,6 +69,44 @@ def test_unsigned_integers(op: str, inputs: Any, opset: int, dtype: Any) -> None
     assert (found.dtype, found.tolist()) == (dtype, wanted)
 
 
+REVERSED = {"s": [4], "e": [-9], "a": [0], "t": [-1]}
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.uint64])
+@pytest.mark.parametrize(
+    ("op", "given", "attributes"),
+    [
+        *(
+            (
+                op,
+                {"i": [[1], [-1]] if op == "ScatterND" else [1, -1], "u": [3, 6]},
+                {"reduction": r},
+            )
+            for op in ("ScatterND", "ScatterElements")
+            for r in ("none", "add", "mul", "max", "min")
+        ),
+        ("GatherElements", {"i": [1, -2]}, {}),
+        ("Compress", {"c": [True, False, True, True]}, {}),
+        ("Slice", REVERSED, {}),
+    ],
+)
+def test_choices_from_unsigned_integers(op: str, given: Any, attributes: Any, dtype: Any) -> None:
+    places = {
+        name: np.array(value, dtype if name == "u" else None) for name, value in given.items()
+    }
+    module, feed = one_node(op, {"x": np.arange(6, dtype=dtype) + 200, **places}, **attributes)
+    assert_agrees(module, feed)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.uint64])
+def test_sequences_and_caches_of_unsigned_integers(dtype: Any) -> None:
+    x = np.arange(6, dtype=dtype)
+    lengths = np.array([2, 3])
+    assert_agrees(*one_node("ReverseSequence", {"x": x.reshape(3, 2), "lengths": lengths}))
+    given = {"past": x.reshape(1, 6, 1), "update": x[4:].reshape(1, 2, 1)}
+    assert_agrees(*one_node("TensorScatter", given, opset=24, axis=1))
+
+
 def test_a_sum_of_nothing_before_each() -> None:
     given = {"x": X[:0], "axis": np.array(0)}
     assert_agrees(*one_node("CumSum", given, exclusive=1))

@@ -114,7 +114,7 @@ def _bounded(value: Any, low: Any, high: Any) -> Any:
     return torch.sym_max(torch.sym_min(value, high), low)
 
 
-@op("Slice", values=(1, 2, 3, 4))
+@op("Slice", values=(1, 2, 3, 4), wide=True)
 def slice_(
     x: Tensor,
     starts: Sequence[int],
@@ -146,7 +146,7 @@ def tile(x: Tensor, repeats: Sequence[int]) -> Tensor:
     return x.repeat(list(repeats))
 
 
-@op("Pad", values=(1, 3), since=11)
+@op("Pad", values=(1, 3), since=11, wide=True)
 def pad(
     x: Tensor,
     pads: Sequence[int],
@@ -217,7 +217,7 @@ def space_to_depth(x: Tensor, *, blocksize: int, mode: Literal["DCR", "CRD"] = "
     return x.permute(order).reshape(batch, channels * size**2, height // size, width // size)
 
 
-@op("Trilu", values=(1,))
+@op("Trilu", values=(1,), wide=True)
 def trilu(x: Tensor, k: int | Sequence[int] = 0, *, upper: int = 1) -> Tensor:
     """Keep a triangle."""
     diagonal = k if isinstance(k, int) else k[0]

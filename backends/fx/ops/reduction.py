@@ -229,13 +229,13 @@ def log_softmax_of_rows(x: Tensor, *, axis: int = 1) -> Tensor:
     return _softmax_of_rows(x, axis, torch.log_softmax)
 
 
-@op("CumSum", values=(1,))
+@op("CumSum", values=(1,), wide=True)
 def cum_sum(x: Tensor, axis: Any, *, exclusive: int = 0, reverse: int = 0) -> Tensor:
     """Add up along an axis."""
     return _scan(torch.cumsum, x, axis, exclusive, reverse, 0)
 
 
-@op("CumProd", values=(1,))
+@op("CumProd", values=(1,), wide=True)
 def cum_prod(x: Tensor, axis: Any, *, exclusive: int = 0, reverse: int = 0) -> Tensor:
     """Multiply along an axis."""
     return _scan(torch.cumprod, x, axis, exclusive, reverse, 1)
