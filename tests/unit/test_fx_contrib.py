@@ -116,7 +116,7 @@ def test_dynamic_quantize_matmul() -> None:
 
 
 def test_dynamic_quantize_matmul_of_nothing() -> None:
-    given = {"a": normal(0, 8), "b": integers(0, 60, 8, 5), "scales": np.float32([0.1])}
+    given = {"a": normal(0, 8), "b": integers(0, 60, 8, 5), "scales": np.array([0.1], np.float32)}
     check("DynamicQuantizeMatMul", given)
 
 
@@ -148,6 +148,34 @@ def test_quantized_activations(op: str) -> None:
         op, whole, domain=MS, constant=["x_scale", "x_zero", "y_scale", "y_zero"]
     )
     assert_agrees(module, feed)
+
+
+@pytest.mark.parametrize(
+    ("odd", "told"),
+    [
+        ({"ids": [[1, -1, 3]]}, "tokens are from -1 to 3, and tables of 6 rows have 0 to 5"),
+        ({"ids": [[1, 6, 3]]}, "tokens are from 1 to 6, and tables of 6 rows have 0 to 5"),
+        ({"segments": [[0, 1, -1]]}, "segments are from -1 to 1, and tables of 2 rows have 0 to 1"),
+        ({"places": [[0, 1, -1]]}, "positions are from -1 to 1, and tables of 5 rows have 0 to 4"),
+        ({"places": [[4, 5, 3]]}, "positions are from 3 to 5, and tables of 5 rows have 0 to 4"),
+        ({"places": [[3]]}, r"position_ids has shape \[1, 1\], not \[1, 3\]"),
+        ({"places": [[3, 4, 3]]}, None),
+    ],
+)
+def test_embeddings_are_rows_of_their_tables(odd: dict[str, Any], told: str | None) -> None:
+    given = {"ids": [[1, 2, 3]], "segments": [[0, 1, 0]], "places": [[2, 1, 0]]} | odd
+    ids, segments, places = (np.array(each, np.int32) for each in given.values())
+    tables = {"word": normal(6, 4), "position": normal(5, 4), "segment": normal(2, 4)}
+    rest = {"gamma": normal(4), "beta": normal(4), "mask": None, "places": places}
+    whole = {"ids": ids, "segments": segments, **tables, **rest}
+    module, feed = one_node("EmbedLayerNormalization", whole, domain=MS, outputs=2)
+    if told is None:
+        assert_agrees(module, feed)
+        return
+    with pytest.raises(Exception, match="INVALID_ARGUMENT"):
+        run_plain(module, feed)
+    with pytest.raises(LwcError, match=f"EmbedLayerNormalization 'n': {told}$"):
+        run_fx(module, feed)
 
 
 @pytest.mark.parametrize("interleaved", [0, 1])
