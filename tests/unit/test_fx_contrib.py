@@ -317,6 +317,9 @@ def grouped(new: int, past: int, batch: int, **attributes: Any) -> dict[str, Any
         {"do_rotary": 1},
         {"do_rotary": 1, "rotary_interleaved": 1},
         {"local_window_size": 3},
+        {"local_window_size": 1},
+        {"local_window_size": 0},
+        {"local_window_size": 0, "smooth_softmax": 1},
         {"softcap": 2.0, "scale": 0.2},
         {"smooth_softmax": 1},
         {"causal": 0},
@@ -327,6 +330,13 @@ def grouped(new: int, past: int, batch: int, **attributes: Any) -> dict[str, Any
 def test_grouped_attention(attributes: Any, new: int, past: int, batch: int) -> None:
     given = grouped(new, past, batch, **attributes)
     check("GroupQueryAttention", given, outputs=3, num_heads=4, kv_num_heads=2, **attributes)
+
+
+def test_grouped_attention_that_sees_no_key() -> None:
+    given = grouped(5, 0, 2) | dict.fromkeys(("cos", "sin", "position_ids"))
+    bias = np.zeros((1, 1, 5, 5), np.float32)
+    bias[:, :, 3] = -np.inf
+    check("GroupQueryAttention", given | {"bias": bias}, outputs=3, num_heads=4, kv_num_heads=2)
 
 
 def test_grouped_attention_of_sequences_of_other_lengths() -> None:

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("torch")
 
 from fx_agreement import assert_agrees, one_node, run_fx
-from support import module_of
+from support import module_of, run_plain
 
 from lwc.backends.fx.convert import to_fx
 from lwc.core.errors import LwcError
@@ -243,3 +243,26 @@ def test_reductions_of_integers_and_of_nothing(op: str, dtype: Any, keepdims: in
     for x in (rows, rows[:, :0], np.tile(rows[:, :0], (7, 1))):
         module, feed = one_node(op, {"x": x, **axes}, constant=["a"], keepdims=keepdims)
         assert_agrees(module, feed)
+
+
+@pytest.mark.parametrize("mode", ["wrap", "edge", "constant", "reflect"])
+@pytest.mark.parametrize("pads", [[-1, 2], [2, -1], [-2, -1], [-3, 1], [0, -2], [1, -1]])
+def test_pads_that_take_away_do_so_first(mode: str, pads: list[int]) -> None:
+    x = np.arange(5, dtype=np.float32)
+    assert_agrees(*one_node("Pad", {"x": x, "pads": np.array(pads)}, mode=mode))
+
+
+@pytest.mark.parametrize("pads", [[-4, 2], [-3, 9], [7, -4]])
+def test_what_is_left_wraps_more_than_once(pads: list[int]) -> None:
+    x = np.arange(5, dtype=np.float32)
+    assert_agrees(*one_node("Pad", {"x": x, "pads": np.array(pads)}, mode="wrap"))
+
+
+@pytest.mark.parametrize("mode", ["wrap", "edge", "reflect"])
+def test_nothing_left_to_repeat(mode: str) -> None:
+    given = {"x": np.arange(5, dtype=np.float32), "pads": np.array([-5, 2])}
+    module, feed = one_node("Pad", given, mode=mode)
+    with pytest.raises(Exception, match="zero effective input extent"):
+        run_plain(module, feed)
+    with pytest.raises(LwcError, match=f"axis 0 has nothing left to repeat by mode '{mode}'"):
+        run_fx(module, feed)
