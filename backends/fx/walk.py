@@ -259,6 +259,8 @@ class _Walk:
         ]
         kwargs = self._keywords(scope, node, lowering, use)
         name = node.name or node.outputs[0].name or node.op_type
+        if lowering.exact and self.straight_through:
+            args = self._whole(scope, args, use, name)
         if lowering.wide:
             args = self._widened(scope, args, use, name)
         result = scope.call(lowering.function, args, name, **kwargs)
@@ -278,6 +280,15 @@ class _Walk:
                     scope.tensors[value] = scope.call(
                         torch.Tensor.to, (scope.tensors[value], held_as(dtype)), f"{name}_narrow"
                     )
+
+    def _whole(self, scope: _Scope, args: Sequence[Any], use: Use, name: str) -> list[Any]:
+        """Turn integers that gradients made floats back."""
+        return [
+            scope.call(torch.Tensor.to, (arg, held_as(dtype)), f"{name}_whole")
+            if dtype is not None and dtype.is_integer() and isinstance(arg, torch.fx.Node)
+            else arg
+            for arg, dtype in zip(args, use.dtypes, strict=False)
+        ]
 
     def _widened(self, scope: _Scope, args: Sequence[Any], use: Use, name: str) -> list[Any]:
         return [
