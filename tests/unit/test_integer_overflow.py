@@ -30,6 +30,7 @@ TYPES = "int64 most = {9223372036854775807}, int64 c = {8589934592}, int32 top =
         ("int32", "m = Cast<to=6>(n) y = Add(m, top)"),
         ("int32", "m = Cast<to=6>(n) y = Mul(m, top)"),
         ("int32", "m = Sub(n, c) y = Cast<to=6>(m)"),
+        ("int64", "m = Sub(n, most) y = Mod <fmod = 1> (m, n)"),
         ("bool", "m = Mul(n, c) y = Cast<to=9>(m)"),
     ],
 )

@@ -118,7 +118,7 @@ def _quotient(a: Any, b: Any) -> Any:
 @host("Mod")
 def mod(a: Ints, b: Ints, *, fmod: int = 0) -> Ints:
     """Take the remainder, with the sign of the divisor unless `fmod`."""
-    return _each(lambda p, q: int(math.fmod(p, q)) if fmod else p % q, a, b)
+    return _each(lambda p, q: p - q * _quotient(p, q) if fmod else p % q, a, b)
 
 
 @host("Neg")
