@@ -76,6 +76,7 @@ class Lowering:
         zero: Attributes that may be there, but not set.
         many: It returns a tuple even for one output.
         wide: It is given int64 for the unsigned types that PyTorch does not compute with.
+        exact: It is given integers where gradients made floats of them.
         extra: More keyword arguments, from the node.
         accepts: Its parameters by name, with their defaults.
         choices: The values that an attribute may have, of those that have few.
@@ -90,6 +91,7 @@ class Lowering:
     zero: frozenset[str]
     many: bool
     wide: bool
+    exact: bool
     extra: Callable[[Use], Mapping[str, Any]] | None
     accepts: Mapping[str, Any]
     choices: Mapping[str, tuple[Any, ...]]
@@ -109,6 +111,7 @@ def op(
     zero: str = "",
     many: bool = False,
     wide: bool = False,
+    exact: bool = False,
     extra: Callable[[Use], Mapping[str, Any]] | None = None,
 ) -> Callable[[AnyFunction], AnyFunction]:
     """Register a function for the operators named, with spaces between them.
@@ -123,6 +126,7 @@ def op(
         zero: Attributes that are refused unless they are 0 or empty, likewise.
         many: It returns a tuple even for one output.
         wide: It is given int64 for uint16, uint32 and uint64, and its result is turned back.
+        exact: It is given integers where gradients made floats of them, which end there.
         extra: Gives more keyword arguments for a node.
     """
 
@@ -137,6 +141,7 @@ def op(
             frozenset(zero.split()),
             many,
             wide,
+            exact,
             extra,
             _parameters(function),
             _choices(function),
@@ -152,10 +157,12 @@ def op(
     return register
 
 
-def direct(table: Mapping[str, Callable[..., Any]], *, wide: bool = False) -> None:
+def direct(
+    table: Mapping[str, Callable[..., Any]], *, wide: bool = False, exact: bool = False
+) -> None:
     """Register PyTorch's own functions for operators without attributes that they are."""
     for name, function in table.items():
-        op(name, wide=wide)(function)
+        op(name, wide=wide, exact=exact)(function)
 
 
 def _parameters(function: Callable[..., Any]) -> Mapping[str, Any]:

@@ -285,6 +285,8 @@ class _Walk:
         ]
         kwargs = self._keywords(scope, node, lowering, use)
         name = node.name or node.outputs[0].name or node.op_type
+        if lowering.exact and self.straight_through:
+            args = self._whole(scope, args, use, name)
         if lowering.wide:
             args = self._widened(scope, args, use, name)
         result = scope.call(lowering.function, args, name, **kwargs)
@@ -304,6 +306,15 @@ class _Walk:
                     scope.tensors[value] = scope.call(
                         torch.Tensor.to, (scope.tensors[value], held_as(dtype)), f"{name}_narrow"
                     )
+
+    def _whole(self, scope: _Scope, args: Sequence[Any], use: Use, name: str) -> list[Any]:
+        """Turn integers that gradients made floats back."""
+        return [
+            scope.call(torch.Tensor.to, (arg, held_as(dtype)), f"{name}_whole")
+            if dtype is not None and dtype.is_integer() and isinstance(arg, torch.fx.Node)
+            else arg
+            for arg, dtype in zip(args, use.dtypes, strict=False)
+        ]
 
     def _widened(self, scope: _Scope, args: Sequence[Any], use: Use, name: str) -> list[Any]:
         return [
@@ -384,7 +395,11 @@ class _Walk:
         if fact.shape and fact.shape[0] > _LITERAL:
             return False
         return all(
-            value is not None and (index in hosted.tensors or self._is_at_hand(scope, value))
+            value is not None
+            and (
+                index in hosted.tensors
+                or (self._is_at_hand(scope, value) and self.shapes.dtype(value) not in _FLOATS)
+            )
             for index, value in enumerate(_present(node.inputs))
         )
 
@@ -403,6 +418,8 @@ class _Walk:
                 value = attribute.value.numpy().item()
             if not _is_same(value, hosted.accepts[attribute.name]):
                 kwargs[attribute.name] = value
+        if "bits" in hosted.accepts and self.shapes.dtype(node.outputs[0]) == ir.DataType.INT32:
+            kwargs["bits"] = 32
         name = node.name or node.outputs[0].name or node.op_type
         scope.integers[node.outputs[0]] = scope.call(hosted.function, args, name, **kwargs)
 

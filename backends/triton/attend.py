@@ -140,7 +140,9 @@ def multi_head_attention(
     q, k, v = unpacked(query, key, value, num_heads, bias)
     if past_key is not None and past_value is not None:
         k, v = torch.cat([past_key, k], dim=2), torch.cat([past_value, v], dim=2)
-    mask = _filtered(key_padding_mask, attention_bias, q, k.shape[2], mask_filter_value)
+    mask = _filtered(
+        key_padding_mask, attention_bias, q, k.shape[2], mask_filter_value, starts=False
+    )
     y = as_rows(_attended(q, k, v, causal=bool(unidirectional), mask=mask, scale=scale or None))
     return (y, k, v)[:outputs] if outputs > 1 else y
 
@@ -167,18 +169,19 @@ def packed_attention(
     q, k, v = (as_heads(part, num_heads) for part in torch.split(rows, sizes, dim=-1))
     if past is not None:
         k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-    spread = _filtered(mask, attention_bias, q, k.shape[2], mask_filter_value)
+    spread = _filtered(mask, attention_bias, q, k.shape[2], mask_filter_value, starts=True)
     y = as_rows(_attended(q, k, v, causal=bool(unidirectional), mask=spread, scale=scale or None))
     return (y, torch.stack([k, v])) if outputs > 1 else y
 
 
 def _filtered(
-    mask: Tensor | None, bias: Tensor | None, q: Tensor, total: int, fill: float
+    mask: Tensor | None, bias: Tensor | None, q: Tensor, total: int, fill: float, *, starts: bool
 ) -> Tensor | None:
     """Return what is added to the scores: `fill` where a mask hides a key, and a bias."""
     if mask is None:
         return bias
-    hidden = torch.where(opened(mask, total), 0.0, fill).to(q.dtype)
+    open_ = opened(mask, q.shape[0], q.shape[2], total, starts=starts)
+    hidden = torch.where(open_, 0.0, fill).to(q.dtype)
     return hidden if bias is None else hidden + bias
 
 

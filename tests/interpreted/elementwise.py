@@ -94,6 +94,13 @@ def test_activations_end_where_they_should() -> None:
         torch.testing.assert_close(found, gate.relu(), rtol=0, atol=1e-30)
 
 
+@pytest.mark.parametrize("function", ["silu", "gelu", "gelu-tanh", "relu"])
+def test_activations_pass_on_what_is_no_number(function: str) -> None:
+    gate = torch.tensor([[torch.nan, 2.0]])
+    found = launch.gated_activation(gate, torch.ones_like(gate), function)
+    assert found.isnan().tolist() == [[True, False]]
+
+
 def test_what_does_not_fit_is_refused() -> None:
     x, table = numbers(0, 1, 3, 2, 8), numbers(1, 3, 4)
     with pytest.raises(UsageError, match="x has 3 dimensions, not 4"):

@@ -178,7 +178,9 @@ def test_what_grouped_attention_refuses() -> None:
 
 @pytest.mark.parametrize("causal", [0, 1])
 @pytest.mark.parametrize(
-    "mask", [None, [5, 3], [[1, 1, 1, 1, 1], [0, 1, 1, 1, 1]], "whole"], ids=str
+    "mask",
+    [None, [5, 3], [5, 3, 0, 5, 10, 0, 5, 10], [[1, 1, 1, 1, 1], [0, 1, 1, 1, 1]], "whole"],
+    ids=str,
 )
 def test_multi_head_attention(mask: Any, causal: int) -> None:
     given = {name: normal(2, 5, 16, seed=i) for i, name in enumerate("qkv")}
@@ -201,6 +203,13 @@ def test_multi_head_attention_with_a_past_and_across() -> None:
     check("MultiHeadAttention", across, domain=MS, num_heads=2)
     module, _ = one_node("MultiHeadAttention", across, domain=MS, num_heads=2, unidirectional=1)
     assert reasons(module) == ["queries and new keys may differ in number"]
+
+
+def test_packed_attention_by_ends_and_starts() -> None:
+    given = {"x": normal(1, 5, 8), "weights": normal(8, 48), "bias": normal(48)}
+    given["mask"] = np.array([4, 1], np.int32)
+    module, feed = one_node("Attention", given, domain=MS, num_heads=2)
+    agree(module, feed, atol=1e-4)
 
 
 @pytest.mark.parametrize("past", [False, True])

@@ -12,6 +12,9 @@ pytest.importorskip("torch")
 from dialect import draw_case, expected, variants
 from dialect import module_of as dialect_module
 from fx_agreement import assert_agrees, one_node, run_fx
+from support import run_plain
+
+from lwc.core.errors import LwcError
 
 MS = "com.microsoft"
 RANDOM = np.random.default_rng(5)
@@ -112,6 +115,11 @@ def test_dynamic_quantize_matmul() -> None:
     check("DynamicQuantizeMatMul", given, atol=1e-4, constant=list(weights))
 
 
+def test_dynamic_quantize_matmul_of_nothing() -> None:
+    given = {"a": normal(0, 8), "b": integers(0, 60, 8, 5), "scales": np.array([0.1], np.float32)}
+    check("DynamicQuantizeMatMul", given)
+
+
 def test_matmul_integer_to_float() -> None:
     given = {
         "a": integers(0, 255, 3, 16),
@@ -140,6 +148,34 @@ def test_quantized_activations(op: str) -> None:
         op, whole, domain=MS, constant=["x_scale", "x_zero", "y_scale", "y_zero"]
     )
     assert_agrees(module, feed)
+
+
+@pytest.mark.parametrize(
+    ("odd", "told"),
+    [
+        ({"ids": [[1, -1, 3]]}, "tokens are from -1 to 3, and tables of 6 rows have 0 to 5"),
+        ({"ids": [[1, 6, 3]]}, "tokens are from 1 to 6, and tables of 6 rows have 0 to 5"),
+        ({"segments": [[0, 1, -1]]}, "segments are from -1 to 1, and tables of 2 rows have 0 to 1"),
+        ({"places": [[0, 1, -1]]}, "positions are from -1 to 1, and tables of 5 rows have 0 to 4"),
+        ({"places": [[4, 5, 3]]}, "positions are from 3 to 5, and tables of 5 rows have 0 to 4"),
+        ({"places": [[3]]}, r"position_ids has shape \[1, 1\], not \[1, 3\]"),
+        ({"places": [[3, 4, 3]]}, None),
+    ],
+)
+def test_embeddings_are_rows_of_their_tables(odd: dict[str, Any], told: str | None) -> None:
+    given = {"ids": [[1, 2, 3]], "segments": [[0, 1, 0]], "places": [[2, 1, 0]]} | odd
+    ids, segments, places = (np.array(each, np.int32) for each in given.values())
+    tables = {"word": normal(6, 4), "position": normal(5, 4), "segment": normal(2, 4)}
+    rest = {"gamma": normal(4), "beta": normal(4), "mask": None, "places": places}
+    whole = {"ids": ids, "segments": segments, **tables, **rest}
+    module, feed = one_node("EmbedLayerNormalization", whole, domain=MS, outputs=2)
+    if told is None:
+        assert_agrees(module, feed)
+        return
+    with pytest.raises(Exception, match="INVALID_ARGUMENT"):
+        run_plain(module, feed)
+    with pytest.raises(LwcError, match=f"EmbedLayerNormalization 'n': {told}$"):
+        run_fx(module, feed)
 
 
 @pytest.mark.parametrize("interleaved", [0, 1])
@@ -175,6 +211,53 @@ def test_multi_head_attention(mask: str, causal: int) -> None:
         "attention_bias": normal(1, 2, 5, 5),
     }
     check("MultiHeadAttention", given, num_heads=2, unidirectional=causal)
+
+
+MASKS = [
+    [3, 4, 1, 9],  # ends, then starts
+    [5, 2, 0, 5, 10, 0, 5, 10],  # lengths added up, of which the kernels for the CPU read the ends
+    [2],
+    [1, 2, 3],
+    [[1, 1]],
+    [[1, 1, 0, 1, 0]],
+    [[[1, 1, 0, 1, 0]]] * 2,
+    [[[[1, 1, 0, 1, 0]] * 5]] * 2,
+]
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("op", ["Attention", "MultiHeadAttention"])
+def test_masks_that_attention_takes_or_refuses(op: str, mask: list[Any]) -> None:
+    """As ONNX Runtime, also a mask of one sequence for two."""
+    if op == "Attention":
+        given = {"x": normal(2, 5, 8), "weights": normal(8, 24), "bias": normal(24)}
+    else:
+        given = {name: normal(2, 5, 8) for name in "qkv"} | {"bias": None}
+    given["mask"] = np.array(mask, np.int32)
+    module, feed = one_node(op, given, domain=MS, num_heads=2)
+    if len(mask) in ((4, 8) if op == "Attention" else (8,)):
+        assert_agrees(module, feed)
+        return
+    with pytest.raises(Exception, match=r"shape|shall|not supported"):
+        run_plain(module, feed)
+    with pytest.raises(LwcError, match=rf"{op} 'n': the mask has shape .* with a batch of 2"):
+        run_fx(module, feed)
+
+
+@pytest.mark.parametrize("mask", [[3, 1], [4, 0, 5, 0, 5]], ids=str)
+def test_masks_of_more_numbers_than_sequences(mask: list[int]) -> None:
+    given = {"x": normal(1, 5, 8), "weights": normal(8, 24), "bias": normal(24)}
+    check("Attention", given | {"mask": np.array(mask, np.int32)}, num_heads=2)
+
+
+@pytest.mark.parametrize(("batch", "queries", "keys"), [(0, 3, 3), (2, 0, 3), (2, 3, 0)])
+def test_attention_of_nothing(batch: int, queries: int, keys: int) -> None:
+    given = {"q": normal(batch, queries, 8)}
+    given |= {name: normal(batch, keys, 8) for name in "kv"}
+    check("MultiHeadAttention", given, num_heads=2)
+    if queries == keys:
+        packed = {"x": normal(batch, 3, 8), "weights": normal(8, 24), "bias": normal(24)}
+        check("Attention", packed, num_heads=2)
 
 
 def test_multi_head_attention_with_a_past() -> None:
@@ -234,6 +317,9 @@ def grouped(new: int, past: int, batch: int, **attributes: Any) -> dict[str, Any
         {"do_rotary": 1},
         {"do_rotary": 1, "rotary_interleaved": 1},
         {"local_window_size": 3},
+        {"local_window_size": 1},
+        {"local_window_size": 0},
+        {"local_window_size": 0, "smooth_softmax": 1},
         {"softcap": 2.0, "scale": 0.2},
         {"smooth_softmax": 1},
         {"causal": 0},
@@ -244,6 +330,13 @@ def grouped(new: int, past: int, batch: int, **attributes: Any) -> dict[str, Any
 def test_grouped_attention(attributes: Any, new: int, past: int, batch: int) -> None:
     given = grouped(new, past, batch, **attributes)
     check("GroupQueryAttention", given, outputs=3, num_heads=4, kv_num_heads=2, **attributes)
+
+
+def test_grouped_attention_that_sees_no_key() -> None:
+    given = grouped(5, 0, 2) | dict.fromkeys(("cos", "sin", "position_ids"))
+    bias = np.zeros((1, 1, 5, 5), np.float32)
+    bias[:, :, 3] = -np.inf
+    check("GroupQueryAttention", given | {"bias": bias}, outputs=3, num_heads=4, kv_num_heads=2)
 
 
 def test_grouped_attention_of_sequences_of_other_lengths() -> None:

@@ -127,6 +127,26 @@ def test_straight_through_keeps_the_types_of_outputs() -> None:
     assert gradient.tolist() == [[1, 1, 1, 1]]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "nodes"),
+    [
+        ("uint8", 'r = BitShift <direction = "LEFT"> (q, two)'),
+        ("uint16", 'r = BitShift <direction = "RIGHT"> (q, two)'),
+        ("int8", "r = BitwiseAnd(q, two)"),
+        ("int8", "m = BitwiseNot(q) k = BitwiseXor(m, two) r = BitwiseOr(k, q)"),
+        ("int8", "r = Div(q, two)"),
+    ],
+)
+def test_straight_through_leaves_operators_on_bits_their_integers(dtype: str, nodes: str) -> None:
+    text = f"""g (float[n, 4] x) => ({dtype}[n, 4] r) <float s = {{0.1}}, {dtype} two = {{2}},
+        {dtype} z = {{100}}> {{ q = QuantizeLinear(x, s, z) {nodes} }}"""
+    plain, through = (
+        lwc.to_fx(module_of(text, opset=21), straight_through=chosen) for chosen in (False, True)
+    )
+    x = torch.tensor([[0.12, -33.3, 5.0, -50.0]])
+    assert torch.equal(plain(x), through(x))
+
+
 def test_straight_through_dynamic_quantization() -> None:
     text = """g (float[n, 4] x, int8[4, 2] w) => (float[n, 2] y) {
         q, s, z = DynamicQuantizeLinear(x) p = MatMulInteger(q, w, z) f = Cast<to = 1>(p)

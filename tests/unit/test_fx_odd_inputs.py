@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("torch")
 
 from fx_agreement import assert_agrees, one_node, run_fx
-from support import module_of
+from support import module_of, run_plain
 
 from lwc.backends.fx.convert import to_fx
 from lwc.core.errors import LwcError
@@ -67,6 +67,44 @@ def test_unsigned_integers(op: str, inputs: Any, opset: int, dtype: Any) -> None
     (found,) = run_fx(module, feed)
     wanted = {"Clip": [4, 50, 60], "Abs": [1, 50, 90], "Sign": [0, 1, 1]}[op]
     assert (found.dtype, found.tolist()) == (dtype, wanted)
+
+
+REVERSED = {"s": [4], "e": [-9], "a": [0], "t": [-1]}
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.uint64])
+@pytest.mark.parametrize(
+    ("op", "given", "attributes"),
+    [
+        *(
+            (
+                op,
+                {"i": [[1], [-1]] if op == "ScatterND" else [1, -1], "u": [3, 6]},
+                {"reduction": r},
+            )
+            for op in ("ScatterND", "ScatterElements")
+            for r in ("none", "add", "mul", "max", "min")
+        ),
+        ("GatherElements", {"i": [1, -2]}, {}),
+        ("Compress", {"c": [True, False, True, True]}, {}),
+        ("Slice", REVERSED, {}),
+    ],
+)
+def test_choices_from_unsigned_integers(op: str, given: Any, attributes: Any, dtype: Any) -> None:
+    places = {
+        name: np.array(value, dtype if name == "u" else None) for name, value in given.items()
+    }
+    module, feed = one_node(op, {"x": np.arange(6, dtype=dtype) + 200, **places}, **attributes)
+    assert_agrees(module, feed)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.uint64])
+def test_sequences_and_caches_of_unsigned_integers(dtype: Any) -> None:
+    x = np.arange(6, dtype=dtype)
+    lengths = np.array([2, 3])
+    assert_agrees(*one_node("ReverseSequence", {"x": x.reshape(3, 2), "lengths": lengths}))
+    given = {"past": x.reshape(1, 6, 1), "update": x[4:].reshape(1, 2, 1)}
+    assert_agrees(*one_node("TensorScatter", given, opset=24, axis=1))
 
 
 def test_a_sum_of_nothing_before_each() -> None:
@@ -187,3 +225,44 @@ def test_attention_by_a_negative_scale(scale: float) -> None:
     shares = np.exp(scale * q @ k.transpose(0, 1, 3, 2))
     wanted = shares / shares.sum(-1, keepdims=True) @ v
     np.testing.assert_allclose(run_fx(module, feed)[0], wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "x", [X * 0, X[:0], X[:, :0], X, -X], ids=["0", "rows", "columns", "+", "-"]
+)
+def test_dynamic_quantization_of_nothing_and_of_zeros(x: Any) -> None:
+    assert_agrees(*one_node("DynamicQuantizeLinear", {"x": x}, outputs=3))
+
+
+@pytest.mark.parametrize("op", ["ReduceMean", "ReduceLogSum", "ReduceLogSumExp", "ReduceL2"])
+@pytest.mark.parametrize("dtype", [np.float32, np.int32, np.int64])
+@pytest.mark.parametrize("keepdims", [0, 1])
+def test_reductions_of_integers_and_of_nothing(op: str, dtype: Any, keepdims: int) -> None:
+    rows = np.array([[5, 4, 4, 4, 4, 4], [3, 3, 3, 3, 3, 3], [2**30, 2**30, 0, 0, 1, 1]], dtype)
+    axes = {"a": np.array([1])}
+    for x in (rows, rows[:, :0], np.tile(rows[:, :0], (7, 1))):
+        module, feed = one_node(op, {"x": x, **axes}, constant=["a"], keepdims=keepdims)
+        assert_agrees(module, feed)
+
+
+@pytest.mark.parametrize("mode", ["wrap", "edge", "constant", "reflect"])
+@pytest.mark.parametrize("pads", [[-1, 2], [2, -1], [-2, -1], [-3, 1], [0, -2], [1, -1]])
+def test_pads_that_take_away_do_so_first(mode: str, pads: list[int]) -> None:
+    x = np.arange(5, dtype=np.float32)
+    assert_agrees(*one_node("Pad", {"x": x, "pads": np.array(pads)}, mode=mode))
+
+
+@pytest.mark.parametrize("pads", [[-4, 2], [-3, 9], [7, -4]])
+def test_what_is_left_wraps_more_than_once(pads: list[int]) -> None:
+    x = np.arange(5, dtype=np.float32)
+    assert_agrees(*one_node("Pad", {"x": x, "pads": np.array(pads)}, mode="wrap"))
+
+
+@pytest.mark.parametrize("mode", ["wrap", "edge", "reflect"])
+def test_nothing_left_to_repeat(mode: str) -> None:
+    given = {"x": np.arange(5, dtype=np.float32), "pads": np.array([-5, 2])}
+    module, feed = one_node("Pad", given, mode=mode)
+    with pytest.raises(Exception, match="zero effective input extent"):
+        run_plain(module, feed)
+    with pytest.raises(LwcError, match=f"axis 0 has nothing left to repeat by mode '{mode}'"):
+        run_fx(module, feed)

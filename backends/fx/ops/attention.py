@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from lwc.backends.fx.registry import op
+from lwc.core.errors import LwcError
 
 __all__ = ["as_heads", "as_rows", "bias_of", "opened", "softmax_or_zero", "unpacked"]
 
@@ -17,7 +18,7 @@ Tensor: TypeAlias = torch.Tensor
 
 def as_heads(x: Tensor, heads: int) -> Tensor:
     """Bring `[batch, length, heads * size]` to `[batch, heads, length, size]`."""
-    return x.reshape(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -136,6 +137,7 @@ def _attended(
     bias: Tensor | None,
     unidirectional: int,
     fill: float,
+    starts: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attend as ONNX Runtime's operators do, in which hidden keys get `fill` more.
 
@@ -152,7 +154,8 @@ def _attended(
         logits = logits + bias
     length, total = q.shape[2], k.shape[2]
     if mask is not None:
-        logits = logits + torch.where(opened(mask, total), 0.0, fill).to(logits.dtype)
+        open_ = opened(mask, q.shape[0], length, total, starts=starts)
+        logits = logits + torch.where(open_, 0.0, fill).to(logits.dtype)
     if unidirectional:
         queries = torch.arange(length).unsqueeze(-1)
         seen = (torch.arange(total) <= queries + past) | (queries == length - 1)
@@ -161,13 +164,39 @@ def _attended(
     return as_rows(torch.matmul(torch.softmax(logits, -1), v)), k, v, logits
 
 
-def opened(mask: Tensor, total: int) -> Tensor:
-    """Read a mask of any of ONNX Runtime's forms: `[batch, 1, queries or 1, total]`."""
-    if mask.dim() == 1:
-        return (torch.arange(total) < mask.reshape(-1, 1)).reshape(-1, 1, 1, total)
-    if mask.dim() == 2:
-        return (mask != 0).reshape(mask.shape[0], 1, 1, total)
-    return (mask != 0).reshape(mask.shape[0], 1, *mask.shape[-2:])
+def opened(mask: Tensor, batch: int, queries: int, total: int, *, starts: bool = True) -> Tensor:
+    """Read a mask of any form that ONNX Runtime's CPU takes: `[batch, 1, queries or 1, total]`.
+
+    Args:
+        mask: Numbers that open a key unless they are 0, `[batch, total]` or
+            `[batch, queries, total]`; or where the keys of each sequence end, `[batch]`, and behind
+            that where they start, `[2 * batch]`, or lengths added up, `[3 * batch + 2]`, which the
+            CPU does not read.
+        batch: Number of sequences.
+        queries: Number of queries.
+        total: Number of keys, those of the past included.
+        starts: Whether the form with starts is one.
+
+    Raises:
+        LwcError: It has another shape.
+    """
+    forms = {"[batch]": batch, "[2 * batch]": 2 * batch, "[3 * batch + 2]": 3 * batch + 2}
+    if not starts:
+        del forms["[2 * batch]"]
+    if mask.dim() == 1 and mask.shape[0] in forms.values():
+        place = torch.arange(total)
+        seen = place < mask[:batch].unsqueeze(-1)
+        if mask.shape[0] == 2 * batch:
+            seen = seen & (place >= mask[batch:].unsqueeze(-1))
+        return seen.reshape(batch, 1, 1, total)
+    if list(mask.shape) == [batch, total]:
+        return (mask != 0).reshape(batch, 1, 1, total)
+    if list(mask.shape) == [batch, queries, total]:
+        return (mask != 0).unsqueeze(1)
+    raise LwcError(
+        f"the mask has shape {list(mask.shape)}; with a batch of {batch}, {queries} queries and "
+        f"{total} keys it may be {', '.join(forms)}, [batch, keys] or [batch, queries, keys]"
+    )
 
 
 @op("com.microsoft::MultiHeadAttention")
@@ -200,6 +229,7 @@ def multi_head_attention(
         bias=attention_bias,
         unidirectional=unidirectional,
         fill=mask_filter_value,
+        starts=False,
     )
     return found[:outputs] if outputs > 1 else found[0]
 
@@ -255,6 +285,7 @@ def packed_attention(
         bias=attention_bias,
         unidirectional=unidirectional,
         fill=mask_filter_value,
+        starts=True,
     )
     return (y, torch.stack([keys, values])) if outputs > 1 else y
 

@@ -54,10 +54,6 @@ direct(
     {
         "Abs": torch.abs,
         "Add": torch.add,
-        "BitwiseAnd": torch.bitwise_and,
-        "BitwiseNot": torch.bitwise_not,
-        "BitwiseOr": torch.bitwise_or,
-        "BitwiseXor": torch.bitwise_xor,
         "Equal": torch.eq,
         "Greater": torch.gt,
         "GreaterOrEqual": torch.ge,
@@ -67,6 +63,16 @@ direct(
         "Sub": torch.sub,
     },
     wide=True,
+)
+direct(
+    {
+        "BitwiseAnd": torch.bitwise_and,
+        "BitwiseNot": torch.bitwise_not,
+        "BitwiseOr": torch.bitwise_or,
+        "BitwiseXor": torch.bitwise_xor,
+    },
+    wide=True,
+    exact=True,
 )
 
 
@@ -94,7 +100,7 @@ def round_(x: Tensor, *, straight_through: bool = False) -> Tensor:
     return rounded(x, straight_through)
 
 
-@op("Div", wide=True)
+@op("Div", wide=True, exact=True)
 def div(a: Tensor, b: Tensor) -> Tensor:
     """Divide; integers toward zero."""
     return torch.div(a, b) if a.is_floating_point() else torch.div(a, b, rounding_mode="trunc")
@@ -153,7 +159,7 @@ def is_inf(x: Tensor, *, detect_negative: int = 1, detect_positive: int = 1) -> 
     return found | (x == math.inf) if detect_positive else found
 
 
-@op("BitShift", wide=True)
+@op("BitShift", wide=True, exact=True)
 def bit_shift(x: Tensor, by: Tensor, *, direction: Literal["LEFT", "RIGHT"]) -> Tensor:
     """Shift."""
     shift = torch.bitwise_left_shift if direction == "LEFT" else torch.bitwise_right_shift

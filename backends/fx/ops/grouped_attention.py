@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from lwc.backends.fx.ops.attention import as_heads, as_rows
+from lwc.backends.fx.ops.attention import as_heads, as_rows, softmax_or_zero
 from lwc.backends.fx.ops.rotary import rotated, rows_at
 from lwc.backends.fx.registry import op
 
@@ -110,9 +110,12 @@ def split_heads(
 
 
 def _shares(logits: Tensor, smooth: int, sink: Tensor | None) -> Tensor:
-    """Softmax, where `smooth` adds a logit of 0 that takes a share, or `sink` one for each head."""
+    """Softmax, where `smooth` adds a logit of 0 that takes a share, or `sink` one for each head.
+
+    A query that sees no key gets zeros.
+    """
     if sink is None and not smooth:
-        return torch.softmax(logits, -1)
+        return softmax_or_zero(logits)
     extra = logits.new_zeros((1, 1, 1, 1)) if sink is None else sink.reshape(1, -1, 1, 1)
     extra = extra.to(logits.dtype).expand(*logits.shape[:-1], 1)
     return torch.softmax(torch.cat([logits, extra], -1), -1)[..., :-1]
@@ -127,7 +130,7 @@ def written(past: Tensor | None, new: Tensor, places: Tensor, total: int) -> Ten
         missing = torch.sym_max(total - past.shape[2], 0)
         room = torch.cat([past, past.new_zeros((batch, heads, missing, size))], dim=2)
         before = torch.arange(room.shape[2]) < places[:, :1]
-        room = torch.where(before.reshape(batch, 1, -1, 1), room, torch.zeros_like(room))
+        room = torch.where(before[:, None, :, None], room, torch.zeros_like(room))
     index = places.reshape(batch, 1, length, 1).expand(new.shape)
     return torch.scatter(room, 2, index, new)
 

@@ -34,7 +34,7 @@ def _positive(indices: Tensor, extent: int) -> Tensor:
     return torch.where(wide < 0, wide + extent, wide)
 
 
-@op("GatherElements")
+@op("GatherElements", wide=True)
 def gather_elements(x: Tensor, indices: Tensor, *, axis: int = 0) -> Tensor:
     """Take single elements along an axis."""
     return torch.gather(x, axis, _positive(indices, x.shape[axis]))
@@ -55,7 +55,7 @@ def gather_nd(x: Tensor, indices: Tensor, *, batch_dims: int = 0) -> Tensor:
 _REDUCTIONS = {"add": "sum", "mul": "prod", "min": "amin", "max": "amax"}
 
 
-@op("ScatterElements Scatter")
+@op("ScatterElements Scatter", wide=True)
 def scatter_elements(
     x: Tensor, indices: Tensor, updates: Tensor, *, axis: int = 0, reduction: Reduction = "none"
 ) -> Tensor:
@@ -66,7 +66,7 @@ def scatter_elements(
     return torch.scatter_reduce(x, axis, wide, updates, _REDUCTIONS[reduction])
 
 
-@op("ScatterND")
+@op("ScatterND", wide=True)
 def scatter_nd(
     x: Tensor, indices: Tensor, updates: Tensor, *, reduction: Reduction = "none"
 ) -> Tensor:
@@ -84,7 +84,7 @@ def scatter_nd(
     return torch.scatter_reduce(flat, 0, view, rows, _REDUCTIONS[reduction]).reshape(x.shape)
 
 
-@op("TensorScatter")
+@op("TensorScatter", wide=True)
 def tensor_scatter(
     past: Tensor,
     update: Tensor,
@@ -105,13 +105,13 @@ def tensor_scatter(
     return torch.scatter(past, axis, places.reshape(view).expand(update.shape), update)
 
 
-@op("NonZero")
+@op("NonZero", wide=True)
 def non_zero(x: Tensor) -> Tensor:
     """Return the coordinates of what is not 0, one row for each axis."""
     return torch.nonzero(x if x.dim() else x.reshape(1)).T
 
 
-@op("Compress")
+@op("Compress", wide=True)
 def compress(x: Tensor, condition: Tensor, *, axis: int | None = None) -> Tensor:
     """Keep what a condition holds for."""
     if axis is None:
@@ -141,7 +141,7 @@ def unique(
     return rows.index_select(dim, first), first, inverse, counts
 
 
-@op("ReverseSequence")
+@op("ReverseSequence", wide=True)
 def reverse_sequence(
     x: Tensor, lengths: Tensor, *, batch_axis: int = 1, time_axis: int = 0
 ) -> Tensor:

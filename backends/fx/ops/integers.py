@@ -1,10 +1,13 @@
 """Arithmetic of extents, on Python integers: a scalar is an int, a vector a list of them.
 
-Under torch.export the integers are symbols, and extents stay what they are in the graph.
+Numbers that the type of a result cannot hold wrap, as those of tensors do; `bits` is its width.
+Under torch.export the integers are symbols, and extents stay what they are in the graph: a symbol
+is taken to fit.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -51,6 +54,19 @@ def _each(function: Callable[..., Any], *values: Ints) -> Ints:
     return [function(*items) for items in zip(*rows, strict=True)]
 
 
+def _wrapped(value: Any, bits: int) -> Any:
+    """Return what an integer of so many bits holds of a number."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        return value
+    half = 1 << (bits - 1)
+    return (value + half) % (2 * half) - half
+
+
+def _computed(function: Callable[..., Any], *values: Ints, bits: int) -> Ints:
+    """Apply a function of scalars, and wrap; see `_each`."""
+    return _each(lambda *items: _wrapped(function(*items), bits), *values)
+
+
 @host("Shape", tensors=(0,))
 def shape(x: Tensor | Ints, *, start: int = 0, end: int | None = None) -> Ints:
     """Return extents, also of integers."""
@@ -69,27 +85,27 @@ def size(x: Tensor | Ints) -> Ints:
 
 
 @host("Add")
-def add(a: Ints, b: Ints) -> Ints:
+def add(a: Ints, b: Ints, *, bits: int = 64) -> Ints:
     """Add."""
-    return _each(lambda p, q: p + q, a, b)
+    return _computed(lambda p, q: p + q, a, b, bits=bits)
 
 
 @host("Sub")
-def sub(a: Ints, b: Ints) -> Ints:
+def sub(a: Ints, b: Ints, *, bits: int = 64) -> Ints:
     """Subtract."""
-    return _each(lambda p, q: p - q, a, b)
+    return _computed(lambda p, q: p - q, a, b, bits=bits)
 
 
 @host("Mul")
-def mul(a: Ints, b: Ints) -> Ints:
+def mul(a: Ints, b: Ints, *, bits: int = 64) -> Ints:
     """Multiply."""
-    return _each(lambda p, q: p * q, a, b)
+    return _computed(lambda p, q: p * q, a, b, bits=bits)
 
 
 @host("Div")
-def div(a: Ints, b: Ints) -> Ints:
+def div(a: Ints, b: Ints, *, bits: int = 64) -> Ints:
     """Divide toward zero."""
-    return _each(_quotient, a, b)
+    return _computed(_quotient, a, b, bits=bits)
 
 
 def _quotient(a: Any, b: Any) -> Any:
@@ -102,25 +118,25 @@ def _quotient(a: Any, b: Any) -> Any:
 @host("Mod")
 def mod(a: Ints, b: Ints, *, fmod: int = 0) -> Ints:
     """Take the remainder, with the sign of the divisor unless `fmod`."""
-    return _each(lambda p, q: int(math.fmod(p, q)) if fmod else p % q, a, b)
+    return _each(lambda p, q: p - q * _quotient(p, q) if fmod else p % q, a, b)
 
 
 @host("Neg")
-def neg(x: Ints) -> Ints:
+def neg(x: Ints, *, bits: int = 64) -> Ints:
     """Negate."""
-    return _each(lambda p: -p, x)
+    return _computed(lambda p: -p, x, bits=bits)
 
 
 @host("Max")
 def maximum(*values: Ints) -> Ints:
     """Return the greatest."""
-    return _each(lambda *p: p[0] if len(p) == 1 else torch.sym_max(*p), *values)
+    return _each(lambda *p: functools.reduce(torch.sym_max, p), *values)
 
 
 @host("Min")
 def minimum(*values: Ints) -> Ints:
     """Return the least."""
-    return _each(lambda *p: p[0] if len(p) == 1 else torch.sym_min(*p), *values)
+    return _each(lambda *p: functools.reduce(torch.sym_min, p), *values)
 
 
 @host("Equal")
@@ -160,9 +176,9 @@ def identity(x: Ints) -> Ints:
 
 
 @host("Cast")
-def cast(x: Ints, *, to: int, saturate: int = 1, round_mode: str = "up") -> Ints:
+def cast(x: Ints, *, to: int, saturate: int = 1, round_mode: str = "up", bits: int = 64) -> Ints:
     """Turn into integers, or into truth values."""
-    return _each(bool, x) if to == 9 else _each(lambda p: p, x)
+    return _each(bool, x) if to == 9 else _computed(lambda p: p, x, bits=bits)
 
 
 @host("Gather")
@@ -213,18 +229,28 @@ def _only(x: Ints) -> Ints:
 
 @host("ReduceProd")
 def reduce_prod(
-    x: Ints, axes: Ints = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
+    x: Ints,
+    axes: Ints = None,
+    *,
+    keepdims: int = 1,
+    noop_with_empty_axes: int = 0,
+    bits: int = 64,
 ) -> Ints:
     """Multiply the elements of a vector."""
-    return _reduced(math.prod, x, axes, keepdims, noop_with_empty_axes)
+    return _reduced(lambda v: _wrapped(math.prod(v), bits), x, axes, keepdims, noop_with_empty_axes)
 
 
 @host("ReduceSum")
 def reduce_sum(
-    x: Ints, axes: Ints = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
+    x: Ints,
+    axes: Ints = None,
+    *,
+    keepdims: int = 1,
+    noop_with_empty_axes: int = 0,
+    bits: int = 64,
 ) -> Ints:
     """Add the elements of a vector."""
-    return _reduced(sum, x, axes, keepdims, noop_with_empty_axes)
+    return _reduced(lambda v: _wrapped(sum(v), bits), x, axes, keepdims, noop_with_empty_axes)
 
 
 def _reduced(function: Callable[..., Any], x: Ints, axes: Ints, keep: int, noop: int) -> Ints:

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import torch
 
 from lwc.backends.fx.registry import Use, op
+from lwc.core.errors import LwcError
 from lwc.core.torch_types import held_as
 
 __all__ = ["sliced"]
@@ -114,7 +115,7 @@ def _bounded(value: Any, low: Any, high: Any) -> Any:
     return torch.sym_max(torch.sym_min(value, high), low)
 
 
-@op("Slice", values=(1, 2, 3, 4))
+@op("Slice", values=(1, 2, 3, 4), wide=True)
 def slice_(
     x: Tensor,
     starts: Sequence[int],
@@ -146,7 +147,7 @@ def tile(x: Tensor, repeats: Sequence[int]) -> Tensor:
     return x.repeat(list(repeats))
 
 
-@op("Pad", values=(1, 3), since=11)
+@op("Pad", values=(1, 3), since=11, wide=True)
 def pad(
     x: Tensor,
     pads: Sequence[int],
@@ -176,14 +177,24 @@ def _filled(x: Tensor, axis: int, before: int, after: int, value: Any) -> Tensor
         dims[axis] = torch.sym_max(count, 0)
         piece = torch.zeros(dims, dtype=x.dtype, device=x.device)
         pieces.append(piece if isinstance(value, int) else value.reshape(()).expand(dims))
+    return torch.cat([pieces[0], _cropped(x, axis, before, after), pieces[1]], dim=axis)
+
+
+def _cropped(x: Tensor, axis: int, before: int, after: int) -> Tensor:
+    """Take away what negative numbers ask for."""
     first, last = torch.sym_max(-before, 0), torch.sym_max(-after, 0)
-    kept = x.narrow(axis, first, x.shape[axis] - first - last)
-    return torch.cat([pieces[0], kept, pieces[1]], dim=axis)
+    return x.narrow(axis, first, x.shape[axis] - first - last)
 
 
 def _mirrored(x: Tensor, axis: int, before: int, after: int, mode: str) -> Tensor:
+    """Repeat what is left after cropping."""
+    x = _cropped(x, axis, before, after)
     extent = x.shape[axis]
-    places = torch.arange(-before, extent + after, device=x.device)
+    places = torch.arange(
+        -torch.sym_max(before, 0), extent + torch.sym_max(after, 0), device=x.device
+    )
+    if isinstance(extent, int) and extent == 0 and places.numel():
+        raise LwcError(f"Pad: axis {axis} has nothing left to repeat by mode '{mode}'")
     if mode == "edge":
         places = places.clamp(0, extent - 1)
     elif mode == "wrap":
@@ -217,7 +228,7 @@ def space_to_depth(x: Tensor, *, blocksize: int, mode: Literal["DCR", "CRD"] = "
     return x.permute(order).reshape(batch, channels * size**2, height // size, width // size)
 
 
-@op("Trilu", values=(1,))
+@op("Trilu", values=(1,), wide=True)
 def trilu(x: Tensor, k: int | Sequence[int] = 0, *, upper: int = 1) -> Tensor:
     """Keep a triangle."""
     diagonal = k if isinstance(k, int) else k[0]

@@ -8,7 +8,9 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 
+from lwc.backends.fx.ops.rotary import rows_at
 from lwc.backends.fx.registry import op
+from lwc.core.errors import LwcError
 
 __all__: list[str] = []
 
@@ -131,11 +133,19 @@ def embed_layer_normalization(
     mask_index_type: int = 0,
     outputs: int = 1,
 ) -> Any:
-    """LayerNormalization of the sum of embeddings."""
-    places = torch.arange(tokens.shape[1]) if positions is None else positions
-    total = word[tokens.to(torch.int64)] + position[places.to(torch.int64)]
+    """LayerNormalization of the sum of embeddings.
+
+    Raises:
+        LwcError: A token, position or segment is no row of its table, or positions are not those of
+            one sequence or of all.
+    """
+    length = tokens.shape[1]
+    places = torch.arange(length) if positions is None else positions
+    if positions is not None and list(places.shape) not in ([1, length], list(tokens.shape)):
+        raise LwcError(f"position_ids has shape {list(places.shape)}, not {list(tokens.shape)}")
+    total = rows_at(word, tokens, "tokens") + rows_at(position, places)
     if segment is not None and segments is not None:
-        total = total + segment[segments.to(torch.int64)]
+        total = total + rows_at(segment, segments, "segments")
     y = F.layer_norm(total, total.shape[-1:], gamma, beta, epsilon)
     if outputs == 1:
         return y

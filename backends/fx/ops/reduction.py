@@ -26,6 +26,11 @@ def _idle(axes: Axes, noop: int) -> bool:
     return bool(noop) and (axes is None or axes == [])
 
 
+def _is_empty(x: Tensor, axes: list[int]) -> bool:
+    """Tell whether nothing is reduced, as far as extents are numbers."""
+    return any(isinstance(x.shape[axis], int) and x.shape[axis] == 0 for axis in axes)
+
+
 @op("ReduceSum", values=(1,), wide=True)
 def reduce_sum(
     x: Tensor, axes: Axes = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
@@ -40,12 +45,14 @@ def reduce_sum(
 def reduce_mean(
     x: Tensor, axes: Axes = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
 ) -> Tensor:
-    """Average; integers toward zero."""
+    """Average; integers toward zero. Of nothing it is 0."""
     if _idle(axes, noop_with_empty_axes):
         return x
-    if x.is_floating_point():
-        return torch.mean(x, _axes(x, axes), keepdim=bool(keepdims))
     places = _axes(x, axes)
+    if _is_empty(x, places):
+        return torch.sum(x, places, keepdim=bool(keepdims), dtype=x.dtype)
+    if x.is_floating_point():
+        return torch.mean(x, places, keepdim=bool(keepdims))
     total = torch.sum(x, places, keepdim=bool(keepdims))
     count = math.prod(x.shape[axis] for axis in places)
     return torch.div(total, count, rounding_mode="trunc").to(x.dtype)
@@ -72,7 +79,7 @@ def reduce_min(
 
 
 def _extreme(reduce: Any, x: Tensor, axes: list[int], keep: bool, *, lowest: bool) -> Tensor:
-    if not any(isinstance(x.shape[axis], int) and x.shape[axis] == 0 for axis in axes):
+    if not _is_empty(x, axes):
         return reduce(x, axes, keepdim=keep)
     if x.is_floating_point():
         bound: Any = -math.inf if lowest else math.inf
@@ -136,20 +143,30 @@ def reduce_sum_square(
 def reduce_log_sum(
     x: Tensor, axes: Axes = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
 ) -> Tensor:
-    """Return the logarithm of the sum."""
-    if _idle(axes, noop_with_empty_axes):
-        return x.log()
-    return torch.sum(x, _axes(x, axes), keepdim=bool(keepdims)).log()
+    """Return the logarithm of the sum; that of integers is cut toward zero."""
+    total = x if x.is_floating_point() else x.to(torch.float64)
+    if not _idle(axes, noop_with_empty_axes):
+        total = torch.sum(total, _axes(x, axes), keepdim=bool(keepdims))
+    return total.log().to(x.dtype)
 
 
 @op("ReduceLogSumExp", values=(1,))
 def reduce_log_sum_exp(
     x: Tensor, axes: Axes = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
 ) -> Tensor:
-    """Return the logarithm of the sum of exponentials."""
+    """Return the logarithm of the sum of exponentials.
+
+    ONNX Runtime takes exponentials of integers less the greatest as integers: 1 for that, else 0.
+    """
     if _idle(axes, noop_with_empty_axes):
         return x
-    return torch.logsumexp(x, _axes(x, axes), keepdim=bool(keepdims))
+    places = _axes(x, axes)
+    if x.is_floating_point():
+        return torch.logsumexp(x, places, keepdim=bool(keepdims))
+    top = _extreme(torch.amax, x, places, True, lowest=True)
+    count = torch.sum(x == top, places, keepdim=True, dtype=torch.float64)
+    y = (top + count.log()).to(x.dtype)
+    return y if keepdims else torch.sum(y, places, dtype=y.dtype)
 
 
 @op("ArgMax", wide=True)
@@ -212,13 +229,13 @@ def log_softmax_of_rows(x: Tensor, *, axis: int = 1) -> Tensor:
     return _softmax_of_rows(x, axis, torch.log_softmax)
 
 
-@op("CumSum", values=(1,))
+@op("CumSum", values=(1,), wide=True)
 def cum_sum(x: Tensor, axis: Any, *, exclusive: int = 0, reverse: int = 0) -> Tensor:
     """Add up along an axis."""
     return _scan(torch.cumsum, x, axis, exclusive, reverse, 0)
 
 
-@op("CumProd", values=(1,))
+@op("CumProd", values=(1,), wide=True)
 def cum_prod(x: Tensor, axis: Any, *, exclusive: int = 0, reverse: int = 0) -> Tensor:
     """Multiply along an axis."""
     return _scan(torch.cumprod, x, axis, exclusive, reverse, 1)

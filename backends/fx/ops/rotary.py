@@ -69,8 +69,13 @@ def check_fit(
             raise LwcError(f"{name} has shape {list(given.shape)}, not {shape}")
 
 
-def check_places(places: Tensor, rows: int) -> None:
+def check_places(places: Tensor, rows: int, what: str = "positions") -> None:
     """Check that positions are rows of tables, by their content.
+
+    Args:
+        places: The positions.
+        rows: How many rows there are.
+        what: What messages call the positions.
 
     Raises:
         LwcError: One is not.
@@ -80,12 +85,17 @@ def check_places(places: Tensor, rows: int) -> None:
     low, high = (int(end) for end in places.aminmax())
     if low < 0 or high >= rows:
         raise LwcError(
-            f"positions are from {low} to {high}, and tables of {rows} rows have 0 to {rows - 1}"
+            f"{what} are from {low} to {high}, and tables of {rows} rows have 0 to {rows - 1}"
         )
 
 
-def rows_at(table: Tensor, places: Tensor) -> Tensor:
+def rows_at(table: Tensor, places: Tensor, what: str = "positions") -> Tensor:
     """Return rows of a table. An index would take negative places as counted from the end.
+
+    Args:
+        table: `[rows, columns]`.
+        places: Numbers of rows.
+        what: What messages call them.
 
     Raises:
         LwcError: A place is no row, and the table lies on the CPU; a GPU stops the program.
@@ -94,7 +104,7 @@ def rows_at(table: Tensor, places: Tensor) -> Tensor:
     try:
         return torch.nn.functional.embedding(places, table)
     except IndexError:
-        check_places(places, table.shape[0])
+        check_places(places, table.shape[0], what)
         raise
 
 

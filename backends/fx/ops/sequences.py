@@ -8,11 +8,13 @@ from typing import Any, TypeAlias
 import torch
 
 from lwc.backends.fx.registry import op
+from lwc.core.errors import LwcError
 
 __all__: list[str] = []
 
 Tensor: TypeAlias = torch.Tensor
 Graph: TypeAlias = torch.fx.GraphModule
+Position: TypeAlias = Tensor | list[int] | int
 
 
 @op("SequenceConstruct")
@@ -33,27 +35,46 @@ def sequence_length(values: Sequence[Tensor]) -> Tensor:
     return torch.tensor(len(values), dtype=torch.int64)
 
 
+def _place(position: Position, count: int, *, end: bool = False) -> int:
+    """Return a place of a sequence; of several numbers the first, as ONNX Runtime reads them.
+
+    Args:
+        position: The place, counted from the end if negative.
+        count: Length of the sequence.
+        end: Whether the place behind the last is one.
+
+    Raises:
+        LwcError: It is none.
+    """
+    if isinstance(position, torch.Tensor):
+        position = position.reshape(-1)[0]
+    place = int(position[0] if isinstance(position, list) else position)
+    if not -count <= place < count + end:
+        raise LwcError(f"a sequence of {count} has no place {place}")
+    return place
+
+
 @op("SequenceAt", either=(1,))
-def sequence_at(values: Sequence[Tensor], position: Tensor | int) -> Tensor:
+def sequence_at(values: Sequence[Tensor], position: Position) -> Tensor:
     """Take one."""
-    return values[int(position)]
+    return values[_place(position, len(values))]
 
 
 @op("SequenceInsert", either=(2,))
 def sequence_insert(
-    values: Sequence[Tensor], value: Tensor, position: Tensor | int | None = None
+    values: Sequence[Tensor], value: Tensor, position: Position | None = None
 ) -> list[Tensor]:
     """Put one in, at the end by default."""
     made = list(values)
-    made.insert(len(made) if position is None else int(position), value)
+    made.insert(len(made) if position is None else _place(position, len(made), end=True), value)
     return made
 
 
 @op("SequenceErase", either=(1,))
-def sequence_erase(values: Sequence[Tensor], position: Tensor | int | None = None) -> list[Tensor]:
+def sequence_erase(values: Sequence[Tensor], position: Position | None = None) -> list[Tensor]:
     """Take one out, the last by default."""
     made = list(values)
-    made.pop(-1 if position is None else int(position))
+    made.pop(-1 if position is None else _place(position, len(made)))
     return made
 
 
@@ -61,11 +82,15 @@ def sequence_erase(values: Sequence[Tensor], position: Tensor | int | None = Non
 def split_to_sequence(
     x: Tensor, split: Any = None, *, axis: int = 0, keepdims: int = 1
 ) -> list[Tensor]:
-    """Cut along an axis, into single slices by default."""
-    if split is None:
-        parts = torch.split(x, 1, dim=axis)
-        return [part if keepdims else part.squeeze(axis) for part in parts]
-    return list(torch.split(x, split, dim=axis))
+    """Cut along an axis, into single slices by default.
+
+    Slices lose the axis without `keepdims`, as in ONNX Runtime also where 1 is asked for.
+    """
+    if not isinstance(split, list) and x.shape[axis] == 0:
+        return []
+    parts = torch.split(x, 1 if split is None else split, dim=axis)
+    drops = not keepdims and split in (None, 1)
+    return [part.squeeze(axis) if drops else part for part in parts]
 
 
 @op("ConcatFromSequence")
@@ -80,13 +105,14 @@ def sequence_map(
     *others: Sequence[Tensor] | Tensor,
     body: Graph,
     captured: Sequence[Any] = (),
+    outputs: int = 1,
 ) -> tuple[list[Tensor], ...]:
     """Run a graph on each element."""
     rows = []
     for index, value in enumerate(values):
         beside = [each[index] if isinstance(each, list | tuple) else each for each in others]
         rows.append(body(*captured, value, *beside))
-    return tuple(list(each) for each in zip(*rows, strict=True))
+    return tuple([row[index] for row in rows] for index in range(outputs))
 
 
 @op("Optional", ignored="type")

@@ -29,7 +29,7 @@ def activate(x, FUNCTION: tl.constexpr):
         z = 0.7978845608028654 * (x + 0.044715 * x * x * x)
         y = x * (1.0 - 1.0 / (1.0 + tl.exp(2.0 * z)))
     else:
-        y = tl.maximum(x, 0.0)
+        y = tl.where(x < 0.0, 0.0, x)  # a maximum would drop NaN
     return y
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import sympy
 
 from lwc.analysis.shape_rules.registry import (
     Fact,
@@ -149,13 +151,30 @@ def object_array(content: Any) -> SymbolicArray:
 
 
 def in_range(array: SymbolicArray, dtype: ir.DataType) -> bool:
-    """Tell whether no number of `array` overflows `dtype`; expressions are taken to fit."""
+    """Tell whether no number of `array` overflows `dtype`.
+
+    Expressions of extents are taken to fit unless they contain a number that leaves an extent
+    less than 16 bits.
+    """
     if dtype == ir.DataType.BOOL:
         return True
     limits = np.iinfo(dtype.numpy())
+    most = 1 << max(limits.bits - 16, 0)
     return all(
-        limits.min <= element <= limits.max for element in array.flat if isinstance(element, int)
+        limits.min <= element <= limits.max if isinstance(element, int) else _fits(element, most)
+        for element in array.flat
     )
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _fits(element: Any, most: int) -> bool:
+    """Tell whether the numbers in an expression are at most `most`; of bounds, one must be."""
+    if isinstance(element, float):
+        return True
+    if element.is_Rational:
+        return bool(abs(element.p) <= most)
+    judge = any if isinstance(element, sympy.Min | sympy.Max) else all
+    return judge(_fits(part, most) for part in element.args)
 
 
 def _binary_content(
@@ -390,12 +409,14 @@ def _cast(site: Site) -> Outcome:
     dtype = site.dtype(1) if like else ir.DataType(site.attribute("to"))
     known = None
     if site.known(0) is not None and dtype is not None and site.node.op_type != "BitCast":
-        known = _cast_content(site.known(0), dtype)
+        known = _cast_content(site.known(0), dtype, site)
     return Fact(dtype, site.shape(0), known)
 
 
-def _cast_content(known: SymbolicArray | None, dtype: ir.DataType) -> SymbolicArray | None:
-    """Convert content between types; expressions are taken to fit 32 bits."""
+def _cast_content(
+    known: SymbolicArray | None, dtype: ir.DataType, site: Site
+) -> SymbolicArray | None:
+    """Convert content between types; see `in_range` for what is taken to fit 32 bits."""
     if known is None or not trackable(dtype, known.size):
         return None
     if known.size and dtype == ir.DataType.FLOAT16:
@@ -403,12 +424,22 @@ def _cast_content(known: SymbolicArray | None, dtype: ir.DataType) -> SymbolicAr
     result = np.empty(known.shape, dtype=object)
     for index, element in np.ndenumerate(known):
         converted = _cast_element(element, dtype)
+        if _may_be_cut(converted, site.dtype(0), dtype):
+            converted = site.anything()
         if converted is None:
             return None
         result[index] = converted
     if is_integer_type(dtype) and not in_range(result, dtype):
         return None
     return result
+
+
+def _may_be_cut(element: Any, source: ir.DataType | None, dtype: ir.DataType) -> bool:
+    """Tell whether an element is no extent, but any number, which a narrow type may not hold."""
+    if source == dtype or not is_integer_type(dtype) or dtype.bitwidth == 64:
+        return False
+    symbols = getattr(element, "free_symbols", ())
+    return not all(symbol.is_nonnegative for symbol in symbols)
 
 
 def _cast_element(element: Any, dtype: ir.DataType) -> Any:

@@ -71,7 +71,8 @@ def _split(site: Site) -> Outcome:
         size = _piece(site.ints(1), site.shape(1), shape[axis])
         if size is None:
             return Fact(element=Fact(site.dtype(0)))
-        middle = (size,)
+        if site.shape(1) != () or size > 1:
+            middle = (size,)  # ONNX Runtime treats a scalar 1 as if it were not there
     return Fact(element=Fact(site.dtype(0), (*shape[:axis], *middle, *shape[axis + 1 :])))
 
 
