@@ -7,9 +7,12 @@ import pytest
 
 pytest.importorskip("torch")
 
+import torch
+import torch._dynamo.testing
 from fx_agreement import assert_agrees
 from support import module_of, ops, run_pass_to_the_end, run_plain
 
+from lwc.backends.fx.convert import to_fx
 from lwc.passes.cleanup.canonicalize import Canonicalize
 
 FEED = {"x": np.arange(15, dtype=np.float32).reshape(5, 3)}
@@ -68,6 +71,9 @@ def test_bounds_of_three(op: str) -> None:
         ("p = Mul(n, three)", False),
         ("p = Identity(n)", False),
         ("p = Min(n, most)", False),
+        ("p = Max(n, c)", True),
+        ("m = Neg(n) d = Neg(c) p = Min(m, d)", True),
+        ("m = Neg(n) d = Neg(c) p = Max(m, d)", False),
     ],
 )
 def test_canonicalize_drops_narrow_casts_of_what_fits(made: str, stays: bool) -> None:
@@ -78,3 +84,37 @@ def test_canonicalize_drops_narrow_casts_of_what_fits(made: str, stays: bool) ->
     run_pass_to_the_end(Canonicalize(), module)
     assert ("Cast" in ops(module)) == stays
     np.testing.assert_array_equal(run_plain(module, FEED)[0], plain[0])
+
+
+@pytest.mark.parametrize(("made", "stays"), [("p = Neg(n)", True), ("p = Add(n, n)", False)])
+def test_negative_numbers_do_not_fit_a_type_without_them(made: str, stays: bool) -> None:
+    text = f"""g (float[a, b] x) => (int64[2] y)
+        {{ n = Shape(x) {made} k = Cast<to=12>(p) y = Cast<to=7>(k) }}"""
+    module, plain = module_of(text), run_plain(module_of(text), FEED)
+    run_pass_to_the_end(Canonicalize(), module)
+    assert ("Cast" in ops(module)) == stays
+    np.testing.assert_array_equal(run_plain(module, FEED)[0], plain[0])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "a = Add(l, one) r = Range(zero, a, one) y = Cast<to=1>(r)",
+        "a = Add(l, one) q = Div(a, two) r = Range(zero, q, one) y = Cast<to=1>(r)",
+        "a = Mul(l, two) q = Div(a, two) r = Range(zero, q, one) y = Cast<to=1>(r)",
+    ],
+    ids=["add", "divide", "multiply"],
+)
+def test_extents_are_compiled_once_for_all(body: str) -> None:
+    module = module_of(
+        f"""g (float[a, b] x) => (float[k] y) <int64 zero = {{0}}, int64 one = {{1}},
+            int64 two = {{2}}, int64[1] axes = {{0}}>
+            {{ n = Shape<start = 1, end = 2>(x) l = Squeeze(n, axes) {body} }}"""
+    )
+    lowered = to_fx(module)
+    counted = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lowered, backend=counted, fullgraph=True, dynamic=True)
+    for extent in (5, 8, 11):
+        x = torch.zeros(2, extent)
+        torch.testing.assert_close(compiled(x), lowered(x))
+    assert counted.frame_count == 1

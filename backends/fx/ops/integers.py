@@ -59,6 +59,8 @@ def _wrapped(value: Any, bits: int) -> Any:
     if not isinstance(value, int) or isinstance(value, bool):
         return value
     half = 1 << (bits - 1)
+    if -half <= value < half:  # torch.compile, where symbols are integers too, keeps them so
+        return value
     return (value + half) % (2 * half) - half
 
 

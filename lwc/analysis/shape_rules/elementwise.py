@@ -154,27 +154,32 @@ def in_range(array: SymbolicArray, dtype: ir.DataType) -> bool:
     """Tell whether no number of `array` overflows `dtype`.
 
     Expressions of extents are taken to fit unless they contain a number that leaves an extent
-    less than 16 bits.
+    less than 16 bits, or the type has no negative numbers and they may be negative.
     """
     if dtype == ir.DataType.BOOL:
         return True
     limits = np.iinfo(dtype.numpy())
     most = 1 << max(limits.bits - 16, 0)
     return all(
-        limits.min <= element <= limits.max if isinstance(element, int) else _fits(element, most)
+        limits.min <= element <= limits.max
+        if isinstance(element, int)
+        else _fits(element, most) and (limits.min < 0 or at_least(element, 0))
         for element in array.flat
     )
 
 
 @functools.lru_cache(maxsize=1 << 14)
 def _fits(element: Any, most: int) -> bool:
-    """Tell whether the numbers in an expression are at most `most`; of bounds, one must be."""
+    """Tell whether the numbers in an expression are at most `most`, but for bounds it is within."""
     if isinstance(element, float):
         return True
     if element.is_Rational:
         return bool(abs(element.p) <= most)
-    judge = any if isinstance(element, sympy.Min | sympy.Max) else all
-    return judge(_fits(part, most) for part in element.args)
+    parts = element.args
+    if isinstance(element, sympy.Min | sympy.Max):
+        side = 1 if isinstance(element, sympy.Min) else -1
+        parts = [part for part in parts if not (part.is_Rational and side * part > 0)]
+    return all(_fits(part, most) for part in parts)
 
 
 def _binary_content(
