@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import mmap
 import os
 import stat
@@ -15,6 +14,7 @@ import onnx.parser
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+from lwc.core.collector import without_collections
 from lwc.core.diagnostics import Remark, RemarkLog, describe
 from lwc.core.dims import is_anonymous
 from lwc.core.errors import InputError
@@ -207,17 +207,13 @@ def _drop_default_inputs(proto: onnx.ModelProto) -> None:
 
 
 def _deserialize(proto: onnx.ModelProto, file: str | None) -> ir.Model:
-    collecting = gc.isenabled()
-    gc.disable()  # The graph is one big live structure: walking it over and over frees nothing.
     try:
-        return ir.serde.deserialize_model(proto)
+        with without_collections():
+            return ir.serde.deserialize_model(proto)
     except (ir.serde.SerdeError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise InputError(
             f"cannot be read: {_root_cause(error)}", file=file, remedy="export the model again"
         ) from error
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def _note(remarks: RemarkLog, message: str, kind: str = "note") -> None:

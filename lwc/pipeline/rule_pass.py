@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import ClassVar, TypeAlias
 
+from lwc.core.collector import without_collections
 from lwc.core.errors import PassError
 from lwc.core.module import Module
 from lwc.core.text import kebab_case
 from lwc.pipeline.passes import Pass, PassContext, PassResult
-from lwc.rewrite import Rewriting, Rule, RuleSet, remove_unused, rewrite, without_collections
+from lwc.rewrite import Rewriting, Rule, RuleSet, remove_unused, rewrite
 from lwc.rewrite.patterns import PatternRule, pattern_rule
 
 __all__ = ["AnyRule", "RulePass"]

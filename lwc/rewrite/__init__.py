@@ -1,6 +1,6 @@
 """Rewriting: rules, the editor they change graphs through, and the driver that applies them."""
 
-from lwc.rewrite.driver import Missed, Rewriting, rewrite, without_collections
+from lwc.rewrite.driver import Missed, Rewriting, rewrite
 from lwc.rewrite.editor import MIN_OPSET, Editor, attribute, producer_of, use_count
 from lwc.rewrite.limit import RewriteLimit, Step
 from lwc.rewrite.rules import ANY, EDITED, Edited, Miss, Outcome, Rule, RuleSet, first_line, rule
@@ -27,5 +27,4 @@ __all__ = [
     "rewrite",
     "rule",
     "use_count",
-    "without_collections",
 ]

@@ -6,10 +6,8 @@ visited again, so that the cost grows with the graph and the matches.
 
 from __future__ import annotations
 
-import gc
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -25,7 +23,7 @@ from lwc.rewrite.rules import Edited, Miss, Rule, RuleSet
 if TYPE_CHECKING:
     from lwc.analysis.shapes import Fact, Shapes
 
-__all__ = ["Missed", "Rewriting", "rewrite", "without_collections"]
+__all__ = ["Missed", "Rewriting", "rewrite"]
 
 _EDITS_PER_NODE = 64
 """A node edited this often in one run means that rules undo each other."""
@@ -111,22 +109,6 @@ def rewrite(
     run.result.applied = editor.applied
     run.result.missed = [each for each in run.missed.values() if each.node.graph is not None]
     return run.result
-
-
-@contextmanager
-def without_collections() -> Iterator[None]:
-    """Pause the cycle collector.
-
-    Rescanning a large graph again and again costs a quarter of the time of a rewrite, and more
-    than in proportion to its size.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class _Run:

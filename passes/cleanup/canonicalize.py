@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lwc.analysis.shapes import Shapes
+from lwc.core.collector import without_collections
 from lwc.core.errors import PassError
 from lwc.core.module import Module
 from lwc.passes.cleanup.canonical import (
@@ -28,7 +29,6 @@ from lwc.rewrite import (
     RuleSet,
     remove_unused,
     rewrite,
-    without_collections,
 )
 
 __all__ = ["Canonicalize", "canonicalize"]

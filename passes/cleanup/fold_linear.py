@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from lwc.core.collector import without_collections
 from lwc.core.module import Module
 from lwc.core.walk import constant_tensor
 from lwc.core.weights import reading
@@ -26,7 +27,6 @@ from lwc.rewrite import (
     producer_of,
     remove_unused,
     rewrite,
-    without_collections,
 )
 
 __all__ = ["FoldLinear", "fold_linear"]
