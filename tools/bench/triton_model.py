@@ -7,8 +7,9 @@ Each setting is emitted as `lwc-opt --emit` does, without compiled kernels; the 
 imported from its folder and runs a prompt in Triton's interpreter. The same module runs on ONNX
 Runtime. `largest` is the largest difference of a logit over the largest logit, `norm` that of all
 logits over their norm, `cosine` their cosine; `same` counts tokens whose best next token is the
-same. `fx` is the `norm` of the fx backend beside ONNX Runtime, which no kernel has a part in, and
-`alone` the largest of a product in a kernel that is given the activations that fx has there.
+same, of a prompt of random ids. `fx` is the `norm` of the fx backend beside ONNX Runtime, which no
+kernel has a part in, `fx same` what it counts, and `alone` the largest of a product in a kernel
+that is given the activations that fx has there.
 Seconds are the interpreter's and say nothing of a GPU.
 
 In float32 both compute the same function but for this: the W4A16 kernel has scales in float16, and
@@ -58,9 +59,7 @@ def optimized(module: lwc.Module, setting: str) -> lwc.Module:
     return lwc.optimize(module, SETTINGS[setting], grant="all", verify="none").module
 
 
-def measure(
-    module: lwc.Module, setting: str, tokens: int, plain: Any | None = None
-) -> dict[str, Any]:
+def measure(module: lwc.Module, setting: str, tokens: int, plain: Any) -> dict[str, Any]:
     """Emit an optimized module and compare what it computes, and what the fx backend does."""
     feed = make_feed(module, {"batch": 1, "sequence": tokens})
     with OnnxRuntimeBackend().compile(module, threads=1) as executable:
@@ -81,9 +80,10 @@ def measure(
         "setting": setting,
         "largest": float(np.abs(found - wanted).max() / np.abs(wanted).max()),
         "norm": _distance(found, wanted),
-        "fx": None if plain is None else _distance(plain, wanted),
+        "fx": _distance(plain, wanted),
         "cosine": float((found * wanted).sum() / np.linalg.norm(found) / np.linalg.norm(wanted)),
         "same": int((found.argmax(-1) == wanted.argmax(-1)).sum()),
+        "fx same": int((plain.argmax(-1) == wanted.argmax(-1)).sum()),
         "seconds": seconds,
         "in kernels": sum(n for (_, where, _), n in places.items() if where == "kernel"),
         "in torch": sum(n for (_, where, _), n in places.items() if where == "torch"),
@@ -153,7 +153,7 @@ def _print(console: Console, rows: list[dict[str, Any]], tokens: int) -> None:
     table = Table(title="logits beside ONNX Runtime", title_justify="left")
     for heading in (
         "setting", "in kernels", "in torch", "largest", "norm", "fx", "alone", "cosine", "same",
-        "s",
+        "fx same", "s",
     ):  # fmt: skip
         table.add_column(heading, justify="left" if heading == "setting" else "right")
     for row in rows:
@@ -167,6 +167,7 @@ def _print(console: Console, rows: list[dict[str, Any]], tokens: int) -> None:
             f"{row['alone']:.1e}",
             f"{row['cosine']:.7f}",
             f"{row['same']}/{tokens}",
+            f"{row['fx same']}/{tokens}",
             f"{row['seconds']:.0f}",
         )
     console.print(table)
