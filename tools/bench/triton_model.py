@@ -59,8 +59,9 @@ def optimized(module: lwc.Module, setting: str) -> lwc.Module:
     return lwc.optimize(module, SETTINGS[setting], grant="all", verify="none").module
 
 
-def measure(module: lwc.Module, setting: str, tokens: int, plain: Any) -> dict[str, Any]:
+def measure(module: lwc.Module, setting: str, tokens: int) -> dict[str, Any]:
     """Emit an optimized module and compare what it computes, and what the fx backend does."""
+    alone, plain = _beside_fx(module, tokens)
     feed = make_feed(module, {"batch": 1, "sequence": tokens})
     with OnnxRuntimeBackend().compile(module, threads=1) as executable:
         wanted = executable.run(feed)["logits"].reshape(tokens, -1).astype(float)
@@ -81,6 +82,7 @@ def measure(module: lwc.Module, setting: str, tokens: int, plain: Any) -> dict[s
         "largest": float(np.abs(found - wanted).max() / np.abs(wanted).max()),
         "norm": _distance(found, wanted),
         "fx": _distance(plain, wanted),
+        "alone": alone,
         "cosine": float((found * wanted).sum() / np.linalg.norm(found) / np.linalg.norm(wanted)),
         "same": int((found.argmax(-1) == wanted.argmax(-1)).sum()),
         "fx same": int((plain.argmax(-1) == wanted.argmax(-1)).sum()),
@@ -94,7 +96,7 @@ def measure(module: lwc.Module, setting: str, tokens: int, plain: Any) -> dict[s
     }
 
 
-def beside_fx(module: lwc.Module, tokens: int) -> tuple[float, Any]:
+def _beside_fx(module: lwc.Module, tokens: int) -> tuple[float, Any]:
     """Compare products one by one, given the activations that the fx backend has.
 
     Returns:
@@ -189,11 +191,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     module = lwc.load(open_source(model_path("smollm2"), layers=options.layers).gguf)
-    rows = []
-    for setting in options.settings:
-        made = optimized(module, setting)
-        alone, plain = beside_fx(made, options.tokens)
-        rows.append({**measure(made, setting, options.tokens, plain), "alone": alone})
+    rows = [
+        measure(optimized(module, setting), setting, options.tokens) for setting in options.settings
+    ]
     _print(Console(width=None if os.isatty(1) else 130), rows, options.tokens)
     if options.json:
         summary = {
