@@ -17,10 +17,11 @@ import torch
 
 from lwc.analysis.shapes import Shapes
 from lwc.backends.fx import ops
-from lwc.backends.fx.module import LoweredTracer, OnnxGraphModule
+from lwc.backends.fx.module import OnnxGraphModule
 from lwc.backends.fx.ops.control_flow import given
 from lwc.backends.fx.ops.integers import as_tensor, numbers
 from lwc.backends.fx.registry import HOST, Host, Lowering, Use, find
+from lwc.backends.fx.scope import Scope
 from lwc.backends.fx.weights import Weights, free_attribute, identifier
 from lwc.core.diagnostics import describe
 from lwc.core.errors import LwcError
@@ -35,9 +36,6 @@ _ = ops  # registers the operators
 
 _LITERAL = 64
 """Constants of up to this many numbers are written into the calls that want numbers."""
-
-_READ = frozenset({"torch", "inf", "nan", "getattr", "slice"})
-"""What FX may write into code besides names that it makes."""
 
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE})
 
@@ -80,39 +78,6 @@ def _without_functions(module: Module) -> Module:
     return twin
 
 
-class _Scope:
-    """One graph under construction: what stands for each of its values."""
-
-    def __init__(self, root: torch.nn.Module) -> None:
-        self.graph = torch.fx.Graph(tracer_cls=LoweredTracer)
-        self.root = root
-        self.tensors: dict[ir.Value, torch.fx.Node] = {}
-        self.integers: dict[ir.Value, torch.fx.Node] = {}
-        self.origin: dict[str, Any] | None = None
-
-    def call(self, target: Any, args: Sequence[Any], name: str, **kwargs: Any) -> torch.fx.Node:
-        """Add a call, which comes from the node at hand."""
-        node = self.graph.create_node(
-            "call_function", target, tuple(args), kwargs, name=identifier(name)
-        )
-        if self.origin is not None:
-            node.meta["onnx"] = self.origin
-        return node
-
-    def name_parameters(self) -> None:
-        """Make the parameters of the generated function differ from all else that it reads.
-
-        FX makes the names of nodes differ, but takes those of parameters as they are given, and
-        assigns each parameter to its node in turn: one that is called as an earlier node is lost.
-        """
-        places = [node for node in self.graph.nodes if node.op == "placeholder"]
-        names = {node.target for node in places}
-        other = {node.name for node in places if node.name != node.target}
-        if len(names) < len(places) or names & (other | _READ):
-            for node in places:
-                node.target = node.name
-
-
 class _Walk:
     def __init__(self, module: Module, weights: Weights, straight_through: bool) -> None:
         self.module = module
@@ -128,7 +93,7 @@ class _Walk:
     def main(self, expose: Sequence[str]) -> OnnxGraphModule:
         """Lower the main graph."""
         graph, root = self.module.graph, torch.nn.Module()
-        scope = _Scope(root)
+        scope = Scope(root)
         self.exposed = self._named(graph, expose)
         fed = [value for value in graph.inputs if value.const_value is None]
         optional = [value for value in graph.inputs if value.const_value is not None]
@@ -169,14 +134,14 @@ class _Walk:
                 )
         return [values[name] for name in names]
 
-    def _declared(self, scope: _Scope, value: ir.Value) -> torch.fx.Node:
+    def _declared(self, scope: Scope, value: ir.Value) -> torch.fx.Node:
         """Return an output, in the integer type it has where gradients made it a float."""
         result, dtype = self._tensor(scope, value), self.shapes.dtype(value)
         if not self.straight_through or dtype is None or not dtype.is_integer():
             return result
         return scope.graph.call_method("to", (result, held_as(dtype)))
 
-    def _captured(self, scope: _Scope, values: Sequence[ir.Value]) -> list[torch.fx.Node]:
+    def _captured(self, scope: Scope, values: Sequence[ir.Value]) -> list[torch.fx.Node]:
         """Return what stands for values that nested graphs read from outside."""
         return [
             scope.integers[value] if value in scope.integers else self._tensor(scope, value)
@@ -184,14 +149,14 @@ class _Walk:
         ]
 
     def _subgraph(
-        self, scope: _Scope, graph: ir.Graph, outer: Sequence[ir.Value], name: str
+        self, scope: Scope, graph: ir.Graph, outer: Sequence[ir.Value], name: str
     ) -> torch.fx.Node:
         """Lower a nested graph into a GraphModule of its own, and return what gives it.
 
         It takes the values that are read from outside, then the graph's inputs, and returns a
         tuple.
         """
-        inner = _Scope(torch.nn.Module())
+        inner = Scope(torch.nn.Module())
         inner.origin = scope.origin
         for value in outer:
             place = inner.graph.placeholder(identifier(value.name or "outer"))
@@ -235,7 +200,7 @@ class _Walk:
 
     # Nodes
 
-    def _nodes(self, scope: _Scope, graph: ir.Graph) -> None:
+    def _nodes(self, scope: Scope, graph: ir.Graph) -> None:
         before = scope.origin
         for node in graph:
             if node.op_type == "Constant" and is_default_domain(node) and _is_tensor(node):
@@ -256,7 +221,7 @@ class _Walk:
         for value, made in scope.tensors.items():
             made.meta["fact"] = self.shapes.fact(value)
 
-    def _node(self, scope: _Scope, node: ir.Node) -> None:
+    def _node(self, scope: Scope, node: ir.Node) -> None:
         hosted = HOST.get(node.op_type) if is_default_domain(node) else None
         if hosted is not None and self._is_integral(scope, node, hosted):
             self._on_integers(scope, node, hosted)
@@ -307,7 +272,7 @@ class _Walk:
                         torch.Tensor.to, (scope.tensors[value], held_as(dtype)), f"{name}_narrow"
                     )
 
-    def _whole(self, scope: _Scope, args: Sequence[Any], use: Use, name: str) -> list[Any]:
+    def _whole(self, scope: Scope, args: Sequence[Any], use: Use, name: str) -> list[Any]:
         """Turn integers that gradients made floats back."""
         return [
             scope.call(torch.Tensor.to, (arg, held_as(dtype)), f"{name}_whole")
@@ -316,7 +281,7 @@ class _Walk:
             for arg, dtype in zip(args, use.dtypes, strict=False)
         ]
 
-    def _widened(self, scope: _Scope, args: Sequence[Any], use: Use, name: str) -> list[Any]:
+    def _widened(self, scope: Scope, args: Sequence[Any], use: Use, name: str) -> list[Any]:
         return [
             scope.call(torch.Tensor.to, (arg, torch.int64), f"{name}_wide")
             if use.dtypes[index] in WIDENED
@@ -325,7 +290,7 @@ class _Walk:
         ]
 
     def _keywords(
-        self, scope: _Scope, node: ir.Node, lowering: Lowering, use: Use
+        self, scope: Scope, node: ir.Node, lowering: Lowering, use: Use
     ) -> dict[str, Any]:
         kwargs: dict[str, Any] = {}
         for attribute in node.attributes.values():
@@ -359,7 +324,7 @@ class _Walk:
             kwargs["straight_through"] = True
         return kwargs
 
-    def _literal(self, scope: _Scope, node: ir.Node, attribute: ir.Attr, lowering: Lowering) -> Any:
+    def _literal(self, scope: Scope, node: ir.Node, attribute: ir.Attr, lowering: Lowering) -> Any:
         kind, value = attribute.type, attribute.value
         if kind == ir.AttributeType.GRAPH:
             title = f"{node.name or node.outputs[0].name or node.op_type}_{attribute.name}"
@@ -381,7 +346,7 @@ class _Walk:
 
     # Integers
 
-    def _is_integral(self, scope: _Scope, node: ir.Node, hosted: Host) -> bool:
+    def _is_integral(self, scope: Scope, node: ir.Node, hosted: Host) -> bool:
         """Tell whether a node can stay on Python integers."""
         names = {attribute.name for attribute in node.attributes.values()}
         if not names <= hosted.accepts.keys():
@@ -403,7 +368,7 @@ class _Walk:
             for index, value in enumerate(_present(node.inputs))
         )
 
-    def _on_integers(self, scope: _Scope, node: ir.Node, hosted: Host) -> None:
+    def _on_integers(self, scope: Scope, node: ir.Node, hosted: Host) -> None:
         args = [
             self._tensor(scope, value)
             if index in hosted.tensors and value not in scope.integers
@@ -423,7 +388,7 @@ class _Walk:
         name = node.name or node.outputs[0].name or node.op_type
         scope.integers[node.outputs[0]] = scope.call(hosted.function, args, name, **kwargs)
 
-    def _is_at_hand(self, scope: _Scope, value: ir.Value) -> bool:
+    def _is_at_hand(self, scope: Scope, value: ir.Value) -> bool:
         return value in scope.integers or self._constant(value) is not None
 
     def _constant(self, value: ir.Value) -> Any:
@@ -452,7 +417,7 @@ class _Walk:
         plain = found if isinstance(found, list) else [found]
         return found if all(type(each) in (int, bool) for each in plain) else None
 
-    def _numbers(self, scope: _Scope, value: ir.Value) -> Any:
+    def _numbers(self, scope: Scope, value: ir.Value) -> Any:
         """Return what stands for a value as Python numbers."""
         found = self._constant(value)
         if found is not None:
@@ -465,7 +430,7 @@ class _Walk:
             scope.integers[value] = made
         return made
 
-    def _tensor(self, scope: _Scope, value: ir.Value) -> torch.fx.Node:
+    def _tensor(self, scope: Scope, value: ir.Value) -> torch.fx.Node:
         """Return what stands for a value as a tensor."""
         found = scope.tensors.get(value)
         if found is not None:
@@ -484,7 +449,7 @@ class _Walk:
         scope.tensors[value] = self._weight(scope, value)
         return scope.tensors[value]
 
-    def _weight(self, scope: _Scope, value: ir.Value) -> torch.fx.Node:
+    def _weight(self, scope: Scope, value: ir.Value) -> torch.fx.Node:
         target = self.weights.attach(scope.root, value)
         return scope.graph.create_node("get_attr", target, name=identifier(value.name or "weight"))
 

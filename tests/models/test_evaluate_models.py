@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from lwc.backends.onnxruntime.session import OnnxRuntimeBackend
-from lwc.calibration.feeds import dim_names, working_feeds
+from lwc.calibration.feeds import dim_names
+from lwc.calibration.trials import working_feeds
 from lwc.evaluate.perplexity import perplexity
 from lwc.frontend.load import load
 from lwc.verify.numeric.comparer import compare

@@ -11,7 +11,7 @@ import pytest
 from support import run_pass
 
 from lwc.backends.onnxruntime.session import OnnxRuntimeBackend
-from lwc.calibration.feeds import working_feeds
+from lwc.calibration.trials import working_feeds
 from lwc.core.module import Module
 from lwc.frontend.load import load
 from lwc.frontend.onnx_writer import save

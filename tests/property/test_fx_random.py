@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, note, reject, settings
 
 import lwc
 from lwc.backends.onnxruntime.session import OnnxRuntimeBackend
-from lwc.calibration.feeds import working_feeds
+from lwc.calibration.trials import working_feeds
 from lwc.core.errors import LwcError
 from lwc.core.module import Module
 from lwc.verify import GRAMMAR, MOTIFS, sketches

@@ -12,9 +12,10 @@ import onnx_ir as ir
 import pytest
 
 from lwc.backends.onnxruntime.session import OnnxRuntimeBackend
-from lwc.calibration.feeds import FeedSpec, dim_names, load_feeds, make_feed, working_feeds
+from lwc.calibration.feeds import FeedSpec, dim_names, load_feeds, make_feed
 from lwc.calibration.inputs import InputRole, RoleKind, input_role
 from lwc.calibration.text import id_input, load_tokenizer, text_feeds, token_feed, windows
+from lwc.calibration.trials import working_feeds
 from lwc.core.errors import InputError, LwcError
 from lwc.core.module import Module
 

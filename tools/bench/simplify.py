@@ -35,7 +35,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from fetch_models import onnx_files
 
 from lwc.analysis.manager import AnalysisManager
-from lwc.calibration.feeds import FeedSpec, make_feed, working_feeds
+from lwc.calibration.feeds import FeedSpec, make_feed
+from lwc.calibration.trials import working_feeds
 from lwc.core.module import Module
 from lwc.frontend.load import load
 from lwc.frontend.onnx_writer import save

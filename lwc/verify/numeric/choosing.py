@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from lwc.calibration.feeds import Edge, FeedSpec, dim_names, make_feed, working_trials
+from lwc.calibration.feeds import Edge, FeedSpec, dim_names, make_feed
 from lwc.calibration.inputs import RoleKind, fed_inputs, input_role
+from lwc.calibration.trials import working_trials
 from lwc.core.errors import LwcError
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from lwc.analysis.manager import AnalysisManager
 from lwc.backends.onnxruntime.session import OnnxRuntimeBackend
-from lwc.calibration.feeds import working_feeds
+from lwc.calibration.trials import working_feeds
 from lwc.core.errors import LwcError, UsageError, VerificationError
 from lwc.pipeline.instruments import Instrument
 from lwc.pipeline.manager import PassManager

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from lwc.analysis.shapes import Shapes
 from lwc.backends.onnxruntime.session import OnnxRuntimeBackend
-from lwc.calibration.feeds import working_feeds
+from lwc.calibration.trials import working_feeds
 from lwc.core.dims import Dim, DimShape, symbol
 from lwc.core.errors import LwcError
 from lwc.core.module import Module
