@@ -98,8 +98,10 @@ def attention(
         assert q_num_heads is not None
         assert kv_num_heads is not None
         q, k, v = as_heads(q, q_num_heads), as_heads(k, kv_num_heads), as_heads(v, kv_num_heads)
-    behind = past_key is not None or lengths is not None
+    offset: int | None = 0 if lengths is None else None  # None: the last query at the last key
     if past_key is not None and past_value is not None:
+        aligned = lengths is None and q.shape[2] == k.shape[2]
+        offset = None if aligned else past_key.shape[2]
         k, v = torch.cat([past_key, k], dim=2), torch.cat([past_value, v], dim=2)
     if mask is not None and mask.shape[-1] < k.shape[2]:
         hidden = False if mask.dtype == torch.bool else -torch.inf
@@ -110,7 +112,7 @@ def attention(
         causal=bool(is_causal),
         left=left_window_size if left_window_size >= 0 else None,
         right=right_window_size if right_window_size >= 0 else None,
-        offset=None if behind else 0,
+        offset=offset,
         key_lengths=lengths,
         mask=mask,
         scale=scale,

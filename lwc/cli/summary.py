@@ -85,7 +85,8 @@ def _judged(each: PassRecord) -> str:
 def _why_unchanged(each: PassRecord) -> str:
     notes = [remark for remark in each.remarks if remark.kind in ("note", "warning")]
     if each.missed:
-        first = each.missed[0]
+        # What is missed of the whole model comes before what is of one of its nodes.
+        first = next((remark for remark in each.missed if not remark.node), each.missed[0])
         place = f" at {first.node}" if first.node else ""
         more = f" (and {len(each.missed) - 1} more)" if len(each.missed) > 1 else ""
         return f"missed{place}: {first.message}{more}"

@@ -19,6 +19,9 @@ MIN_OPSET = 13
 
 _BIG = 1024
 _WITH_BATCHED_SCAN = 8
+_WITH_PLAIN_RESIZE = 10
+_PLAIN_RESIZE = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+"""How Resize and, before it, Upsample computed up to that version, without these attributes."""
 
 
 def standard_opset(proto: onnx.ModelProto) -> int | None:
@@ -79,6 +82,8 @@ def raise_opset(proto: onnx.ModelProto, file: str | None) -> onnx.ModelProto:
             remedy=f"export it with opset {MIN_OPSET} or newer",
         ) from error
     scans.restore(raised.graph)
+    for graph in _graphs(raised.graph):
+        _keep_meaning(graph, version or 1)
     described = {value.name for graph in _graphs(proto.graph) for value in graph.value_info}
     for graph in _graphs(raised.graph):
         kept = [value for value in graph.value_info if value.name in described]
@@ -99,6 +104,33 @@ def raise_opset(proto: onnx.ModelProto, file: str | None) -> onnx.ModelProto:
         }:
             raised.opset_import.add(domain=entry.domain, version=entry.version)
     return raised
+
+
+def _keep_meaning(graph: onnx.GraphProto, version: int) -> None:
+    """Say what operators meant in an old version, where the converter leaves it out."""
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        if node.op_type == "Resize" and version <= _WITH_PLAIN_RESIZE:
+            for name, value in _PLAIN_RESIZE.items():
+                node.attribute.append(onnx.helper.make_attribute(name, value))
+        nodes += _flat_hardmax(node) if node.op_type == "Hardmax" else [node]
+    if len(nodes) > len(graph.node):
+        del graph.node[:]
+        graph.node.extend(nodes)
+
+
+def _flat_hardmax(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """Return what computes a Hardmax of before version 13, over all axes from one on."""
+    axis = next((each.i for each in node.attribute if each.name == "axis"), 1)
+    (x,), (y,) = node.input, node.output
+    flat, shape, chosen = (f"{y}_{part}" for part in ("flat", "shape", "chosen"))
+    make = onnx.helper.make_node
+    return [
+        make("Flatten", [x], [flat], name=f"{node.name}_flatten", axis=axis),
+        make("Shape", [x], [shape], name=f"{node.name}_shape"),
+        make("Hardmax", [flat], [chosen], name=node.name, axis=-1),
+        make("Reshape", [chosen, shape], [y], name=f"{node.name}_reshape"),
+    ]
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

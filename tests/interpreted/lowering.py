@@ -249,11 +249,43 @@ def test_standard_attention_with_a_cache() -> None:
     past = {"past_k": normal(2, 2, 9, 16), "past_v": normal(2, 2, 9, 16, seed=1)}
     for causal in (0, 1):
         check("Attention", {**given, "mask": None, **past}, opset=23, outputs=3, is_causal=causal)
+    # Queries and new keys that differ in number: a query's place is behind the past all the same.
+    for queries, new, behind in ((3, 5, 4), (3, 5, 0), (6, 2, 1)):
+        given = {"q": normal(1, 2, queries, 16), "k": normal(1, 2, new, 16, seed=1)}
+        given["v"] = normal(1, 2, new, 16, seed=2)
+        past = {"past_k": normal(1, 2, behind, 16), "past_v": normal(1, 2, behind, 16, seed=3)}
+        check("Attention", {**given, "mask": None, **past}, opset=23, outputs=3, is_causal=1)
     full = {"q": normal(2, 4, 3, 16), "k": normal(2, 2, 9, 16), "v": normal(2, 2, 9, 16, seed=1)}
     more = dict.fromkeys(("mask", "past_k", "past_v"))
-    lengths = np.array([9, 6], np.int64)
-    for causal in (0, 1):
-        check("Attention", {**full, **more, "lengths": lengths}, opset=24, is_causal=causal)
+    for lengths in ([9, 6], [3, 40]):  # one that is too large counts all keys
+        given = {**full, **more, "lengths": np.array(lengths, np.int64)}
+        for causal in (0, 1):
+            if not causal or max(lengths) <= 9:
+                check("Attention", given, opset=24, is_causal=causal)
+
+
+def test_what_is_not_asked_for_is_no_reason() -> None:
+    given = {name: normal(1, 2, 4, 16, seed=i) for i, name in enumerate(("q", "k", "v"))}
+    check("Attention", given, opset=23, softmax_precision=1, qk_matmul_output_mode=1)
+    module, _ = one_node("Attention", given, opset=23, softmax_precision=11)
+    assert reasons(module) == ["its softmax is taken in torch.float64"]
+    cached = grouped(3, 0, 1)
+    sizes = {"num_heads": 4, "kv_num_heads": 2}
+    check("GroupQueryAttention", cached, domain=MS, kv_cache_bit_width=0, **sizes)
+
+
+@pytest.mark.parametrize("least", [-3.0e38, float(np.finfo(np.float32).min)])
+def test_the_least_number_of_a_mask_is_seen(least: float) -> None:
+    """A row that is masked by finite numbers attends to all alike, as the operator does."""
+    given = {name: normal(1, 5, 32, seed=i) for i, name in enumerate(("q", "k", "v"))}
+    mask = np.zeros((1, 1, 5, 5), np.float32)
+    mask[..., 3:] = mask[:, :, 4] = least
+    check(
+        "MultiHeadAttention",
+        {**given, "bias": None, "padding": None, "mask": mask},
+        domain=MS,
+        num_heads=2,
+    )
 
 
 # Activations

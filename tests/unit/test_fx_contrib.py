@@ -140,6 +140,42 @@ def test_quantized_arithmetic(op: str) -> None:
     assert_agrees(module, feed)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_quantized_convolution_with_a_bias(channels: int) -> None:
+    given = {
+        "x": integers(0, 255, 1, 2, 5, 5), "x_scale": np.float32(0.05), "x_zero": np.uint8(120),
+        "w": integers(-90, 90, 3, 2, 3, 3, dtype=np.int8),
+        "w_scale": np.abs(normal(channels)) * 0.02 + 0.01, "w_zero": np.zeros(channels, np.int8),
+        "y_scale": np.float32(0.5), "y_zero": np.uint8(128),
+        "bias": integers(-900, 900, 3, dtype=np.int32),
+    }  # fmt: skip
+    module, feed = one_node(
+        "QLinearConv", given, constant=[name for name in given if name != "x"], pads=[1, 1, 1, 1]
+    )
+    assert_agrees(module, feed)
+
+
+@pytest.mark.parametrize(
+    ("op", "more"),
+    [
+        ("InstanceNormalization", {"scale": (3,), "bias": (3,)}),
+        ("MeanVarianceNormalization", {}),
+        ("LpNormalization", {}),
+        ("LRN", {}),
+    ],
+)
+def test_squares_of_float16_do_not_overflow(op: str, more: dict[str, Any]) -> None:
+    x = RANDOM.normal(size=(1, 3, 8, 8)) * 1000
+    given = {"x": x, **{name: normal(*shape) for name, shape in more.items()}}
+    options: dict[str, Any] = {"size": 3} if op == "LRN" else {}
+    wide, feed = one_node(op, {k: v.astype(np.float32) for k, v in given.items()}, **options)
+    half, feed16 = one_node(op, {k: v.astype(np.float16) for k, v in given.items()}, **options)
+    (wanted,), (found,) = run_fx(wide, feed), run_fx(half, feed16)
+    assert found.dtype == np.float16
+    # Inputs, and the result with its scale and shift, are rounded to 11 bits.
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=4 * 2**-11 * np.abs(wanted).max())
+
+
 @pytest.mark.parametrize("op", ["QLinearSigmoid", "QLinearLeakyRelu"])
 def test_quantized_activations(op: str) -> None:
     given = {"x": integers(0, 255, 4, 8), "x_scale": np.float32(0.05), "x_zero": np.uint8(120)}

@@ -550,6 +550,32 @@ def test_it_traces_back() -> None:
     np.testing.assert_allclose(found, wanted, 1e-5, 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("body", "outputs"),
+    [
+        ("y, z = Split <axis = 2, num_outputs = 2> (x)", "y z"),
+        ('y = MaxPool <kernel_shape = [3, 3], strides = [2, 2], auto_pad = "SAME_UPPER"> (x)', "y"),
+        (
+            "y = AveragePool <kernel_shape = [3, 3], strides = [2, 2], pads = [1, 1, 1, 1], "
+            "ceil_mode = 1> (x)",
+            "y",
+        ),
+    ],
+)
+def test_extents_rounded_up_trace_back(body: str, outputs: str) -> None:
+    """The exporter's `//` cuts toward zero, so that minus the floor of minus is no ceiling."""
+    results = ", ".join(f"float[1, 1, {name}h, {name}w] {name}" for name in outputs.split())
+    module = module_of(f"g (float[1, 1, h, 8] x) => ({results}) {{ {body} }}", opset=19)
+    again = lwc.trace(
+        lwc.to_fx(module), (torch.ones(1, 1, 6, 8),), dynamic_shapes=({2: torch.export.Dim("h")},)
+    )
+    for extent in (6, 7, 8, 9):
+        x = np.random.default_rng(2).normal(size=(1, 1, extent, 8)).astype(np.float32)
+        wanted = run_plain(module, {"x": x})
+        for found, array in zip(run_plain(again, {"x": x}), wanted, strict=True):
+            np.testing.assert_allclose(found, array, 1e-5, 1e-5)
+
+
 def test_export_keeps_both_branches() -> None:
     """Padding by extents inside of a branch: PyTorch's max of symbols goes wrong there."""
     module = module_of(

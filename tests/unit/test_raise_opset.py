@@ -112,3 +112,37 @@ def test_types_the_converter_guesses_in_branches_are_dropped() -> None:
     assert [name for name, shape in shapes.items() if shape is not None and not shape] == []
     run_pass(Canonicalize(), module)
     np.testing.assert_allclose(run_plain(module, feed)[0], wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("opset", "body", "x"),
+    [
+        (11, "y = Hardmax (x)", (2, 3, 4)),
+        (12, "y = Hardmax <axis = 2> (x)", (2, 3, 4, 2)),
+        (9, 'y = Upsample <mode = "linear"> (x, s)', (1, 1, 3, 4)),
+        (9, 'y = Upsample <mode = "nearest"> (x, s)', (1, 1, 3, 4)),
+        (10, 'y = Resize <mode = "linear"> (x, s)', (1, 1, 3, 4)),
+        (10, 'y = Resize <mode = "nearest"> (x, s)', (1, 1, 3, 4)),
+    ],
+)
+def test_what_operators_meant_before_is_kept(opset: int, body: str, x: tuple[int, ...]) -> None:
+    """The converter gives them the defaults of later versions, which mean something else."""
+    extents = ", ".join("abcd"[: len(x)])
+    text = f"""<ir_version: 6, opset_import: ["" : {opset}]>
+        g (float[{extents}] x, bool c) => (float[{extents}] y)
+        <float[4] s = {{1.0, 1.0, 1.7, 2.0}}> {{
+          y = If (c) <
+            then_branch = t () => (float[e, f] r) {{ {body.replace("y =", "r =")} }},
+            else_branch = e () => (float[e, f] r) {{ r = Neg (x) }}
+          >
+        }}"""
+    proto = onnx.parser.parse_model(text.replace("float[e, f] r", f"float[{extents}] r"))
+    feed: dict[str, Any] = {
+        "x": np.random.default_rng(0).standard_normal(x).astype(np.float32),
+        "c": np.array(True),
+    }
+    wanted = run_plain(proto, feed)
+    module = from_proto(proto)
+    verify_structure(module)
+    for found, array in zip(run_plain(module, feed), wanted, strict=True):
+        np.testing.assert_allclose(found, array, rtol=1e-6, atol=1e-6)

@@ -88,8 +88,8 @@ def split(
 ) -> tuple[Tensor, ...]:
     """Cut along an axis, into even parts unless sizes are given."""
     if split is None:
-        length = -(-x.shape[axis] // (num_outputs or parts))
         count = num_outputs or parts
+        length = (x.shape[axis] + count - 1) // count
         split = [length] * (count - 1) + [x.shape[axis] - length * (count - 1)]
     return tuple(torch.split(x, list(split), dim=axis))
 

@@ -194,9 +194,9 @@ def instance_normalization(
     x: Tensor, scale: Tensor, bias: Tensor, *, epsilon: float = 1e-5
 ) -> Tensor:
     """Bring each channel of each instance to mean 0 and variance 1, then scale and shift."""
-    axes = list(range(2, x.dim()))
-    centred = x - x.mean(axes, keepdim=True)
-    y = centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + epsilon)
+    axes, wide = list(range(2, x.dim())), _computed_in(x, 1)
+    centred = wide - wide.mean(axes, keepdim=True)
+    y = (centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + epsilon)).to(x.dtype)
     return y * _by_channel(x, scale) + _by_channel(x, bias)
 
 
@@ -239,20 +239,23 @@ def local_response_normalization(
 ) -> Tensor:
     """Divide by what the neighbouring channels have together."""
     before, after = (size - 1) // 2, size // 2
-    squares = F.pad(x.square(), [0, 0] * (x.dim() - 2) + [before, after])
+    wide = _computed_in(x, 1)
+    squares = F.pad(wide.square(), [0, 0] * (x.dim() - 2) + [before, after])
     total = squares.unfold(1, size, 1).sum(-1)
-    return x / (bias + alpha / size * total) ** beta
+    return (wide / (bias + alpha / size * total) ** beta).to(x.dtype)
 
 
 @op("LpNormalization")
 def lp_normalization(x: Tensor, *, axis: int = -1, p: int = 2) -> Tensor:
     """Divide by the norm along an axis; what is all 0 stays."""
-    norm = torch.linalg.vector_norm(x, p, axis, keepdim=True)
-    return x / torch.where(norm == 0, torch.ones_like(norm), norm)
+    wide = _computed_in(x, 1)
+    norm = torch.linalg.vector_norm(wide, p, axis, keepdim=True)
+    return (wide / torch.where(norm == 0, torch.ones_like(norm), norm)).to(x.dtype)
 
 
 @op("MeanVarianceNormalization")
 def mean_variance_normalization(x: Tensor, *, axes: Sequence[int] = (0, 2, 3)) -> Tensor:
     """Bring axes to mean 0 and variance 1."""
-    centred = x - x.mean(list(axes), keepdim=True)
-    return centred / (centred.square().mean(list(axes), keepdim=True).sqrt() + 1e-9)
+    wide = _computed_in(x, 1)
+    centred = wide - wide.mean(list(axes), keepdim=True)
+    return (centred / (centred.square().mean(list(axes), keepdim=True).sqrt() + 1e-9)).to(x.dtype)

@@ -46,7 +46,7 @@ class _Windows:
                 span = (self.kernel[axis] - 1) * self.dilations[axis] + 1
                 room = extent + self.before[axis] + self.after[axis] - span
                 step = self.strides[axis]
-                count = -(-room // step) + 1
+                count = (room + step - 1) // step + 1
                 if (count - 1) * step >= extent + self.before[axis]:
                     count -= 1  # no window starts in the pad at the end
                 self.beyond[axis] = torch.sym_max((count - 1) * step - room, 0)

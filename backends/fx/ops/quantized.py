@@ -255,7 +255,7 @@ def qlinear_conv(
     y = convolve(
         _real(x, x_scale, x_zero),
         _real(weight, w_scale, w_zero, 0),
-        None if bias is None else bias * (x_scale.to(torch.float64) * w_scale),
+        None if bias is None else bias * x_scale.to(torch.float64) * w_scale.to(torch.float64),
         strides=strides,
         dilations=dilations,
         pads=pads,

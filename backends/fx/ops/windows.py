@@ -26,7 +26,7 @@ def pads_of(
     rank = len(kernel)
     if auto_pad in ("SAME_UPPER", "SAME_LOWER"):
         totals = [
-            torch.sym_max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0)
+            torch.sym_max(((n + s - 1) // s - 1) * s + (k - 1) * d + 1 - n, 0)
             for n, k, s, d in zip(extents, kernel, strides, dilations, strict=True)
         ]
         less, more = [t // 2 for t in totals], [t - t // 2 for t in totals]

@@ -43,7 +43,7 @@ def decode_kernel(
     shared = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     if key_lengths is not None:
-        keys = tl.load(key_lengths + batch)
+        keys = tl.minimum(keys, tl.load(key_lengths + batch))
 
     row = tl.arange(0, ROWS)
     known = row < group * queries

@@ -98,7 +98,8 @@ def scan(
                     allowed = allowed & (tl.load(at_mask, mask=inside, other=0) != 0)
                 else:
                     bias = tl.load(at_mask, mask=inside, other=0.0).to(tl.float32)
-                    scores += bias * 1.4426950408889634
+                    # The least float32 times log2(e) would be -inf, which is not seen at all.
+                    scores += tl.where(bias < -2.3586e38, bias, bias * 1.4426950408889634)
             scores = tl.where(allowed, scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, axis=1))
         # A row that has attended to nothing yet keeps 0 as its reference: -inf - -inf is NaN.
@@ -146,7 +147,7 @@ def flash_kernel(
         k += first.to(tl.int64) * k_token
         v += first.to(tl.int64) * v_token
     if key_lengths is not None:
-        keys = tl.load(key_lengths + batch)
+        keys = tl.minimum(keys, tl.load(key_lengths + batch))
     if ALIGNED:
         offset = keys - queries
     if tile * QUERIES < queries:

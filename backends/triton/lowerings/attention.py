@@ -22,7 +22,7 @@ def group_query_attention(site: Site) -> Results:
     both = 0 if site.given("key") is not None else 2 * site.given("kv_num_heads")
     width = site.extent(query, -1)
     site.need_size(None if width is None else width // (heads + both))
-    return site.same(attend.group_query_attention)
+    return site.same(attend.group_query_attention, checked=("kv_cache_bit_width",))
 
 
 @kernel("com.microsoft::MultiHeadAttention", runs=_RUNS)
@@ -77,4 +77,5 @@ def attention(site: Site) -> Results:
         if size is not None and len(shape) == 3:
             size //= site.given(count)
         site.need_size(size)
-    return site.same(attend.attention)
+    # Without the output of scores, which of them it would be asks for nothing.
+    return site.same(attend.attention, checked=("softmax_precision", "qk_matmul_output_mode"))

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -236,9 +236,18 @@ class Site:
         """Add what takes one of several results."""
         return self.call(operator.getitem, results, index)
 
-    def same(self, target: Callable[..., Any]) -> Results:
-        """Have another function called in the same way."""
-        results = self._add("call_function", target, self.node.args, dict(self.node.kwargs))
+    def same(self, target: Callable[..., Any], *, checked: Sequence[str] = ()) -> Results:
+        """Have another function called in the same way.
+
+        Args:
+            target: The function; what it does not take is refused where it is given.
+            checked: Keywords that it does not take, and need not: their values ask for nothing.
+        """
+        kwargs = {name: x for name, x in self.node.kwargs.items() if name not in checked}
+        taken = inspect.signature(target).parameters
+        for name in kwargs:
+            self.need(name in taken, f"no kernel takes {name}")
+        results = self._add("call_function", target, self.node.args, kwargs)
         if "outputs" not in self.node.kwargs:
             return {0: results}
         return {index: self.item(results, index) for index in sorted(self.used)}
