@@ -16,6 +16,7 @@ import torch
 from lwc.backends.fx.module import described
 from lwc.backends.triton.packed_linear import PackedLinear
 from lwc.core.errors import LwcError
+from lwc.pipeline.pass_class import FILE_PLUGIN
 
 __all__ = ["WEIGHTS", "python_source", "state_of"]
 
@@ -215,6 +216,12 @@ def _with_modules(source: str, names: Mapping[str, Any], taken: Set[str]) -> tup
             imports[f"import {value.__name__} as {name}"] = None
         elif getattr(builtins, name, None) is not value:
             package, _, module = value.__module__.rpartition(".")
+            if module.startswith(FILE_PLUGIN):
+                raise LwcError(
+                    f"model.py cannot import {value.__name__}, which a file given as a plugin "
+                    "defines",
+                    remedy="put it into a package, and name its module as the plugin",
+                )
             if getattr(importlib.import_module(value.__module__), value.__name__, None) != value:
                 raise LwcError(f"a call of {value} cannot be written as Python")
             alias = f"{package.split('.')[2] if package.startswith('lwc.') else 'py'}_{module}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import operator
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -90,6 +91,7 @@ def trace(
             if isinstance(module, torch.export.ExportedProgram)
             else _capture(module, tuple(args), dict(kwargs or {}), dynamic_shapes)
         )
+        _divide_downward(program)
         model = _translate(program, version, dynamic_shapes, input_names, output_names)
     # The exporter counts its own values as `val_N`, also beside FX nodes that are called so.
     NameFixPass()(model)
@@ -130,6 +132,41 @@ def _capture_remedy(text: str) -> str:
     if any(mark in text for mark in _DATA_DEPENDENT):
         return "control flow depends on tensor values: use torch.where or torch.cond there"
     return "check the example inputs and dynamic_shapes"
+
+
+def _divide_downward(program: torch.export.ExportedProgram) -> None:
+    """Have `a // b` of extents rounded down where a may be negative.
+
+    The exporter makes it a Div, which cuts toward zero: minus the floor of minus, the usual way to
+    round up, would round down.
+    """
+    import torch
+
+    changed = False
+    for inner in program.graph_module.modules():
+        if not isinstance(inner, torch.fx.GraphModule):
+            continue
+        for node in list(inner.graph.nodes):
+            if node.target is not operator.floordiv or _is_never_negative(node.args[0]):
+                continue
+            a, b = node.args
+            with inner.graph.inserting_before(node):
+                rest = inner.graph.call_function(operator.mod, (a, b))
+                whole = inner.graph.call_function(operator.sub, (a, rest))
+            rest.meta["val"] = _content(a) % _content(b)
+            whole.meta["val"] = _content(a) - rest.meta["val"]
+            node.args, changed = (whole, b), True
+    if changed:
+        program.graph_module.recompile()
+
+
+def _is_never_negative(number: Any) -> bool:
+    value = _content(number)
+    return bool(value >= 0 if isinstance(value, int) else value.node.expr.is_nonnegative)
+
+
+def _content(number: Any) -> Any:
+    return number.meta["val"] if hasattr(number, "meta") else number
 
 
 def _translate(

@@ -576,6 +576,18 @@ def test_extents_rounded_up_trace_back(body: str, outputs: str) -> None:
             np.testing.assert_allclose(found, array, 1e-5, 1e-5)
 
 
+def test_negative_extents_are_divided_toward_zero_in_exports() -> None:
+    module = module_of(
+        """g (float[n] x) => (int64[1] y) <int64[1] two = {2}> {
+        extent = Shape (x)  below = Neg (extent)  y = Div (below, two) }"""
+    )
+    exported = torch.export.export(
+        lwc.to_fx(module), (torch.ones(6),), dynamic_shapes=({0: torch.export.Dim("n")},)
+    ).module()
+    for n in (5, 6, 7):
+        assert exported(torch.ones(n)).tolist() == [-(n // 2)]
+
+
 def test_export_keeps_both_branches() -> None:
     """Padding by extents inside of a branch: PyTorch's max of symbols goes wrong there."""
     module = module_of(

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("torch")
 import onnxruntime
 import torch
+from support import ops, run_plain
 
 from lwc.core.errors import InputError, LwcError
 from lwc.core.module import Module
@@ -214,3 +215,21 @@ def test_names_are_unique_whatever_weights_are_called(tmp_path: Path) -> None:
     feed = torch.randn(3, 4)
     wanted = model(feed).detach().numpy()
     np.testing.assert_allclose(run(module, tmp_path, feed)[0], wanted, RTOL, ATOL)
+
+
+def test_a_quotient_of_extents_is_rounded_down() -> None:
+    class Halved(Base):
+        def forward(self, x: Any) -> Any:
+            return x[:, : -(-x.shape[1] // 2)], x[:, : x.shape[1] // 2]
+
+    module = trace(
+        Halved(), (torch.ones(2, 6),), dynamic_shapes=({1: torch.export.Dim("n", min=2)},)
+    )
+    (name,) = (value.name for value in module.graph.inputs)
+    for n in (5, 6, 7):
+        x = np.arange(2 * n, dtype=np.float32).reshape(2, n)
+        up, down = run_plain(module, {str(name): x})
+        np.testing.assert_array_equal(up, x[:, : (n + 1) // 2])
+        np.testing.assert_array_equal(down, x[:, : n // 2])
+    # What is never negative is divided as it stands.
+    assert ops(module).count("Mod") == 1

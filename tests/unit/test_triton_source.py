@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx.helper
@@ -24,6 +25,7 @@ from lwc.backends.triton.architectures import architecture  # noqa: E402
 from lwc.backends.triton.convert import to_triton  # noqa: E402
 from lwc.backends.triton.emit import emit  # noqa: E402
 from lwc.backends.triton.source import python_source  # noqa: E402
+from lwc.core.errors import LwcError  # noqa: E402
 from lwc.core.module import Module  # noqa: E402
 
 NAMES = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=8)
@@ -75,3 +77,17 @@ def test_a_model_without_weights_runs(tmp_path: Path) -> None:
     emit(made("double", "x", "y", "n"), tmp_path / "out", architectures=[architecture("sm_90")])
     program = "import torch, model; print(model.load(device='cpu')(torch.ones(2)).tolist())"
     assert run_interpreted(program, tmp_path / "out") == "[2.0, 2.0]\n"
+
+
+def test_what_a_plugin_file_defines_cannot_be_imported() -> None:
+    def doubled(x: Any) -> Any:
+        return x + x
+
+    doubled.__module__ = "lwc_plugin_mine_0a1b"
+    net = to_triton(made("g", "x", "y", "n"))
+    for node in net.graph.nodes:
+        if node.op == "call_function":
+            node.target, node.args, node.kwargs = doubled, node.args[:1], {}
+    net.recompile()
+    with pytest.raises(LwcError, match="cannot import doubled, which a file given as a plugin"):
+        python_source(net, "g", {"inputs": {"x": "float [n]"}, "outputs": {"y": "float [n]"}})

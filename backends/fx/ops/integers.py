@@ -113,7 +113,9 @@ def div(a: Ints, b: Ints, *, bits: int = 64) -> Ints:
 def _quotient(a: Any, b: Any) -> Any:
     if isinstance(a, int) and isinstance(b, int):
         return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
-    # Extents are not negative, and asking a symbol for its sign would fix it.
+    # Asking a symbol for its sign would fix it; extents are known to have none.
+    if isinstance(a, torch.SymInt) and not a.node.expr.is_nonnegative:
+        return torch.sym_max(a, 0) // b - torch.sym_max(-a, 0) // b
     return a // b
 
 
