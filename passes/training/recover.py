@@ -85,13 +85,11 @@ class Recover(Pass):
             raise UsageError(f"held-out={self.held_out:g} is no share above 0 and below 1")
         if self.loss == "cross-entropy" and self.teacher not in (None, "auto"):
             raise UsageError("loss=cross-entropy has no use for a teacher", remedy="use loss=kl")
-        if self.method == "full":
-            for option in ("rank", "alpha", "layers"):
-                if getattr(self, option) != getattr(type(self), option):
-                    raise UsageError(
-                        f"{option}= is of new adapters, which method=full has none of",
-                        remedy="leave it out, or use method=lora",
-                    )
+        if self.method == "full" and self.layers:
+            raise UsageError(
+                "layers= is of new adapters, which method=full has none of",
+                remedy="leave it out, or use method=lora",
+            )
 
     def run(self, module: Module, ctx: PassContext) -> PassResult:
         """See the class."""
