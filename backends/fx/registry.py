@@ -30,6 +30,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import onnx_ir as ir
 
+from lwc.core.extensions import is_again, note_extension
+
 __all__ = ["HOST", "Host", "Lowering", "Use", "direct", "find", "host", "known_operators", "op"]
 
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
@@ -128,9 +130,14 @@ def op(
         wide: It is given int64 for uint16, uint32 and uint64, and its result is turned back.
         exact: It is given integers where gradients made floats of them, which end there.
         extra: Gives more keyword arguments for a node.
+
+    Raises:
+        ValueError: Another function computes one of them since that version.
     """
 
     def register(function: AnyFunction) -> AnyFunction:
+        if not note_extension().startswith("lwc."):
+            from lwc.backends.fx import ops  # noqa: F401 (whose names are taken)
         lowering = Lowering(
             function,
             since,
@@ -148,8 +155,11 @@ def op(
         )
         for name in names.split():
             entries = _LOWERINGS.setdefault(name, [])
-            if any(each.since == since for each in entries):
+            known = next((each for each in entries if each.since == since), None)
+            if known is not None and not is_again(known.function, function):
                 raise ValueError(f"operator '{name}' is registered twice since version {since}")
+            if known is not None:
+                entries.remove(known)
             entries.append(lowering)
             entries.sort(key=lambda each: each.since)
         return function
@@ -219,6 +229,7 @@ def host(names: str, *, tensors: Iterable[int] = ()) -> Callable[[AnyFunction], 
     """
 
     def register(function: AnyFunction) -> AnyFunction:
+        note_extension()
         for name in names.split():
             HOST[name] = Host(function, frozenset(tensors), _parameters(function))
         return function

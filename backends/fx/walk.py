@@ -29,6 +29,7 @@ from lwc.core.module import Module
 from lwc.core.torch_types import WIDENED, held_as, type_literal
 from lwc.core.walk import attribute_graphs, constant_tensor, is_default_domain, op_name
 from lwc.core.weights import reading
+from lwc.pipeline.plugins import import_installed
 
 __all__ = ["lowered"]
 
@@ -46,6 +47,7 @@ def lowered(
     module: Module, *, straight_through: bool = False, expose: Sequence[str] = ()
 ) -> OnnxGraphModule:
     """Lower a module; see `lwc.backends.fx.convert.to_fx`."""
+    import_installed("lwc.operators")
     plain = _without_functions(module)
     walk = _Walk(plain, Weights(module), straight_through)
     return walk.main(expose)

@@ -190,11 +190,11 @@ def _manifest(
     nodes: list[dict[str, Any]] = []
     for placement in placements(graph_module):
         entry: dict[str, Any] = {"node": placement.node, "op": placement.op}
-        if placement.kernels is None:
+        if not placement.kernels:
             entry["torch"] = placement.reason or f"no kernel computes {placement.op}"
         else:
             launched = {kernel for call in placement.calls for kernel in used.get(call, ())}
-            entry["kernels"] = sorted(launched) or [placement.kernels]
+            entry["kernels"] = sorted(launched) or list(placement.kernels)
         nodes.append(entry)
     return {
         "format": FORMAT,
@@ -213,11 +213,13 @@ def _interface(module: Module) -> dict[str, dict[str, str]]:
 
     def told(value: ir.Value) -> str:
         fact = shapes.fact(value)
+        if fact.dtype is None or fact.shape is None:  # behind an operator without a shape rule
+            fact = shapes.hint(value)
         if fact.dtype is None or fact.shape is None:
             raise LwcError(
                 f"the type or rank of '{value.name}' is not known",
                 file=module.source.path,
-                remedy="run infer-shapes first",
+                remedy="declare them in the model",
             )
         extents = ", ".join(map(str, fact.shape))
         return f"{ir.DataType(fact.dtype).name.lower()} [{extents}]"

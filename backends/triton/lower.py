@@ -14,6 +14,7 @@ from lwc.backends.triton import lowerings
 from lwc.backends.triton.lowerings.registry import KERNELS, Refused, Site
 from lwc.core.diagnostics import Remark
 from lwc.core.module import Module
+from lwc.pipeline.plugins import import_installed
 
 __all__ = ["Placement", "lowered_to_kernels", "placements"]
 
@@ -30,19 +31,22 @@ class Placement:
         node: The node, as messages name it.
         op: Its operator.
         calls: Calls that compute it in the lowered module; none where another node's do.
-        kernels: The kernels that compute it; None where PyTorch does.
+        kernels: Names of the kernels that compute it; none where PyTorch does.
+        note: What is to be known of these, such as when which of them runs; may be empty.
         reason: Why no kernel does; None where one does, or where the operator has none.
     """
 
     node: str
     op: str
     calls: tuple[str, ...]
-    kernels: str | None = None
+    kernels: tuple[str, ...] = ()
+    note: str = ""
     reason: str | None = None
 
 
 def lowered_to_kernels(module: Module, *, expose: Sequence[str] = ()) -> OnnxGraphModule:
     """Lower a module; see `lwc.backends.triton.convert.to_triton`."""
+    import_installed("lwc.kernels")
     plain = lowered(module, expose=expose)
     graph = torch.fx.Graph(tracer_cls=plain.graph._tracer_cls)
     made: dict[torch.fx.Node, torch.fx.Node] = {}
@@ -55,7 +59,7 @@ def lowered_to_kernels(module: Module, *, expose: Sequence[str] = ()) -> OnnxGra
             continue
         entry = KERNELS.get(node.meta.get("computes", ""))
         if entry is not None:
-            site = Site(node, plain, graph, made, entry.runs)
+            site = Site(node, plain, graph, made, entry)
             try:
                 found = entry.substitute(site)
             except Refused as refusal:
@@ -103,20 +107,22 @@ def _placed(
             continue
         name = described(node)
         if node in sites:
-            found.append(Placement(name, op, tuple(sites[node].calls), sites[node].runs))
+            site = sites[node]
+            found.append(Placement(name, op, tuple(site.calls), site.runs, site.note))
         elif made[node] in alive:
             reason = _BODIES if op in ("If", "Loop", "Scan") else refused.get(node)
             found.append(Placement(name, op, (made[node].name,), reason=reason))
         else:  # nothing reads it any more: a kernel computes it with what follows, or it was dead
             by = next((user for user in node.users if user in sites), None)
             if by is not None:
-                found.append(Placement(name, op, (), sites[by].runs))
+                found.append(Placement(name, op, (), sites[by].runs, sites[by].note))
     return tuple(found)
 
 
 def _tell(module: Module, placement: Placement) -> None:
-    if placement.kernels is not None:
-        message = f"runs in {placement.kernels}"
+    if placement.kernels:
+        note = f" ({placement.note})" if placement.note else ""
+        message = f"runs in {', '.join(placement.kernels)}{note}"
         module.remarks.emit(Remark("applied", "triton", message, placement.node))
     elif placement.reason is not None:
         message = f"stays in PyTorch: {placement.reason}"

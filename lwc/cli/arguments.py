@@ -201,7 +201,8 @@ def _add_pipeline_options(group: argparse._ArgumentGroup) -> None:
         metavar="MODULE",
         action="append",
         default=[],
-        help="import a module, or a .py file, that defines passes (repeatable)",
+        help="import a module, or a .py file, that defines passes, operators in PyTorch or kernels "
+        "(repeatable)",
     )
 
 

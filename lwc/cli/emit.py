@@ -52,7 +52,7 @@ def emit_code(
         shapes=shapes or example_shapes(module),
         progress=progress,
     )
-    inside = sum(placement.kernels is not None for placement in emitted.placements)
+    inside = sum(bool(placement.kernels) for placement in emitted.placements)
     outside = len(emitted.placements) - inside
     counts = ", ".join(f"{count} for {target}" for target, count in emitted.kernels.items())
     lines = [f"wrote {folder}: {inside} nodes in kernels, {outside} in PyTorch; compiled {counts}"]

@@ -1,9 +1,11 @@
-"""Importing passes of other people: every failure is one line that says where."""
+"""Importing what other people wrote: every failure is one line that says where."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -13,10 +15,16 @@ from pathlib import Path
 from types import ModuleType
 
 from lwc.core.errors import LwcError, Terminated, UsageError
+from lwc.core.extensions import extends_lwc
 from lwc.pipeline.pass_class import FILE_PLUGIN
 from lwc.pipeline.passes import Pass
 
-__all__ = ["import_plugin", "import_trouble", "passes_of"]
+__all__ = ["import_installed", "import_plugin", "import_trouble", "passes_of"]
+
+_DECORATED = (
+    "a function with op of lwc.backends.fx.registry, or with kernel of "
+    "lwc.backends.triton.lowerings.registry"
+)
 
 
 def import_plugin(name: str) -> ModuleType:
@@ -34,6 +42,29 @@ def import_plugin(name: str) -> ModuleType:
         raise
     except (Exception, SystemExit) as error:
         raise UsageError(f"plugin '{name}' cannot be imported: {import_trouble(error)}") from error
+
+
+@functools.cache
+def import_installed(group: str) -> None:
+    """Import, once, the modules that installed packages name under a group of entry points.
+
+    Raises:
+        UsageError: One cannot be imported, or registers no operator and no kernel.
+    """
+    for point in importlib.metadata.entry_points(group=group):
+        owner = "" if point.dist is None else f" of package '{point.dist.name}'"
+        what = f"entry point '{point.name}' in {group}{owner}"
+        try:
+            importlib.import_module(point.module)
+        except (LwcError, Terminated):
+            raise
+        except (Exception, SystemExit) as error:
+            raise UsageError(f"{what} cannot be imported: {import_trouble(error)}") from error
+        if not extends_lwc(point.module):
+            raise UsageError(
+                f"{what}: {point.module} defines no operator and no kernel",
+                remedy=f"decorate {_DECORATED}",
+            )
 
 
 def _import_file(path: Path) -> ModuleType:
@@ -100,10 +131,10 @@ def passes_of(module: ModuleType, name: str) -> list[type[Pass]]:
     """Return the classes of a plugin that are meant as passes, in the order of their definition.
 
     Classes that it imports from elsewhere are not its passes, nor are bases: abstract classes
-    without a name.
+    without a name. One that registers operators or kernels need not have any.
 
     Raises:
-        UsageError: There are none.
+        UsageError: There are none, and nothing else is registered.
     """
     own = [
         value
@@ -116,7 +147,7 @@ def passes_of(module: ModuleType, name: str) -> list[type[Pass]]:
         if issubclass(cls, Pass)
         and not (getattr(cls, "__abstractmethods__", ()) and not hasattr(cls, "name"))
     ]
-    if found:
+    if found or extends_lwc(module.__name__):
         return found
     for cls in own:
         if callable(getattr(cls, "run", None)):
@@ -125,4 +156,7 @@ def passes_of(module: ModuleType, name: str) -> list[type[Pass]]:
                 "but is no Pass",
                 remedy="derive it from lwc.Pass",
             )
-    raise UsageError(f"plugin '{name}' defines no pass")
+    raise UsageError(
+        f"plugin '{name}' defines no pass, no operator and no kernel",
+        remedy=f"derive a class from lwc.Pass, or decorate {_DECORATED}",
+    )

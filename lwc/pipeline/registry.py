@@ -124,9 +124,11 @@ class Registry:
     def load_plugin(self, name: str) -> list[type[Pass]]:
         """Import a module, or a `.py` file, and add every pass it defines, or none of them.
 
+        Operators and kernels register themselves as it is imported; it may have these alone.
+
         Raises:
-            UsageError: It cannot be imported, defines no pass, or one that is malformed or has
-                the name of another.
+            UsageError: It cannot be imported, defines nothing of these, or a pass that is
+                malformed or has the name of another.
         """
         found = passes_of(import_plugin(name), name)
         infos: dict[str, PassInfo] = {}

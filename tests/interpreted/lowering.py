@@ -305,7 +305,7 @@ def test_gates(activation: str) -> None:
     agree(module, {"x": normal(5, 48), "up": normal(5, 48, seed=1)})
     with TritonBackend().compile(module) as executable:
         assert [each.kernels for each in placements(executable.graph_module)] == [
-            "activation_kernel", "activation_kernel",
+            ("activation_kernel",), ("activation_kernel",),
         ]  # fmt: skip
 
 
@@ -466,4 +466,7 @@ def test_a_kernel_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     module, _ = one_node("SimplifiedLayerNormalization", given, axis=1)
     assert reasons(module) == ["it spans other axes than the last"]
     with pytest.raises(ValueError, match="has two kernels"):
-        kernel("SimplifiedLayerNormalization", runs="x")(root_mean_square)
+        kernel("SimplifiedLayerNormalization", runs="norm_kernel")(root_mean_square)
+    with pytest.raises(ValueError, match=r"no kernel 'norm_kernl' \(did you mean 'norm_kernel'"):
+        kernel("com.example::Own", runs="activation_kernel norm_kernl")(root_mean_square)
+    assert "com.example::Own" not in KERNELS

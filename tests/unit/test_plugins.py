@@ -106,7 +106,10 @@ LOADING = {
         "{file}:1: FileNotFoundError: No such file or directory",
     ),
     "a null byte": ("x = 1\0\n", "cannot be imported: "),
-    "nothing": ("x = 1\n", "plugin '{file}' defines no pass"),
+    "nothing": (
+        "x = 1\n",
+        "plugin '{file}' defines no pass, no operator and no kernel (derive a class from",
+    ),
     "a class that is no pass": (
         "class Fuse:\n    name = 'fuse'\n    def run(self, module, ctx): pass\n",
         "its class Fuse has a run method but is no Pass (derive it from lwc.Pass)",

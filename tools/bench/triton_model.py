@@ -74,7 +74,11 @@ def measure(module: lwc.Module, setting: str, tokens: int) -> dict[str, Any]:
         seconds = time.perf_counter() - start
     found = _logits(outputs, tokens)
     places = Counter(
-        (each.op, "kernel" if each.kernels else "torch", each.kernels or each.reason or "")
+        (
+            each.op,
+            "kernel" if each.kernels else "torch",
+            ", ".join(each.kernels) or each.reason or "",
+        )
         for each in emitted.placements
     )
     return {

@@ -8,10 +8,11 @@ import torch
 from lwc.backends.triton import attend
 from lwc.backends.triton.lowerings.registry import Results, Site, kernel
 
-_RUNS = "flash_kernel or decode_kernel, by length"
+_RUNS = "flash_kernel decode_kernel"
+_NOTE = "the first or the second, by length"
 
 
-@kernel("com.microsoft::GroupQueryAttention", runs=_RUNS)
+@kernel("com.microsoft::GroupQueryAttention", runs=_RUNS, note=_NOTE)
 def group_query_attention(site: Site) -> Results:
     """Grouped heads, with a cache that may be longer than it is full."""
     site.need_floats("query", "key", "value", "past_key", "past_value", "attention_bias")
@@ -25,7 +26,7 @@ def group_query_attention(site: Site) -> Results:
     return site.same(attend.group_query_attention, checked=("kv_cache_bit_width",))
 
 
-@kernel("com.microsoft::MultiHeadAttention", runs=_RUNS)
+@kernel("com.microsoft::MultiHeadAttention", runs=_RUNS, note=_NOTE)
 def multi_head_attention(site: Site) -> Results:
     """Heads of rows, or packed."""
     site.need_floats("query", "key", "value", "past_key", "past_value", "attention_bias")
@@ -49,7 +50,7 @@ def multi_head_attention(site: Site) -> Results:
     return site.same(attend.multi_head_attention)
 
 
-@kernel("com.microsoft::Attention", runs=_RUNS)
+@kernel("com.microsoft::Attention", runs=_RUNS, note=_NOTE)
 def packed_attention(site: Site) -> Results:
     """Projections by torch, the rest by a kernel."""
     site.need_floats("x", "weights", "past", "attention_bias")
@@ -60,7 +61,7 @@ def packed_attention(site: Site) -> Results:
     return site.same(attend.packed_attention)
 
 
-@kernel("Attention", runs=_RUNS)
+@kernel("Attention", runs=_RUNS, note=_NOTE)
 def attention(site: Site) -> Results:
     """The standard's."""
     site.need_floats("q", "k", "v", "past_key", "past_value")

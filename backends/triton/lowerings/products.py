@@ -13,7 +13,8 @@ from lwc.backends.triton.weights import GROUP_SIZES, W4Weights, W8Weights, colum
 from lwc.core.dialect import DynamicQuantMatMul
 from lwc.core.errors import LwcError
 
-_RUNS = {4: "w4a16_kernel (activations not rounded)", 8: "quantize_rows_kernel, w8a8_kernel"}
+_RUNS = {4: ("w4a16_kernel",), 8: ("quantize_rows_kernel", "w8a8_kernel")}
+_ALL = "w4a16_kernel quantize_rows_kernel w8a8_kernel activation_kernel"
 
 
 @kernel("com.microsoft::MatMulNBits", runs="w4a16_kernel")
@@ -39,7 +40,7 @@ def matmul_nbits(site: Site) -> Results:
     return _linear(site, PackedLinear(weights, bias=_bias(site, site.given("bias"))))
 
 
-@kernel("lwc::DynamicQuantMatMul", runs="w4a16_kernel or w8a8_kernel")
+@kernel("lwc::DynamicQuantMatMul", runs=_ALL)
 def dynamic_quant_matmul(site: Site) -> Results:
     """4-bit weights, of which activations are then not rounded, or 8-bit ones of whole columns."""
     names = ("K", "N", "bits", "block_size", "x_block", "zero_points", "bias", "gated")
@@ -68,7 +69,8 @@ def dynamic_quant_matmul(site: Site) -> Results:
     if bias is not None:
         bias = bias[torch.from_numpy(column_order(use))]
     activation = use.activation.replace("_", "-")
-    site.runs = _RUNS[use.bits] + (", activation_kernel" if use.gated else "")
+    site.runs = _RUNS[use.bits] + ("activation_kernel",) * bool(use.gated)
+    site.note = "activations are not rounded" if use.bits == 4 else ""
     return _linear(
         site, PackedLinear(weights, bias=bias, activation=activation, gated=bool(use.gated))
     )

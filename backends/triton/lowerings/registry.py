@@ -27,7 +27,10 @@ import onnx_ir as ir
 import torch
 
 from lwc.backends.fx.weights import free_attribute
+from lwc.backends.triton.kernels import NAMES
 from lwc.backends.triton.kernels.flash_attention import LARGEST
+from lwc.core.extensions import is_again, note_extension
+from lwc.pipeline.options import did_you_mean
 
 __all__ = ["KERNELS", "Kernel", "Refused", "Results", "Site", "kernel"]
 
@@ -46,11 +49,13 @@ class Kernel:
 
     Attributes:
         substitute: Adds the calls that take the place of a node, or refuses.
-        runs: The kernels that then run.
+        runs: Names of the kernels that then run.
+        note: What the user is told besides.
     """
 
     substitute: Callable[[Site], Results]
-    runs: str
+    runs: tuple[str, ...]
+    note: str
 
 
 KERNELS: dict[str, Kernel] = {}
@@ -58,20 +63,31 @@ KERNELS: dict[str, Kernel] = {}
 
 
 def kernel(
-    names: str, *, runs: str
+    names: str, *, runs: str, note: str = ""
 ) -> Callable[[Callable[[Site], Results]], Callable[[Site], Results]]:
     """Register what has kernels compute the operators named, with spaces between them.
 
     Args:
         names: `Op` or `domain::Op`.
-        runs: The kernels, for the user to read.
+        runs: Names of the kernels, likewise: of lwc's, or as they are known where the function is
+            defined.
+        note: What the user is told besides, such as when which of them runs.
+
+    Raises:
+        ValueError: There is no kernel of that name, or another function has kernels compute one of
+            the operators.
     """
 
     def register(substitute: Callable[[Site], Results]) -> Callable[[Site], Results]:
+        note_extension()
+        for run in runs.split():
+            if run not in NAMES and run not in substitute.__globals__:
+                hint = did_you_mean(run, NAMES) or "import yours where its lowering is defined"
+                raise ValueError(f"there is no kernel '{run}' ({hint})")
         for name in names.split():
-            if name in KERNELS:
+            if name in KERNELS and not is_again(KERNELS[name].substitute, substitute):
                 raise ValueError(f"operator '{name}' has two kernels")
-            KERNELS[name] = Kernel(substitute, runs)
+            KERNELS[name] = Kernel(substitute, tuple(runs.split()), note)
         return substitute
 
     return register
@@ -85,10 +101,12 @@ class Site:
         root: Holds the weights, and takes the packed ones.
         graph: Where new calls go.
         made: What stands for the nodes before in the new graph.
-        runs: The kernels that take its place, by the table; a function may say it more closely.
+        entry: What the table has for it.
 
     Attributes:
         calls: Names of the calls that were added.
+        runs: Names of the kernels that take its place; a function may say it more closely.
+        note: What the user is told besides, likewise.
     """
 
     def __init__(
@@ -97,10 +115,11 @@ class Site:
         root: torch.nn.Module,
         graph: torch.fx.Graph,
         made: Mapping[torch.fx.Node, torch.fx.Node],
-        runs: str,
+        entry: Kernel,
     ) -> None:
         self.node = node
-        self.runs = runs
+        self.runs = entry.runs
+        self.note = entry.note
         self.calls: list[str] = []
         self._root = root
         self._graph = graph
