@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
@@ -112,18 +112,12 @@ def make_feed(
         edge: How numbers and masks are filled that `spec` does not describe.
 
     Raises:
+        InputError: An extent is given to a dimension that no input has.
         LwcError: An input is no tensor or has no known rank, and `spec.values` lacks it.
     """
-    usual = usual_extents(module)
     known = {**spec.dims, **(bindings or {})}
-    unknown = [name for name in known if name not in usual]
-    if unknown:
-        raise InputError(
-            f"no input has a dimension '{unknown[0]}'",
-            file=module.source.path,
-            remedy=f"the dimensions are {', '.join(usual) or 'all fixed'}",
-        )
-    extents = {**usual, **known}
+    check_dimensions(module, known)
+    extents = {**usual_extents(module), **known}
     feed = {}
     for value in fed_inputs(module):
         name = value.name or ""
@@ -160,6 +154,22 @@ def fixed_dims(before: Module, after: Module) -> dict[str, int]:
                 fixed[f"{value.name}:{axis}" if is_anonymous(name) else str(name)] = now
     known = dim_names(before)
     return {name: extent for name, extent in fixed.items() if name in known}
+
+
+def check_dimensions(module: Module, names: Iterable[str]) -> None:
+    """Check that the inputs have free dimensions of these names.
+
+    Raises:
+        InputError: They have not.
+    """
+    known = dim_names(module)
+    for name in names:
+        if name not in known:
+            raise InputError(
+                f"no input has a dimension '{name}'",
+                file=module.source.path,
+                remedy=f"the dimensions are {', '.join(known) or 'all fixed'}",
+            )
 
 
 def dim_names(module: Module) -> dict[str, str]:

@@ -115,8 +115,15 @@ def parse_shapes(texts: Sequence[str], option: str = "--measure") -> list[dict[s
     return shapes
 
 
-def split_words(texts: Sequence[str]) -> list[str]:
-    """Read words joined by commas, as often as given."""
+def split_words(texts: Sequence[str], option: str) -> list[str]:
+    """Read words joined by commas, as often as given.
+
+    Raises:
+        UsageError: There is nothing before, after or between commas.
+    """
+    for text in texts:
+        if not all(text.split(",")):
+            raise UsageError(f"{option} takes names joined by commas, not '{text}'")
     return [word for text in texts for word in text.split(",")]
 
 

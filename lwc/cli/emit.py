@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lwc.analysis.shapes import Shapes
-from lwc.calibration.feeds import dim_names, usual_extents
+from lwc.calibration.feeds import check_dimensions, dim_names, usual_extents
 from lwc.cli.plan_phases import token_dimensions
-from lwc.core.errors import LwcError
+from lwc.core.errors import LwcError, UsageError
 from lwc.generate.interface import find_interface
 
 if TYPE_CHECKING:
     from lwc.core.module import Module
 
-__all__ = ["emit_code", "example_shapes"]
+__all__ = ["check_shapes", "emit_code", "example_shapes"]
 
 CONTEXT = 512
 """Tokens of a prompt, and of a cache, that kernels are compiled for where nothing is said."""
@@ -60,6 +60,29 @@ def emit_code(
         names = ", ".join(sorted(set(emitted.spilling)))
         lines.append(f"some spill registers, which is slow: {names}")
     return lines
+
+
+def check_shapes(
+    module: Module, shapes: Sequence[Mapping[str, int]], bound: Mapping[str, int]
+) -> None:
+    """Check before passes run that the dimensions of `--shapes` are there, and stay.
+
+    Args:
+        module: The input; the passes keep its interface.
+        shapes: Numbers for symbolic dimensions.
+        bound: Dimensions that become numbers before the first pass.
+
+    Raises:
+        UsageError: One is bound.
+        InputError: There is no such dimension.
+    """
+    for shape in shapes:
+        check_dimensions(module, shape)
+        for name in shape:
+            if name in bound:
+                raise UsageError(
+                    f"dimension '{name}' is bound to {bound[name]}", remedy="drop it from --shapes"
+                )
 
 
 def example_shapes(module: Module) -> list[dict[str, int]]:

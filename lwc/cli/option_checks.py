@@ -9,6 +9,7 @@ from pathlib import Path
 from lwc.cli.arguments import MODEL_SUFFIXES, REPORT_SUFFIXES, parse_shapes, split_words
 from lwc.core.errors import UsageError
 from lwc.core.paths import is_folder_target
+from lwc.frontend.atomic import StagedFile
 
 __all__ = ["check_options"]
 
@@ -121,13 +122,14 @@ def _check_emitted(options: argparse.Namespace) -> None:
     from lwc.backends.triton.availability import require_triton
 
     require_triton()
-    for name in split_words(options.arch):
+    for name in split_words(options.arch, "--arch"):
         architecture(name)
     parse_shapes(options.shapes, "--shapes")
     from lwc.backends.triton.folder import check_folder
 
     _check_other_file(options.emit, options.input, "the input")
     check_folder(options.emit)
+    _check_writable(os.path.realpath(options.emit))
     folder = Path(os.path.realpath(options.emit))
     files = [options.input, options.output, options.resume, options.text, options.tokenizer]
     files += [options.calibrate, options.config, options.pass_pipeline_crash_reproducer]
@@ -146,7 +148,11 @@ def _check_written(options: argparse.Namespace) -> None:
             )
         _check_place(path)
     output = options.output
-    if output not in (None, "-") and not is_folder_target(output):
+    if output in (None, "-"):
+        return
+    if is_folder_target(output):
+        _check_writable(os.path.join(output, "model.onnx"))
+    else:
         if not output.lower().endswith(MODEL_SUFFIXES):
             raise UsageError(
                 f"cannot write '{output}': its suffix names no format that lwc writes",
@@ -162,6 +168,22 @@ def _check_place(path: str) -> None:
         raise UsageError(f"cannot write '{path}': there is no folder '{folder}'")
     if os.path.isdir(path):
         raise UsageError(f"cannot write '{path}': it is a folder", remedy="name a file")
+    _check_writable(path)
+
+
+def _check_writable(path: str) -> None:
+    """Check before any work that files can be put beside `path`, or where its folder is made."""
+    folder, name = os.path.split(os.path.abspath(path))
+    while not os.path.lexists(folder):
+        folder, name = os.path.split(folder)
+    try:
+        with StagedFile(folder, name):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"cannot write '{path}': no file can be made in '{folder}': {error.strerror or error}",
+            remedy="name another place",
+        ) from error
 
 
 def _check_other_file(path: str, needed: str, what: str) -> None:

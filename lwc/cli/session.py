@@ -201,7 +201,7 @@ class Session:
         from lwc.cli.emit import emit_code
 
         options, before = self.options, len(module.remarks)
-        targets = split_words(options.arch)
+        targets = split_words(options.arch, "--arch")
         shapes = parse_shapes(options.shapes, "--shapes")
         with self.progress.phase(f"writing {options.emit}") as rename:
             lines = emit_code(module, options.emit, targets, shapes, rename)
@@ -283,6 +283,10 @@ class Session:
                 keep_gguf_blocks=options.keep_gguf_blocks,
             )
         self._settled_shapes(module, module)
+        if options.emit and all(pass_.keeps_interface for pass_ in self.config.passes):
+            from lwc.cli.emit import check_shapes
+
+            check_shapes(module, parse_shapes(options.shapes, "--shapes"), self.config.bind)
         if options.text:
             from lwc.report.measure import check_text
 

@@ -201,6 +201,15 @@ def test_a_manifest_of_others_is_no_leave_to_replace(manifest: str, tmp_path: Pa
         (["--arch=sm_90"], "--arch is for what is emitted (add --emit DIR)"),
         (["--shapes=n=3"], "--shapes is for what is emitted (add --emit DIR)"),
         (["--emit=out", "--backend=triton", "--arch=V100"], "no architecture is called 'V100'"),
+        (
+            ["--emit=out", "--backend=triton", "--arch=sm_80,"],
+            "--arch takes names joined by commas, not 'sm_80,'",
+        ),
+        pytest.param(
+            ["--emit=/proc/none/out", "--backend=triton"],
+            "cannot write '/proc/none/out': no file can be made in '/proc'",
+            marks=pytest.mark.skipif(not Path("/proc").is_dir(), reason="it is Linux's"),
+        ),
         (["--emit=out", "--backend=triton", "--shapes=x"], "--shapes takes NAME=N, not 'x'"),
         (["--emit=mlp.onnx", "--backend=triton"], "'mlp.onnx' is the input itself"),
         (["--emit=.", "--backend=triton"], "cannot emit to '.': 'mlp.onnx' in it would be lost"),
@@ -230,12 +239,28 @@ def test_every_backend_can_be_asked_for() -> None:
         assert parse_arguments([f"--backend={name}"]).backend == name
 
 
-def test_a_dimension_that_is_not_there_is_told(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--shapes=tokens=3"], "no input has a dimension 'tokens' (the dimensions are"),
+        (
+            ["--shapes=length=3", "--bind=length=2"],
+            "dimension 'length' is bound to 2 (drop it from --shapes)",
+        ),
+        (  # a pass that changes the interface may bring the dimension
+            ["--shapes=tokens=3", "-p", "convert-dtype{keep-io=false}"],
+            "no input has a dimension 'tokens' (the dimensions are",
+        ),
+    ],
+)
+def test_a_dimension_that_is_not_there_is_told_before_passes_run(
+    words: list[str], told: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["-q", "--backend=triton", f"--emit={tmp_path / 'out'}", "--shapes", "tokens=3"]
-    assert main([str(model), *words]) == 2
-    assert "no input has a dimension 'tokens' (the dimensions are" in capsys.readouterr().err
+    given = ["--backend=triton", f"--emit={tmp_path / 'out'}", "-p", "fuse-activation", *words]
+    assert main([str(model), *given]) == 2
+    err = capsys.readouterr().err
+    assert told in err
+    assert (len(err.splitlines()) == 1) == ("-p" not in words)
     assert not (tmp_path / "out").exists()
 
 
