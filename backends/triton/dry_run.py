@@ -47,6 +47,7 @@ class _DryRun(torch.fx.Interpreter):  # type: ignore[misc]
     def __init__(self, graph_module: torch.fx.GraphModule, architecture: Architecture) -> None:
         super().__init__(graph_module)
         self.architecture = architecture
+        self.file = graph_module.meta["lwc"]["file"]
         self.launches: dict[str, list[Launch]] = {}
 
     def run_node(self, node: torch.fx.Node) -> Any:
@@ -55,13 +56,18 @@ class _DryRun(torch.fx.Interpreter):  # type: ignore[misc]
             try:
                 result = super().run_node(node)
             except LwcError as error:
-                error.node = error.node or where
+                error.file, error.node = error.file or self.file, error.node or where
                 raise
             except (NotImplementedError, RuntimeError, ValueError, IndexError) as error:
+                said = str(error).splitlines()[0]
+                large = "allocate memory" in said  # of PyTorch, which has no error for it
                 raise LwcError(
-                    f"what it would launch is not known: {str(error).splitlines()[0]}",
+                    "the integers that it computes do not fit into memory"
+                    if large
+                    else f"what it would launch is not known: {said}",
+                    file=self.file,
                     node=where,
-                    remedy="give other numbers for the dimensions",
+                    remedy=f"give {'smaller' if large else 'other'} numbers for the dimensions",
                 ) from error
         self.launches[node.name] = recorder.launches
         return result

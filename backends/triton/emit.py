@@ -133,12 +133,27 @@ def _variants(
     """Return the kernels that a module launches, by what they are specialised to."""
     found: dict[str, _Variant] = {}
     for index, shape in enumerate(shapes):
-        feed = make_feed(module, shape)
+        named = ", ".join(f"{name}={extent}" for name, extent in shape.items())
+        try:
+            feed = make_feed(module, shape)
+        except MemoryError as error:
+            raise LwcError(
+                f"the inputs do not fit into memory where {named}",
+                file=module.source.path,
+                remedy="give smaller numbers for the dimensions",
+            ) from error
         inputs = [
             tensor_of_array(feed[name], ir.tensor(feed[name]).dtype) if name in feed else None
             for name in graph_module.meta["lwc"]["inputs"]
         ]
-        for call, launches in dry_run(graph_module, inputs, gpu).items():
+        launched = dry_run(graph_module, inputs, gpu)
+        if not any(launched.values()) and any(each.kernels for each in placements(graph_module)):
+            raise LwcError(
+                f"no kernel is launched where {named}, as nothing is computed there",
+                file=module.source.path,
+                remedy="give numbers above 0 for the dimensions",
+            )
+        for call, launches in launched.items():
             for launch in launches:
                 key = f"{launch.name} {specialised(launch)} {launch.options}"
                 variant = found.setdefault(key, _Variant(launch))

@@ -27,7 +27,7 @@ from lwc.backends.triton.folder import check_folder  # noqa: E402
 from lwc.cli.arguments import parse_arguments  # noqa: E402
 from lwc.cli.emit import example_shapes  # noqa: E402
 from lwc.cli.opt import main  # noqa: E402
-from lwc.core.errors import UsageError  # noqa: E402
+from lwc.core.errors import LwcError, UsageError  # noqa: E402
 from lwc.frontend.load import load  # noqa: E402
 from lwc.wiring import BACKENDS  # noqa: E402
 
@@ -262,6 +262,38 @@ def test_a_dimension_that_is_not_there_is_told_before_passes_run(
     assert told in err
     assert (len(err.splitlines()) == 1) == ("-p" not in words)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("shape", "told"),
+    [
+        (
+            "batch=2,length=0",
+            "no kernel is launched where batch=2, length=0, as nothing is computed",
+        ),
+        ("length=10000000000000", "the inputs do not fit into memory where length=10000000000000"),
+    ],
+)
+def test_shapes_for_which_nothing_is_compiled_are_refused(
+    shape: str, told: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["-q", "--backend=triton", f"--emit={tmp_path / 'out'}", "-p", "fuse-activation"]
+    assert main([str(model), *words, "--arch=sm_80", f"--shapes={shape}"]) == 1
+    assert f"error: {model}: {told}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_integers_that_do_not_fit_into_memory_are_told_with_their_node(tmp_path: Path) -> None:
+    path = tmp_path / "large.onnx"
+    large = 10**15  # of 8 bytes, hundred times: more than there are addresses
+    text = f"""<ir_version: 10, opset_import: ["" : 23]> g (float[s] x) => (int64[s, {large}] y)
+        <int64[1] large = {{{large}}}>
+        {{ n = Shape(x)  e = Concat <axis = 0> (n, large)
+           y = ConstantOfShape <value = int64[1] {{7}}> (e) }}"""
+    onnx.save(onnx.parser.parse_model(text), path)
+    told = r"large.onnx: ConstantOfShape -> 'y': the integers .* into memory \(give smaller numbers"
+    with pytest.raises(LwcError, match=told):
+        emit(load(path), tmp_path / "o", architectures=[architecture("A100")], shapes=[{"s": 100}])
 
 
 @pytest.mark.parametrize(("failing", "code"), [("--shapes=tokens=3", 2), ("--sensitivity", 1)])
