@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from lwc.analysis.shapes import Shapes
 from lwc.calibration.checkpoint import Trail, feeds_digest
+from lwc.calibration.feeds import ReadFeed
 from lwc.calibration.inputs import embedded_ids, misfit, wanted
 from lwc.calibration.statistics import Statistic
 from lwc.core.dims import evaluate
@@ -153,11 +154,10 @@ def checked_feeds(module: Module, ctx: PassContext) -> Iterator[Feed]:
             elif inputs[name].const_value is None:
                 wrong = f"lacks input '{name}'"
             if wrong is not None:
-                raise InputError(
-                    f"feed {count} of the calibration data {wrong}",
-                    file=module.source.path,
-                    remedy=remedy,
-                )
+                file, what = module.source.path, f"feed {count} of the calibration data"
+                if isinstance(feed, ReadFeed):
+                    file, what = str(feed.file), f"line {feed.line}" if feed.line else "it"
+                raise InputError(f"{what} {wrong}", file=file, remedy=remedy)
         yield feed
 
 

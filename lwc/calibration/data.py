@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 import onnx_ir as ir
 
-from lwc.calibration.feeds import load_feeds
+from lwc.calibration.feeds import ReadFeed, load_feeds
 from lwc.calibration.text import (
     Tokenize,
     load_tokenizer,
@@ -21,7 +21,7 @@ from lwc.calibration.text import (
     text_feeds,
     token_feed,
 )
-from lwc.core.errors import InputError, UsageError
+from lwc.core.errors import InputError, LwcError, UsageError
 
 if TYPE_CHECKING:
     from lwc.core.module import Module
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 __all__ = ["Calibration", "CalibrationFile", "as_calibration"]
 
 Array = np.ndarray[Any, Any]
+
+_MODELS = (".onnx", ".onnxtxt", ".gguf", ".safetensors")
+_LINE = "a line is a list of token ids, or an object with an array per input"
+_KINDS = "give an .npz file or a folder of them, a .jsonl file, or a text"
 
 
 @runtime_checkable
@@ -95,6 +99,8 @@ class CalibrationFile:
         for name, number in (("samples", self.samples), ("window", self.window)):
             if number is not None and number < 1:
                 raise UsageError(f"{name} is a number above 0, not {number}")
+        if Path(self.path).suffix.lower() in _MODELS:
+            raise UsageError(f"'{self.path}' is a model, not calibration data", remedy=_KINDS)
 
     def feeds(self, module: Module) -> Iterator[dict[str, Array]]:
         """Yield the feeds of `module`.
@@ -129,6 +135,7 @@ class CalibrationFile:
 
 
 def _lines(path: Path, module: Module) -> Iterator[dict[str, Array]]:
+    number, found = 0, False
     with path.open("rb") as lines:
         for number, content in enumerate(lines, 1):
             try:
@@ -138,13 +145,23 @@ def _lines(path: Path, module: Module) -> Iterator[dict[str, Array]]:
             if not line.strip():
                 continue
             try:
-                yield _feed(json.loads(line), module)
+                feed = ReadFeed(_feed(json.loads(line), module), path, number)
+            except LwcError as error:
+                raise InputError(
+                    f"line {number} is no feed of the model: {error.message}",
+                    file=path,
+                    remedy=error.remedy,
+                ) from error
             except (ValueError, TypeError, OverflowError, RecursionError) as error:
                 raise InputError(
                     f"line {number} is no feed: {error}",
                     file=path,
-                    remedy="a line is a list of token ids, or an object with an array per input",
+                    remedy=_LINE,
                 ) from error
+            found = True
+            yield feed
+    if not found:
+        raise InputError(f"none of its {number} lines is a feed", file=path, remedy=_LINE)
 
 
 def _feed(content: Any, module: Module) -> dict[str, Array]:

@@ -26,6 +26,8 @@ __all__ = [
     "Edge",
     "FeedSpec",
     "MaskKind",
+    "ReadFeed",
+    "check_dimensions",
     "dim_names",
     "fixed_dims",
     "load_feeds",
@@ -303,6 +305,15 @@ def _mask(shape: tuple[int, ...], kind: MaskKind, rng: np.random.Generator) -> A
     return mask if kind == "right-padded" else np.asarray(mask[..., ::-1])
 
 
+class ReadFeed(dict[str, Array]):
+    """A feed that knows where it was read: a file, and the line of it where it has many."""
+
+    def __init__(self, feed: Mapping[str, Array], file: Path, line: int | None = None) -> None:
+        super().__init__(feed)
+        self.file = file
+        self.line = line
+
+
 def load_feeds(path: str | Path) -> Iterator[dict[str, Array]]:
     """Read feeds from an `.npz` file, or from every `.npz` file of a folder in name order.
 
@@ -324,7 +335,7 @@ def load_feeds(path: str | Path) -> Iterator[dict[str, Array]]:
                     remedy="use numpy.savez; a text is not named .npz",
                 )
             with np.load(file, allow_pickle=False) as arrays:
-                yield {name: _plain(arrays, name, file) for name in arrays.files}
+                yield ReadFeed({name: _plain(arrays, name, file) for name in arrays.files}, file)
         except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
             raise InputError(f"no feed can be read: {error}", file=file) from error
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from lwc.cli.arguments import MODEL_SUFFIXES, REPORT_SUFFIXES, parse_shapes, split_words
-from lwc.core.errors import UsageError
+from lwc.core.errors import InputError, UsageError
 from lwc.core.paths import is_folder_target
 from lwc.frontend.atomic import StagedFile
 
@@ -32,6 +32,7 @@ def check_options(options: argparse.Namespace) -> None:
         options: What `parse_arguments` read, with an input.
 
     Raises:
+        InputError: There is no calibration data at the path that is given.
         UsageError: Options contradict or lack each other, or a file cannot be written where it is
             wanted.
     """
@@ -101,6 +102,8 @@ def _check_calibration(options: argparse.Namespace, action: str | None) -> None:
         raise UsageError(f"--{action} and --sensitivity do not go together")
     if options.sensitivity is not None and not options.calibrate:
         raise UsageError("--sensitivity needs calibration data", remedy="add --calibrate PATH")
+    if options.calibrate and not os.path.exists(options.calibrate):
+        raise InputError("no such file or folder with calibration data", file=options.calibrate)
     for name in ("calibrate_samples", "calibrate_window", "resume"):
         if getattr(options, name) is not None and not options.calibrate:
             option = name.replace("_", "-")

@@ -29,6 +29,7 @@ def update_weights(module: Module, graph_module: Any) -> list[str]:
     if places is None:
         raise LwcError(
             "the weights do not come from a module",
+            file=module.source.path,
             remedy="give what lwc.to_fx returned, or a copy of it",
         )
     held = {**dict(graph_module.named_parameters()), **dict(graph_module.named_buffers())}
@@ -36,7 +37,11 @@ def update_weights(module: Module, graph_module: Any) -> list[str]:
     checked: list[tuple[ir.Value, ir.TensorProtocol, torch.Tensor]] = []
     for key, spots in places.items():
         if key not in held:
-            raise LwcError(f"the graph module has no weight '{key}' any more")
+            raise LwcError(
+                f"the graph module has no weight '{key}' any more",
+                file=module.source.path,
+                remedy="train what lwc.to_fx returned without taking weights out of it",
+            )
         for index, name in spots:
             value, old = _weight(module, graphs[index] if index < len(graphs) else None, name)
             new = held[key]

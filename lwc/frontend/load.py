@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Mapping
@@ -103,6 +104,8 @@ def as_module(
         from lwc.frontend.onnx_reader import from_proto
 
         return from_proto(graph)
+    if _is_instance(graph, "torch.nn", "Module") and not (args or kwargs):
+        _check_needs_no_inputs(graph)
     if _is_instance(graph, "torch.nn", "Module") or _is_instance(
         graph, "torch.export", "ExportedProgram"
     ):
@@ -115,6 +118,18 @@ def as_module(
         f"a {type(graph).__name__} is no model",
         remedy="give a path, Module, onnx_ir.Model, ModelProto, nn.Module or ExportedProgram",
     )
+
+
+def _check_needs_no_inputs(graph: Any) -> None:
+    try:
+        inspect.signature(graph.forward).bind()
+    except ValueError:  # it does not tell
+        return
+    except TypeError as error:
+        raise InputError(
+            f"a {type(graph).__name__} is traced with example inputs, and none are given",
+            remedy="make a module of it by lwc.trace(module, args) first",
+        ) from error
 
 
 def _with_remarks(twin: Module, module: Module) -> Module:

@@ -128,7 +128,7 @@ class PassManager:
             outcome = self._attempt(pass_, module, ctx, state, before)
         except BaseException as error:
             if isinstance(error, LwcError):
-                _name_pass(error, pass_)
+                _name_pass(error, pass_, module)
             for instrument in self.instruments:
                 instrument.on_error(pass_, before, self.passes[index:], error)
             ctx.analyses.invalidate()
@@ -312,7 +312,9 @@ def _check_truth(*, claimed: bool, real: bool) -> None:
         raise VerificationError("it reports a change, but the module is the same")
 
 
-def _name_pass(error: LwcError, pass_: Pass) -> None:
-    """Put the pass's name in front of the message, once."""
+def _name_pass(error: LwcError, pass_: Pass, module: Module) -> None:
+    """Put the pass's name in front of the message, once; a refusal is of a file, too."""
+    if isinstance(error, PassError) and error.__cause__ is None:
+        error.file = error.file or module.source.path
     if not error.message.startswith("pass '"):
         error.message = f"pass '{pass_.name}': {error.message}"

@@ -88,17 +88,17 @@ def _check(nodes: Sequence[ir.Node], module: Module) -> None:
         )
     for node in nodes:
         if _has_past(node):
-            raise PassError(f"{describe(node)} has a past already, but others have none")
+            raise PassError("it has a past already, but others have none", node=describe(node))
         if not attribute(node, "causal", 1) or (len(node.inputs) > 10 and node.inputs[10]):
             raise PassError(
-                f"{describe(node)} is not causal by itself: a mask is added to its scores",
-                node=node.name,
+                "it is not causal by itself: a mask is added to its scores",
+                node=describe(node),
                 remedy=f"--grant '{MASKS_PAD_RIGHT}' to fuse-attention if that holds; "
                 "only causal models have a cache",
             )
     inside = [n for n in module.nodes() if op_name(n) == _GQA and n.graph is not module.graph]
     if inside:
-        raise PassError(f"{describe(inside[0])} stands in a subgraph or function")
+        raise PassError("it stands in a subgraph or function", node=describe(inside[0]))
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ class _Cache:
             alike = [value for value in inputs if self.edit.same_shape(value, source)]
             if not alike:
                 raise PassError(
-                    f"{describe(node)} takes the shape of the mask, and no other input has it"
+                    "it takes the shape of the mask, and no other input has it", node=describe(node)
                 )
             self.edit.set_input(node, 0, alike[0])
 
@@ -274,5 +274,5 @@ def _layer(node: ir.Node, edit: Editor) -> _Layer:
     packed = node.inputs[1] is None
     width = shape[2] if shape is not None and len(shape) == 3 else None
     if not isinstance(width, int) or dtype is None:
-        raise PassError(f"the shape of the queries of {describe(node)} is not known")
+        raise PassError("the shape of its queries is not known", node=describe(node))
     return _Layer(node, shared, width // (heads + 2 * shared * packed), dtype)

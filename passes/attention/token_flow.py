@@ -178,8 +178,8 @@ class _Walk:
 
     def refuse(self, node: ir.Node, reason: str) -> Flow:
         raise PassError(
-            f"{describe(node)} depends on more than one token: {reason}",
-            node=node.name,
+            f"it depends on more than one token: {reason}",
+            node=describe(node),
             remedy="fuse attention first (fuse-attention); only causal models have a cache",
         )
 

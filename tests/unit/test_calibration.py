@@ -15,7 +15,7 @@ from support import module_of
 
 from lwc.analysis.manager import AnalysisManager
 from lwc.backends.onnxruntime.session import make_runner
-from lwc.calibration.collect import collect
+from lwc.calibration.collect import checked_feeds, collect
 from lwc.calibration.data import CalibrationFile, as_calibration
 from lwc.calibration.inputs import InputRole, RoleKind, embedded_ids, input_role
 from lwc.calibration.statistics import AbsMax, Gram, Histogram, MeanAbs
@@ -212,6 +212,53 @@ def test_bad_lines(line: str, reason: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=reason) as caught:
         list(CalibrationFile(path).feeds(module_of(IDS)))
     assert "ids.jsonl" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("[1, 9]", "line 3 gives input 'ids' the id 9 (its ids are 0 to 6, "),
+        (
+            '{"ids": [1]}',
+            "line 3 gives input 'ids' an array of shape [1] (feed int64 [batch, sequence])",
+        ),
+        ("{}", "line 3 lacks input 'ids' (the inputs are ids)"),
+    ],
+)
+def test_lines_that_do_not_fit_are_told_by_file_and_line(
+    line: str, told: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "ids.jsonl"
+    path.write_text(f"[1]\n\n{line}\n")
+    module = module_of(IDS)
+    with pytest.raises(InputError) as caught:
+        list(checked_feeds(module, context(module, list(CalibrationFile(path).feeds(module)))))
+    assert str(caught.value).startswith(f"{path}: {told}")
+
+
+def test_files_that_do_not_fit_are_told_by_name(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=np.zeros((2, 3), np.float32))
+    module = module_of(NUMBERS)
+    with pytest.raises(InputError) as caught:
+        list(checked_feeds(module, context(module, list(CalibrationFile(tmp_path).feeds(module)))))
+    told = f"{tmp_path / 'a.npz'}: it gives input 'x' an array of shape [2, 3]"
+    assert str(caught.value).startswith(told)
+
+
+def test_ids_for_a_model_that_takes_none_are_told_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "ids.jsonl"
+    path.write_text("\n[1]\n")
+    with pytest.raises(InputError, match=r"ids.jsonl: line 2 .*: the model takes no token ids"):
+        list(CalibrationFile(path).feeds(module_of(NUMBERS)))
+    path.write_text("\n\n")
+    with pytest.raises(InputError, match=r"ids.jsonl: none of its 2 lines is a feed \(a line is"):
+        list(CalibrationFile(path).feeds(module_of(NUMBERS)))
+
+
+@pytest.mark.parametrize("name", ["x.onnx", "x.onnxtxt", "X.GGUF"])
+def test_a_model_is_no_calibration_data(name: str) -> None:
+    with pytest.raises(UsageError, match=rf"'{name}' is a model, not calibration data \(give an"):
+        CalibrationFile(name)
 
 
 def test_text_is_cut_into_windows(tmp_path: Path) -> None:

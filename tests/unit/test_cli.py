@@ -227,6 +227,8 @@ def test_a_configuration_is_read_and_the_command_line_wins(run: Any) -> None:
         (["in.onnx", "--threads", "0"], "threads is an integer from 1 on, not 0"),
         (["in.onnx", "--seed", "-1"], "seed is an integer from 0 on, not -1"),
         (["in.onnx", "--tokenizer", "x"], "--tokenizer needs a text"),
+        (["in.onnx", "--calibrate", "none.npz"], "none.npz: no such file or folder with calibr"),
+        (["in.onnx", "--calibrate", "in.onnx"], "'in.onnx' is a model, not calibration data"),
         (["in.onnx", "-p", "recover"], "there is no calibration data (--calibrate PATH"),
         (["a" * 5000 + ".onnx"], "cannot be read: File name too long"),
         (["a" * 5000], "does not exist"),

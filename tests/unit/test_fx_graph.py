@@ -497,6 +497,13 @@ def test_update_weights_refuses_what_is_of_another_module() -> None:
     other = module_of("g (float[2] x) => (float[2] y) { y = Relu(x) }")
     with pytest.raises(LwcError, match="the module has no weight"):
         other.update_weights(lwc.to_fx(module))
+    lacking = lwc.to_fx(module.with_source(path="mlp.onnx"))
+    name = next(iter(lacking.meta["lwc"]["weights"]))
+    owner, _, last = name.rpartition(".")
+    delattr(lacking.get_submodule(owner), last)
+    told = rf"mlp.onnx: the graph module has no weight '{name}' any more \(train what lwc.to_fx"
+    with pytest.raises(LwcError, match=told):
+        module.update_weights(lacking)
 
 
 def test_a_large_weight_that_changed_goes_to_the_spill_file() -> None:

@@ -14,6 +14,7 @@ import onnxruntime
 import torch
 from support import ops, run_plain
 
+import lwc
 from lwc.core.errors import InputError, LwcError
 from lwc.core.module import Module
 from lwc.frontend.onnx_writer import save
@@ -177,6 +178,17 @@ def test_missing_arguments_and_other_objects_are_refused() -> None:
         trace(Fixed())
     with pytest.raises(LwcError, match="cannot trace a int"):
         trace(3)
+
+
+@pytest.mark.parametrize(
+    "call", [lwc.to_fx, lwc.to_triton, lambda module: lwc.optimize(module, "canonicalize")]
+)
+def test_modules_without_inputs_are_to_be_traced_first(call: Any) -> None:
+    told = r"a Linear is traced with example inputs, .* \(make a module of it by lwc\.trace\("
+    if call is lwc.to_triton:
+        pytest.importorskip("triton", reason="Triton is not installed: pip install 'lwc[triton]'")
+    with pytest.raises(InputError, match=told):
+        call(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("args", [torch.ones(1, 4), 5])
