@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from fx_agreement import parsed, run_fx
+from safetensors.torch import save_file
 from tiny_llama import as_module, tiny_llama
 
 import lwc
@@ -21,7 +22,7 @@ from lwc.backends.triton.emit import emit
 from lwc.backends.triton.lower import placements
 from lwc.backends.triton.operation import Launch
 from lwc.backends.triton.session import TritonBackend
-from lwc.core.errors import LwcError
+from lwc.core.errors import InputError, LwcError
 
 FUSED = "fuse-norm,fuse-activation,canonicalize,quantize-weights{bits=4 symmetric=true}"
 RTOL = 2e-3
@@ -106,6 +107,55 @@ def test_a_tensor_that_is_read_under_two_names_is_written_once(tmp_path: Path) -
     assert list(model.state_dict()) == ["a"]
     y, z = model(torch.eye(2))
     assert y.tolist() == z.tolist() == [[1, 2], [3, 4]]
+
+
+def damaged(file: Path, how: Any) -> None:
+    if how == "missing":
+        file.unlink()
+    elif isinstance(how, int):
+        file.write_bytes(file.read_bytes()[:how])
+    else:
+        save_file(how, file)
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("missing", "the weights cannot be read: No such file"),
+        (0, "the weights cannot be read: Error while deserializing header: header too small"),
+        (-1, "the weights cannot be read: Error while deserializing header: incomplete metadata"),
+        ({"v": torch.ones(2, 2)}, "'w' is not there, and float32 [2, 2] in model.py"),
+        (
+            {"v": torch.ones(2, 2), "w": torch.ones(2, 2)},
+            "'v' is float32 [2, 2], and not there in model.py",
+        ),
+        ({"w": torch.ones(2, 3)}, "'w' is float32 [2, 3], and float32 [2, 2] in model.py"),
+        (  # which would be loaded, and computed with
+            {"w": torch.ones(2, 2, dtype=torch.float16)},
+            "'w' is float16 [2, 2], and float32 [2, 2] in model.py",
+        ),
+    ],
+    ids=["missing", "empty", "cut", "renamed", "more", "shape", "type"],
+)
+def test_weights_that_are_not_those_of_the_model(how: Any, told: str, tmp_path: Path) -> None:
+    module = parsed("""<ir_version: 10, opset_import: ["" : 20]>
+        g (float[n, 2] x) => (float[n, 2] y) <float[2, 2] w = {1, 2, 3, 4}> { y = MatMul(x, w) }""")
+    emit(module, tmp_path / "out", architectures=[])
+    file = tmp_path / "out" / "weights.safetensors"
+    damaged(file, how)
+    with pytest.raises(InputError) as caught:
+        imported(tmp_path / "out").load(device="cpu")
+    assert str(caught.value).startswith(f"{file}: {told}")
+    assert str(caught.value).endswith("(emit the folder anew, and keep its files together)")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_loading_says_what_to_do(tmp_path: Path) -> None:
+    module = parsed("""<ir_version: 10, opset_import: ["" : 20]>
+        g (float[n] x) => (float[n] y) { y = Abs(x) }""")
+    emit(module, tmp_path / "out", architectures=[])
+    with pytest.raises(LwcError, match=r"no GPU to load the weights to \(set TRITON_INTERPRET=1"):
+        imported(tmp_path / "out").load()
 
 
 def test_what_is_not_python_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
