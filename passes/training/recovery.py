@@ -280,7 +280,11 @@ def _chosen(twin: Module, ctx: PassContext, options: Recover) -> list[Trainable]
             keep_zeros=options.keep_zeros,
         )
     if not chosen:
-        raise PassError("there is no layer to train", remedy="see which layers it takes, and why")
+        told = [each.message for each in twin.remarks if each.kind in ("warning", "missed")]
+        raise PassError(
+            f"there is no layer to train{f': {told[0]}' if told else ''}",
+            remedy="--explain=add-lora tells which layers it takes, and why",
+        )
     return chosen
 
 

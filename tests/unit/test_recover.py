@@ -434,8 +434,12 @@ def test_errors(monkeypatch: pytest.MonkeyPatch, teacher: Path, tmp_path: Path) 
         lwc.optimize(module, "recover")
     with pytest.raises(InputError, match="two feeds or more"):
         recovered(module, "rank=4", data=texts(1))
-    with pytest.raises(PassError, match="there is no layer to train"):
+    with pytest.raises(PassError, match="no layer to train: no adapter: its 16 inputs and 16 out"):
         recovered(module, "rank=99")
+    with pytest.raises(
+        PassError, match=r"layer to train: layers=no\* matches no node and no weight"
+    ):
+        recovered(module, "rank=2 layers=no*")
     broken = language()
     content = weight(broken, "head")
     content[0, 0] = np.nan
