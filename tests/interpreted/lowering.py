@@ -58,12 +58,34 @@ def test_what_norms_refuse() -> None:
     module, _ = one_node(
         "SkipLayerNormalization", {"x": x, "skip": normal(3, 8), "gamma": w}, domain=MS
     )
-    assert reasons(module) == ["skip has another shape than x"]
+    assert reasons(module) == ["x and skip are not known to have one shape"]
     module, _ = one_node("LayerNormalization", {"x": normal(1, 20000), "w": normal(20000)})
     assert reasons(module) == ["rows are longer than 16384"]
     module = parsed("""<ir_version: 9, opset_import: ["" : 17]>
         g (float[n, m] x, float[1] w) => (float[n, m] y) { y = LayerNormalization (x, w) }""")
     assert reasons(module) == ["the length of rows is not known, and scale is a single number"]
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "axis", "reason"),
+    [
+        ("float[n, m]", "float[m]", -1, "the length of rows is not known"),
+        ("float[n, 8]", "float[m]", -1, "the length of scale is not known"),
+        ("float[n, 8]", "float[4]", -1, "scale is not as long as a row"),
+        ("float[n, 8]", "float", -1, "scale is no vector"),
+        ("float[n, 8]", "unknown", -1, "the rank of scale is not known"),
+        ("unknown", "float[8]", 1, "the rank of x is not known"),
+    ],
+)
+def test_norms_of_what_is_not_known(x: str, w: str, axis: int, reason: str) -> None:
+    declared = [f"{kind} {name}" for kind, name in ((x, "x"), (w, "w")) if kind != "unknown"]
+    made = "".join(
+        f"{name} = Reshape(flat, to)" for kind, name in ((x, "x"), (w, "w")) if kind == "unknown"
+    )
+    module = parsed(f"""<ir_version: 10, opset_import: ["" : 23]>
+        g ({", ".join(declared)}, float[k] flat, int64[r] to) => (float[n, m] y)
+        {{ {made} y = RMSNormalization <axis = {axis}> (x, w) }}""")
+    assert reasons(module) == [reason]
 
 
 # Rotary embeddings
@@ -312,7 +334,8 @@ def test_gates(activation: str) -> None:
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        ("gate = Relu(x) y = Mul(gate, row)", "the branches have not one shape"),
+        ("gate = Relu(x) y = Mul(gate, row)", "the branches are not known to have one shape"),
+        ("gate = Relu(x) y = Mul(gate, gate)", "the activation is multiplied by itself"),
         (
             "gate = Relu(x) z = Mul(gate, x) y = Add(z, gate)",
             "the activation is read elsewhere too",

@@ -19,6 +19,7 @@ def gated(site: Site) -> Results:
     if not opened:
         return None
     gate, function = opened[0]
+    site.need(site.node.args != (gate, gate), "the activation is multiplied by itself")
     up = next((other for other in site.node.args if other is not gate), None)
     site.need(isinstance(up, torch.fx.Node), "the activation is multiplied by a number")
     site.need(len(gate.users) == 1, "the activation is read elsewhere too")
@@ -42,11 +43,13 @@ def _fits(site: Site, gate: Any, up: Any) -> None:
     shape = site.shape(gate)
     site.need(
         shape is not None and len(shape) > 0 and shape == site.shape(up),
-        "the branches have not one shape",
+        "the branches are not known to have one shape",
     )
     dtype = site.dtype(gate)
+    if dtype is None or site.dtype(up) is None:
+        raise Refused("the type of the branches is not known")
     site.need(dtype == site.dtype(up), "the branches have not one type")
-    if dtype is None or dtype.name not in ("FLOAT16", "BFLOAT16", "FLOAT"):
+    if dtype.name not in ("FLOAT16", "BFLOAT16", "FLOAT"):
         raise Refused("the branches are not float16, bfloat16 or float32")
 
 

@@ -72,10 +72,8 @@ def attention(site: Site) -> Results:
     if mask is not None and site.dtype(mask) != ir.DataType.BOOL:
         site.need_floats("mask")
     for name, count in (("q", "q_num_heads"), ("v", "kv_num_heads")):
-        shape = site.shape(site.given(name))
-        site.need(shape is not None, f"the rank of {name} is not known")
-        size = site.extent(site.given(name), -1)
-        if size is not None and len(shape) == 3:
+        rank, size = site.need_rank(name), site.extent(site.given(name), -1)
+        if size is not None and rank == 3:
             size //= site.given(count)
         site.need_size(size)
     # Without the output of scores, which of them it would be asks for nothing.

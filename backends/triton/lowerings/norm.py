@@ -6,7 +6,7 @@ import torch
 
 from lwc.backends.triton import launch
 from lwc.backends.triton.kernels.norm import LONGEST
-from lwc.backends.triton.lowerings.registry import Results, Site, kernel
+from lwc.backends.triton.lowerings.registry import Refused, Results, Site, kernel
 
 _NORMS = "RMSNormalization SimplifiedLayerNormalization com.microsoft::SimplifiedLayerNormalization"
 
@@ -50,9 +50,8 @@ def _is_by_row(site: Site, *more: str) -> None:
     site.need_one_type("x", "scale", *more)
     site.need_outputs(0)
     site.need(site.given("stash_type") == 1, "its statistics are not taken in float32")
-    shape = site.shape(site.given("x"))
     axis = site.given("axis")
-    site.need(axis == -1 or (shape is not None and axis == len(shape) - 1), "it spans several axes")
+    site.need(axis == -1 or axis == site.need_rank("x") - 1, "it spans several axes")
     for name in ("scale", *more):
         _is_vector(site, name)
 
@@ -63,7 +62,8 @@ def _with_bias(site: Site, *more: str) -> object:
     site.need_outputs(0, 3)
     x, skip = site.given("x"), site.given("skip")
     shape = site.shape(x)
-    site.need(shape is not None and shape == site.shape(skip), "skip has another shape than x")
+    same = shape is not None and shape == site.shape(skip)
+    site.need(same, "x and skip are not known to have one shape")
     for name in ("gamma", *more):
         _is_vector(site, name)
     bias = site.given("bias")
@@ -74,12 +74,14 @@ def _is_vector(site: Site, name: str) -> None:
     given = site.given(name)
     if given is None:
         return
-    shape, columns = site.shape(given), site.extent(site.given("x"), -1)
-    site.need(shape is not None and len(shape) == 1, f"{name} is no vector")
-    length = site.extent(given, 0)
+    site.need(site.need_rank(name) == 1, f"{name} is no vector")
+    columns, length = site.extent(site.given("x"), -1), site.extent(given, 0)
     if columns is None:
         # A single number may stand for a row of any length; no other vector is broadcast.
         site.need(length != 1, f"the length of rows is not known, and {name} is a single number")
         columns = length
+    if columns is None:
+        raise Refused("the length of rows is not known")
+    site.need(length is not None, f"the length of {name} is not known")
     site.need(columns == length, f"{name} is not as long as a row")
-    site.need(columns is not None and columns <= LONGEST, f"rows are longer than {LONGEST}")
+    site.need(columns <= LONGEST, f"rows are longer than {LONGEST}")

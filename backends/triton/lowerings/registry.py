@@ -218,6 +218,12 @@ class Site:
             if given is not None and self.dtype(given) != dtype:
                 raise Refused(f"{name} has another type than {first}")
 
+    def need_rank(self, name: str) -> int:
+        """Return the rank of an operand; refuse one that is not known."""
+        shape = self.shape(self.given(name))
+        self.need(shape is not None, f"the rank of {name} is not known")
+        return len(shape)
+
     def need_absent(self, *names: str) -> None:
         """Refuse inputs and attributes that kernels know nothing of."""
         for name in names:

@@ -20,6 +20,5 @@ def _contrib(site: Site) -> Results:
 
 
 def _has_heads(site: Site) -> None:
-    shape = site.shape(site.given("x"))
-    site.need(shape is not None, "the rank of x is not known")
-    site.need(len(shape) == 4 or site.given("num_heads") > 0, "the number of heads is not known")
+    rank = site.need_rank("x")
+    site.need(rank == 4 or site.given("num_heads") > 0, "the number of heads is not known")
