@@ -70,7 +70,7 @@ class WeightForms:
             raise PassError(
                 f"'{weight.value.name}' is bfloat16, for which ONNX Runtime has no CPU kernel",
                 node=describe(weight.uses[0].node),
-                remedy="run convert-dtype{float16} first, or use format=qdq",
+                remedy="run this before convert-dtype, or use float16 or format=qdq",
             )
         if weight.tensor.dtype not in (
             ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16

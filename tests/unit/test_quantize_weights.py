@@ -290,8 +290,12 @@ def test_bfloat16_is_refused_with_a_remedy() -> None:
 
     text = LINEAR.replace("float[", "bfloat16[")
     content = np.ones((INPUTS, OUTPUTS), ml_dtypes.bfloat16)
-    with pytest.raises(PassError, match="convert-dtype"):
+    with pytest.raises(PassError, match="run this before convert-dtype, or use float16 or format="):
         quantized(module_of(text, w=content))
+    before = optimize(module_of(LINEAR, w=content.astype("f")), "quantize-weights").module
+    after = optimize(before, "convert-dtype{bfloat16}").module
+    assert ops(before) == ["MatMulNBits"]
+    assert "MatMulNBits" in ops(after)
     module = module_of(text, w=content)
     quantized(module, format="qdq")
     assert weight(module, "w_scales").dtype == ml_dtypes.bfloat16

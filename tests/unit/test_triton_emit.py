@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ from lwc.cli.opt import main  # noqa: E402
 from lwc.core.errors import LwcError, UsageError  # noqa: E402
 from lwc.frontend.load import load  # noqa: E402
 from lwc.wiring import BACKENDS  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
 
 MODEL = """<ir_version: 10, opset_import: ["" : 23]>
     mlp (float[batch, length, 64] x) => (float[batch, length, 64] y, float[batch, length, 64] z)
@@ -232,6 +236,12 @@ def test_what_cannot_be_is_told_before_any_work(
     assert told in error
     assert len(error.splitlines()) == 1
     assert [path.name for path in model.parent.iterdir()] == [model.name]
+
+
+def test_the_page_runs() -> None:
+    script, page = ROOT / "tools" / "run_page.py", ROOT / "docs" / "triton.md"
+    ended = subprocess.run([sys.executable, script, page], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
 def test_every_backend_can_be_asked_for() -> None:
