@@ -80,6 +80,12 @@ class Act(Pass):
             for node in module.graph:
                 ctx.missed("it is too small", node, rule="shrink")
             ctx.warn("look here")
+        if self.how == "miss all":
+            for node in (module.graph[0], None, module.graph[1], None):
+                ctx.missed("it is too small" if node else "there is no data", node)
+        if self.how == "note":
+            ctx.note("it was read")
+            ctx.note("it is small already")
         if self.how == "spoil":
             value = module.graph.initializers["w"]
             module.replace_initializer(value, ir.tensor(value.const_value.numpy() * np.float32(2)))
@@ -116,6 +122,22 @@ def run(folder: Path, capfd: pytest.CaptureFixture[str]) -> Any:
 
 def act(how: str) -> list[str]:
     return ["--load-pass-plugin=lwc_test_act.py", "-p", f"test-act{{how={how}}}"]
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ("nothing", "found nothing to do"),
+        ("note", "it is small already"),
+        ("miss", "missed at Identity -> 'a': it is too small (and 2 more)"),
+        ("'miss all'", "missed: there is no data (and 3 more)"),  # of the model before its nodes
+    ],
+)
+def test_the_summary_says_why_a_pass_changed_nothing(run: Any, how: str, why: str) -> None:
+    ran = run("in.onnx", "-o", "out.onnx", *act(how))
+    assert ran.code == 0
+    (line,) = [each for each in ran.err.splitlines() if each.startswith(" 1 test-act")]
+    assert line.startswith(f" 1 test-act  unchanged: {why}, ")
 
 
 def ops(path: Path | str) -> list[str]:
