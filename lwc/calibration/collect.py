@@ -30,6 +30,7 @@ __all__ = [
     "collect",
     "has_rows",
     "on_feed",
+    "place_of",
 ]
 
 
@@ -154,11 +155,16 @@ def checked_feeds(module: Module, ctx: PassContext) -> Iterator[Feed]:
             elif inputs[name].const_value is None:
                 wrong = f"lacks input '{name}'"
             if wrong is not None:
-                file, what = module.source.path, f"feed {count} of the calibration data"
-                if isinstance(feed, ReadFeed):
-                    file, what = str(feed.file), f"line {feed.line}" if feed.line else "it"
+                file, what = place_of(feed, count, module)
                 raise InputError(f"{what} {wrong}", file=file, remedy=remedy)
         yield feed
+
+
+def place_of(feed: Feed, count: int, module: Module) -> tuple[str | None, str]:
+    """Return a file and what in it a feed is, counted from 1; the model's where it was not read."""
+    if isinstance(feed, ReadFeed):
+        return str(feed.file), f"line {feed.line}" if feed.line else "it"
+    return module.source.path, f"feed {count} of the calibration data"
 
 
 def _odd_id(array: object, count: int | None) -> int | None:

@@ -492,4 +492,6 @@ def test_a_kernel_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
         kernel("SimplifiedLayerNormalization", runs="norm_kernel")(root_mean_square)
     with pytest.raises(ValueError, match=r"no kernel 'norm_kernl' \(did you mean 'norm_kernel'"):
         kernel("com.example::Own", runs="activation_kernel norm_kernl")(root_mean_square)
+    with pytest.raises(ValueError, match=r"no kernel is said to compute 'com.example::Own'"):
+        kernel("com.example::Own", runs="")(root_mean_square)
     assert "com.example::Own" not in KERNELS

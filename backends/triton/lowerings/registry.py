@@ -80,6 +80,8 @@ def kernel(
 
     def register(substitute: Callable[[Site], Results]) -> Callable[[Site], Results]:
         note_extension()
+        if not runs.split():
+            raise ValueError(f"no kernel is said to compute '{names}'")
         for run in runs.split():
             if run not in NAMES and run not in substitute.__globals__:
                 hint = did_you_mean(run, NAMES) or "import yours where its lowering is defined"
