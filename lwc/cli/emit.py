@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 from lwc.analysis.shapes import Shapes
 from lwc.calibration.feeds import check_dimensions, dim_names, usual_extents
 from lwc.cli.plan_phases import token_dimensions
-from lwc.core.errors import LwcError, UsageError
+from lwc.core.errors import LwcError
 from lwc.generate.interface import find_interface
+from lwc.pipeline.instruments import Instrument
 
 if TYPE_CHECKING:
     from lwc.core.module import Module
+    from lwc.pipeline.passes import Pass
 
-__all__ = ["check_shapes", "emit_code", "example_shapes"]
+__all__ = ["ShapesCheck", "emit_code", "example_shapes"]
 
 CONTEXT = 512
 """Tokens of a prompt, and of a cache, that kernels are compiled for where nothing is said."""
@@ -62,27 +64,31 @@ def emit_code(
     return lines
 
 
-def check_shapes(
-    module: Module, shapes: Sequence[Mapping[str, int]], bound: Mapping[str, int]
-) -> None:
-    """Check before passes run that the dimensions of `--shapes` are there, and stay.
+class ShapesCheck(Instrument):
+    """Checks the dimensions of `--shapes` once no pass to come gives or takes any.
 
     Args:
-        module: The input; the passes keep its interface.
         shapes: Numbers for symbolic dimensions.
-        bound: Dimensions that become numbers before the first pass.
 
     Raises:
-        UsageError: One is bound.
-        InputError: There is no such dimension.
+        InputError: No input has a dimension.
     """
-    for shape in shapes:
-        check_dimensions(module, shape)
-        for name in shape:
-            if name in bound:
-                raise UsageError(
-                    f"dimension '{name}' is bound to {bound[name]}", remedy="drop it from --shapes"
-                )
+
+    def __init__(self, shapes: Sequence[Mapping[str, int]]) -> None:
+        self._shapes = shapes
+        self._first = 0
+
+    def before_pipeline(self, module: Module, passes: Sequence[Pass]) -> None:
+        """Find the pass before which they are checked."""
+        for index, pass_ in enumerate(passes, 1):
+            if pass_.name == "bind-dims" or not pass_.keeps_interface:
+                self._first = index
+
+    def before_pass(self, pass_: Pass, module: Module, index: int) -> None:
+        """Check them."""
+        if index == self._first:
+            for shape in self._shapes:
+                check_dimensions(module, shape)
 
 
 def example_shapes(module: Module) -> list[dict[str, int]]:

@@ -283,10 +283,6 @@ class Session:
                 keep_gguf_blocks=options.keep_gguf_blocks,
             )
         self._settled_shapes(module, module)
-        if options.emit and all(pass_.keeps_interface for pass_ in self.config.passes):
-            from lwc.cli.emit import check_shapes
-
-            check_shapes(module, parse_shapes(options.shapes, "--shapes"), self.config.bind)
         if options.text:
             from lwc.report.measure import check_text
 
@@ -375,6 +371,10 @@ class Session:
             found.append(TimingPrinter(sys.stderr))
         if options.pass_statistics:
             found.append(StatisticsPrinter(sys.stderr))
+        if options.shapes:
+            from lwc.cli.emit import ShapesCheck
+
+            found.append(ShapesCheck(parse_shapes(options.shapes, "--shapes")))
         if options.pass_pipeline_crash_reproducer:
             from lwc.pipeline.reproducer import CrashReproducer
 
