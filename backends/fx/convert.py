@@ -24,8 +24,9 @@ def to_fx(
 ) -> torch.fx.GraphModule:
     """Return a module as a differentiable `torch.fx.GraphModule` of plain PyTorch operators.
 
-    Its `forward` takes the graph's inputs in order and returns its output, or a tuple of them. One
-    call stands for each ONNX node and keeps its name, as far as that is an identifier;
+    It takes the graph's inputs in order, as tensors of the types and shapes that the graph
+    declares, and returns its output, or a tuple of them; another call is an LwcError. One call
+    stands for each ONNX node and keeps its name, as far as that is an identifier;
     `node.meta["onnx"]` tells where it comes from: `name`, `op`, `outputs`, and what passes wrote
     (`lwc.pass`). Floating-point weights are Parameters and all others buffers, under the names of
     their initializers; scalars are Parameters that ask for no gradient. Weights are copied, one at

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lwc.backends.fx.inputs import check_call
 from lwc.core.errors import LwcError
 
 __all__ = ["LoweredTracer", "OnnxGraphModule", "described"]
@@ -27,14 +28,26 @@ class OnnxGraphModule(torch.fx.GraphModule):  # type: ignore[misc]
     """A `torch.fx.GraphModule` whose nodes come from an ONNX graph.
 
     `meta["lwc"]` is a dictionary: `inputs` and `outputs` are the names in the ONNX graph,
-    `weights` maps a parameter or buffer to the places it came from, and `file` is where the
-    module was read from.
+    `weights` maps a parameter or buffer to the places it came from, `floats` has the types of
+    those that are floating-point, and `file` is where the module was read from.
     """
 
+    def recompile(self) -> Any:
+        """Generate the code anew, and see what its arguments are to be."""
+        places = [node for node in self.graph.nodes if node.op == "placeholder"]
+        self._declared = {node.target: node.meta.get("declared") for node in places}
+        return super().recompile()
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run; an exception of an operator becomes an LwcError, which names its node."""
+        """Check the arguments, and run.
+
+        Raises:
+            LwcError: An argument is not what the graph declares, or an operator raised something,
+                of which it names the node.
+        """
         if torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)
+        check_call(self, self._declared, args, kwargs)
         try:
             return super().__call__(*args, **kwargs)
         except LwcError as error:

@@ -17,6 +17,7 @@ import torch
 
 from lwc.analysis.shapes import Shapes
 from lwc.backends.fx import ops
+from lwc.backends.fx.inputs import declared, floats_of
 from lwc.backends.fx.module import OnnxGraphModule
 from lwc.backends.fx.ops.control_flow import given
 from lwc.backends.fx.ops.integers import as_tensor, numbers
@@ -105,6 +106,8 @@ class _Walk:
             found = scope.graph.placeholder(identifier(value.name or "input"), default_value=None)
             scope.tensors[value] = found
         scope.name_parameters()
+        for value in (*fed, *optional):
+            scope.tensors[value].meta["declared"] = declared(value)
         for value in optional:
             default = self._weight(scope, value)
             scope.tensors[value] = scope.call(
@@ -119,6 +122,7 @@ class _Walk:
             "inputs": [value.name for value in (*fed, *optional)],
             "outputs": [value.name for value in (*graph.outputs, *self.exposed)],
             "weights": self.weights.places(made),
+            "floats": floats_of(made),
             "file": self.module.source.path,
         }
         return made

@@ -30,6 +30,7 @@ __all__ = [
     "fed_inputs",
     "input_role",
     "misfit",
+    "shown_shape",
     "wanted",
 ]
 
@@ -113,10 +114,15 @@ def misfit(value: ir.Value, array: object) -> str | None:
 def wanted(value: ir.Value) -> str:
     """Return the type and shape of a graph input, for people."""
     kind = "an array" if value.dtype is None else f"{value.dtype.name.lower()}"
+    return f"{kind}{shown_shape(value)}"
+
+
+def shown_shape(value: ir.Value) -> str:
+    """Return the shape of a graph input, for people, behind a space; nothing if it has none."""
     if value.shape is None:
-        return kind
+        return ""
     dims = ", ".join(str(d) if isinstance(d, int) else str(d.value or "?") for d in value.shape)
-    return f"{kind} [{dims}]"
+    return f" [{dims}]"
 
 
 def input_role(module: Module, value: ir.Value) -> InputRole:

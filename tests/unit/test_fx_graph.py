@@ -271,9 +271,10 @@ def test_a_type_that_pytorch_lacks_is_named_with_the_node() -> None:
 
 
 def test_a_failure_at_run_time_names_the_node() -> None:
-    lowered = lwc.to_fx(mlp())
+    module = mlp()
+    module.graph.inputs[0].shape = None
     with pytest.raises(LwcError, match=r"MatMul '/enc/MatMul': RuntimeError: mat1 and mat2"):
-        lowered(torch.ones(2, 5))
+        lwc.to_fx(module)(torch.ones(2, 5))
 
 
 def test_a_failure_inside_of_a_branch_names_the_inner_node() -> None:
