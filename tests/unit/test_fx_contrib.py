@@ -156,24 +156,43 @@ def test_a_quantized_convolution_with_a_bias(channels: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "more"),
+    ("op", "more", "options"),
     [
-        ("InstanceNormalization", {"scale": (3,), "bias": (3,)}),
-        ("MeanVarianceNormalization", {}),
-        ("LpNormalization", {}),
-        ("LRN", {}),
+        ("InstanceNormalization", {"scale": (3,), "bias": (3,)}, {}),
+        ("BatchNormalization", dict.fromkeys(("scale", "bias", "mean", "var"), (3,)),
+         {"training_mode": 1, "outputs": 3}),
+        ("MeanVarianceNormalization", {}, {}),
+        ("LpNormalization", {}, {}),
+        ("LRN", {}, {"size": 3}),
+        ("LpPool", {}, {"kernel_shape": [2, 2]}),
+        ("GlobalLpPool", {}, {}),
+        ("AveragePool", {}, {"kernel_shape": [8, 8]}),
+        ("ReduceLogSum", {}, {}),
+        ("ReduceProd", {}, {}),
+        ("Sum", {"minus": (1, 3, 8, 8)}, {}),
+        ("Mean", {"minus": (1, 3, 8, 8)}, {}),
     ],
-)
-def test_squares_of_float16_do_not_overflow(op: str, more: dict[str, Any]) -> None:
-    x = RANDOM.normal(size=(1, 3, 8, 8)) * 1000
-    given = {"x": x, **{name: normal(*shape) for name, shape in more.items()}}
-    options: dict[str, Any] = {"size": 3} if op == "LRN" else {}
+)  # fmt: skip
+def test_what_float16_adds_up_does_not_overflow(
+    op: str, more: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """Squares of hundreds, sums of 64 thousands, and sums that return below the largest."""
+    x = RANDOM.normal(size=(1, 3, 8, 8)) * 500
+    given = {"x": x, **{name: abs(normal(*shape)) for name, shape in more.items()}}
+    if op in ("AveragePool", "ReduceLogSum"):
+        given["x"] = abs(x) + 1000
+    elif op == "ReduceProd":  # 1e6 on the way
+        given["x"] = np.array([1000, 1000, 1e-3, 1e-3])
+    elif "minus" in given:
+        given = {"x": abs(x) + 4e4, "again": abs(x) + 4e4, "minus": -abs(x) - 4e4}
     wide, feed = one_node(op, {k: v.astype(np.float32) for k, v in given.items()}, **options)
     half, feed16 = one_node(op, {k: v.astype(np.float16) for k, v in given.items()}, **options)
-    (wanted,), (found,) = run_fx(wide, feed), run_fx(half, feed16)
-    assert found.dtype == np.float16
-    # Inputs, and the result with its scale and shift, are rounded to 11 bits.
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=4 * 2**-11 * np.abs(wanted).max())
+    found = run_fx(half, feed16)
+    # Inputs, and results, are rounded to 11 bits.
+    for results in (run_fx(wide, feed), run_plain(half, feed16)):
+        for a, b in zip(found, results, strict=True):
+            assert a.dtype == np.float16
+            np.testing.assert_allclose(a, b, rtol=0, atol=4 * 2**-11 * np.abs(b).max())
 
 
 @pytest.mark.parametrize("op", ["QLinearSigmoid", "QLinearLeakyRelu"])

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 import torch.nn.functional as F
 
-from lwc.backends.fx.ops.rounding import rounded
+from lwc.backends.fx.ops.rounding import in_single, rounded
 from lwc.backends.fx.registry import direct, op
 
 __all__: list[str] = []
@@ -133,13 +133,14 @@ def min_(*values: Tensor) -> Tensor:
 @op("Sum")
 def sum_(*values: Tensor) -> Tensor:
     """Add."""
-    return functools.reduce(torch.add, values)
+    return functools.reduce(torch.add, map(in_single, values)).to(values[0].dtype)
 
 
 @op("Mean")
 def mean(*values: Tensor) -> Tensor:
     """Average."""
-    return functools.reduce(torch.add, values) / len(values)
+    total = functools.reduce(torch.add, map(in_single, values))
+    return (total / len(values)).to(values[0].dtype)
 
 
 @op("Clip", wide=True)

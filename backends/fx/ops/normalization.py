@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from lwc.backends.fx.ops.rotary import rows_at
+from lwc.backends.fx.ops.rounding import in_single
 from lwc.backends.fx.registry import op
 from lwc.core.errors import LwcError
 
@@ -19,7 +20,7 @@ Tensor: TypeAlias = torch.Tensor
 
 def _computed_in(x: Tensor, stash_type: int) -> Tensor:
     """Return x in the type that statistics are taken in; 1 is float32."""
-    return x.to(torch.float32) if stash_type == 1 and x.dtype != torch.float64 else x
+    return in_single(x) if stash_type == 1 else x
 
 
 @op("LayerNormalization")
@@ -173,18 +174,19 @@ def batch_normalization(
     outputs: int = 1,
 ) -> Any:
     """Bring channels to mean 0 and variance 1, then scale and shift."""
-    now, spread = mean, variance
+    wide, now, spread = in_single(x), in_single(mean), in_single(variance)
     if training_mode:
         axes = [axis for axis in range(x.dim()) if axis != 1]
-        now = x.mean(axes)
-        spread = (x - _by_channel(x, now)).square().mean(axes)
+        now = wide.mean(axes)
+        spread = (wide - _by_channel(x, now)).square().mean(axes)
     factor = scale * torch.rsqrt(spread + epsilon)
-    y = (x - _by_channel(x, now)) * _by_channel(x, factor) + _by_channel(x, bias)
+    y = (wide - _by_channel(x, now)) * _by_channel(x, factor) + _by_channel(x, bias)
     y = y.to(x.dtype)
     if outputs == 1:
         return y
     running = [
-        old * momentum + new * (1 - momentum) for old, new in ((mean, now), (variance, spread))
+        (old * momentum + new * (1 - momentum)).to(old.dtype)
+        for old, new in ((mean, now), (variance, spread))
     ]
     return (y, *running)
 
@@ -194,10 +196,10 @@ def instance_normalization(
     x: Tensor, scale: Tensor, bias: Tensor, *, epsilon: float = 1e-5
 ) -> Tensor:
     """Bring each channel of each instance to mean 0 and variance 1, then scale and shift."""
-    axes, wide = list(range(2, x.dim())), _computed_in(x, 1)
+    axes, wide = list(range(2, x.dim())), in_single(x)
     centred = wide - wide.mean(axes, keepdim=True)
-    y = (centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + epsilon)).to(x.dtype)
-    return y * _by_channel(x, scale) + _by_channel(x, bias)
+    y = centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + epsilon)
+    return (y * _by_channel(x, scale) + _by_channel(x, bias)).to(x.dtype)
 
 
 @op("GroupNormalization", since=21)
@@ -239,7 +241,7 @@ def local_response_normalization(
 ) -> Tensor:
     """Divide by what the neighbouring channels have together."""
     before, after = (size - 1) // 2, size // 2
-    wide = _computed_in(x, 1)
+    wide = in_single(x)
     squares = F.pad(wide.square(), [0, 0] * (x.dim() - 2) + [before, after])
     total = squares.unfold(1, size, 1).sum(-1)
     return (wide / (bias + alpha / size * total) ** beta).to(x.dtype)
@@ -248,7 +250,7 @@ def local_response_normalization(
 @op("LpNormalization")
 def lp_normalization(x: Tensor, *, axis: int = -1, p: int = 2) -> Tensor:
     """Divide by the norm along an axis; what is all 0 stays."""
-    wide = _computed_in(x, 1)
+    wide = in_single(x)
     norm = torch.linalg.vector_norm(wide, p, axis, keepdim=True)
     return (wide / torch.where(norm == 0, torch.ones_like(norm), norm)).to(x.dtype)
 
@@ -256,6 +258,6 @@ def lp_normalization(x: Tensor, *, axis: int = -1, p: int = 2) -> Tensor:
 @op("MeanVarianceNormalization")
 def mean_variance_normalization(x: Tensor, *, axes: Sequence[int] = (0, 2, 3)) -> Tensor:
     """Bring axes to mean 0 and variance 1."""
-    wide = _computed_in(x, 1)
+    wide = in_single(x)
     centred = wide - wide.mean(list(axes), keepdim=True)
     return (centred / (centred.square().mean(list(axes), keepdim=True).sqrt() + 1e-9)).to(x.dtype)

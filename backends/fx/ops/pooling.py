@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 
+from lwc.backends.fx.ops.rounding import in_single
 from lwc.backends.fx.ops.windows import AutoPad, padded, pads_of
 from lwc.backends.fx.registry import op
 
@@ -158,14 +159,15 @@ def average_pool(
 ) -> Tensor:
     """Average each window; what a window has beyond x counts for nothing unless asked for."""
     windows = _Windows(x, kernel_shape, strides, dilations, pads, auto_pad, ceil_mode)
-    total = windows.cut(windows.spread(x, 0.0)).sum(-1)
-    ones = torch.ones((1, 1, *x.shape[2:]), dtype=x.dtype)
+    wide = in_single(x)
+    total = windows.cut(windows.spread(wide, 0.0)).sum(-1)
+    ones = torch.ones((1, 1, *x.shape[2:]), dtype=wide.dtype)
     if count_include_pad:
         ones = padded(ones, windows.before, windows.after, 1.0)
         ones = padded(ones, [0] * len(windows.kernel), windows.beyond)
     else:
         ones = windows.spread(ones, 0.0)
-    return total / windows.cut(ones).sum(-1)
+    return (total / windows.cut(ones).sum(-1)).to(x.dtype)
 
 
 @op("LpPool")
@@ -182,7 +184,8 @@ def lp_pool(
 ) -> Tensor:
     """Return the norm of each window."""
     windows = _Windows(x, kernel_shape, strides, dilations, pads, auto_pad, ceil_mode)
-    return windows.cut(windows.spread(x, 0.0)).abs().pow(p).sum(-1).pow(1 / p)
+    powers = windows.cut(windows.spread(in_single(x), 0.0)).abs().pow(p)
+    return powers.sum(-1).pow(1 / p).to(x.dtype)
 
 
 @op("GlobalAveragePool")
@@ -200,4 +203,5 @@ def global_max_pool(x: Tensor) -> Tensor:
 @op("GlobalLpPool")
 def global_lp_pool(x: Tensor, *, p: int = 2) -> Tensor:
     """Return the norm of each channel."""
-    return x.abs().pow(p).sum(list(range(2, x.dim())), keepdim=True).pow(1 / p)
+    powers = in_single(x).abs().pow(p)
+    return powers.sum(list(range(2, x.dim())), keepdim=True).pow(1 / p).to(x.dtype)

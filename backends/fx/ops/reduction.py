@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from lwc.backends.fx.ops.rounding import in_single
 from lwc.backends.fx.registry import op
 
 __all__: list[str] = []
@@ -101,9 +102,10 @@ def reduce_prod(
     """Multiply."""
     if _idle(axes, noop_with_empty_axes):
         return x
+    y = in_single(x)
     for axis in sorted((a % max(x.dim(), 1) for a in _axes(x, axes)), reverse=True):
-        x = torch.prod(x, axis, keepdim=bool(keepdims), dtype=x.dtype)
-    return x
+        y = torch.prod(y, axis, keepdim=bool(keepdims), dtype=y.dtype)
+    return y.to(x.dtype)
 
 
 @op("ReduceL1", values=(1,), wide=True)
@@ -144,7 +146,7 @@ def reduce_log_sum(
     x: Tensor, axes: Axes = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
 ) -> Tensor:
     """Return the logarithm of the sum; that of integers is cut toward zero."""
-    total = x if x.is_floating_point() else x.to(torch.float64)
+    total = in_single(x) if x.is_floating_point() else x.to(torch.float64)
     if not _idle(axes, noop_with_empty_axes):
         total = torch.sum(total, _axes(x, axes), keepdim=bool(keepdims))
     return total.log().to(x.dtype)

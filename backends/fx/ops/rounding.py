@@ -1,4 +1,4 @@
-"""Rounding, which may let gradients through."""
+"""Rounding, which may let gradients through, and what is rounded once at the end."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-__all__ = ["clamped", "rounded"]
+__all__ = ["clamped", "in_single", "rounded"]
 
 Tensor: TypeAlias = torch.Tensor
 
@@ -27,6 +27,11 @@ def rounded(x: Tensor, straight_through: bool) -> Tensor:
     The estimator of Bengio, Léonard and Courville, 2013 (arXiv:1308.3432).
     """
     return _Round.apply(x) if straight_through else torch.round(x)
+
+
+def in_single(x: Tensor) -> Tensor:
+    """Return x in the type that sums are taken in: float32 in place of a shorter float."""
+    return x.float() if x.is_floating_point() and x.dtype.itemsize < 4 else x
 
 
 def clamped(x: Tensor, low: int, high: int) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from lwc.backends.fx.ops.rounding import in_single
 from lwc.backends.fx.registry import op
 
 __all__: list[str] = []
@@ -29,10 +30,10 @@ def dft(
 ) -> Tensor:
     """Transform along an axis; the last axis holds the real and the imaginary part."""
     count = _number(length)
-    dim = _number(axis) % x.dim()
+    dim, kind, x = _number(axis) % x.dim(), x.dtype, in_single(x)
     if onesided and inverse:
         signal = torch.fft.irfft(torch.view_as_complex(x.contiguous()), n=count, dim=dim)
-        return signal.unsqueeze(-1)
+        return signal.unsqueeze(-1).to(kind)
     if x.shape[-1] == 1:
         signal = torch.complex(x[..., 0], torch.zeros_like(x[..., 0]))
     else:
@@ -41,7 +42,7 @@ def dft(
     spectrum = transform(signal, n=count, dim=dim)
     if onesided:
         spectrum = spectrum.narrow(dim, 0, spectrum.shape[dim] // 2 + 1)
-    return torch.view_as_real(spectrum).to(x.dtype)
+    return torch.view_as_real(spectrum).to(kind)
 
 
 @op("STFT", values=(1, 3))
