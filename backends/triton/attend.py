@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 
 from lwc.backends.fx.ops.attention import as_heads, as_rows, opened, unpacked
-from lwc.backends.fx.ops.grouped_attention import split_heads, written
+from lwc.backends.fx.ops.grouped_attention import rows_of_tables, split_heads, written
 from lwc.backends.triton import launch
 from lwc.backends.triton.kernels.decode_attention import MOST_ROWS
 
@@ -50,7 +50,7 @@ def group_query_attention(
     if not prompt:
         places = places + (lengths - new).unsqueeze(-1)
     if do_rotary:
-        at = places if position_ids is None else position_ids.expand_as(places)
+        at = rows_of_tables(places, position_ids, prompt=prompt)
         q, k = (
             launch.rotary(
                 x.transpose(1, 2), cos_cache, sin_cache, at, interleaved=bool(rotary_interleaved)

@@ -387,6 +387,17 @@ def test_grouped_attention(attributes: Any, new: int, past: int, batch: int) -> 
     check("GroupQueryAttention", given, outputs=3, num_heads=4, kv_num_heads=2, **attributes)
 
 
+@pytest.mark.parametrize(
+    ("new", "past", "places"),
+    [(3, 0, [[2, 0, 1], [7, 7, 7]]), (1, 0, [[3], [5]]), (1, 4, [[3], [5]]), (3, 4, [[3, 1, 5]])],
+)
+def test_positions_of_grouped_attention(new: int, past: int, places: list[list[int]]) -> None:
+    """Of a first prompt, the operator is said to use the first element only."""
+    given = grouped(new, past, len(places), do_rotary=1) | {"places": np.array(places)}
+    options = {"num_heads": 4, "kv_num_heads": 2, "do_rotary": 1, "outputs": 3}
+    check("GroupQueryAttention", given, **options)
+
+
 def test_grouped_attention_that_sees_no_key() -> None:
     given = grouped(5, 0, 2) | dict.fromkeys(("cos", "sin", "position_ids"))
     bias = np.zeros((1, 1, 5, 5), np.float32)

@@ -11,7 +11,7 @@ from lwc.backends.fx.ops.attention import as_heads, as_rows, softmax_or_zero
 from lwc.backends.fx.ops.rotary import rotated, rows_at
 from lwc.backends.fx.registry import op
 
-__all__ = ["split_heads", "written"]
+__all__ = ["rows_of_tables", "split_heads", "written"]
 
 Tensor: TypeAlias = torch.Tensor
 Scales: TypeAlias = Literal["NONE", "PER_TENSOR", "PER_CHANNEL"]
@@ -64,7 +64,7 @@ def group_query_attention(
     if do_rotary:
         assert cos_cache is not None
         assert sin_cache is not None
-        at = places if position_ids is None else position_ids
+        at = rows_of_tables(places, position_ids, prompt=new == total)
         width = 2 * cos_cache.shape[-1]
         cos, sin = rows_at(cos_cache, at), rows_at(sin_cache, at)
         q = rotated(q, cos, sin, interleaved=rotary_interleaved, width=width)
@@ -107,6 +107,18 @@ def split_heads(
     k = key if key.dim() == 4 else as_heads(key, kv_heads)
     v = value if value.dim() == 4 else as_heads(value, kv_heads)
     return as_heads(query, heads), k, v
+
+
+def rows_of_tables(places: Tensor, position_ids: Tensor | None, *, prompt: bool) -> Tensor:
+    """Return by which rows of the tables tokens are turned.
+
+    Of a first prompt the operator reads only the first position of the batch, and counts from it.
+    """
+    if position_ids is None:
+        return places
+    if not prompt:
+        return position_ids.expand_as(places)
+    return (position_ids[:1, :1] + torch.arange(places.shape[1])).expand_as(places)
 
 
 def _shares(logits: Tensor, smooth: int, sink: Tensor | None) -> Tensor:
