@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from lwc.backends.fx.ops.attention import as_heads, as_rows, opened, unpacked
+from lwc.backends.fx.ops.attention import as_heads, as_rows, counted, opened, unpacked
 from lwc.backends.fx.ops.grouped_attention import rows_of_tables, split_heads, written
 from lwc.backends.triton import launch
 from lwc.backends.triton.kernels.decode_attention import MOST_ROWS
@@ -99,6 +99,8 @@ def attention(
         assert kv_num_heads is not None
         q, k, v = as_heads(q, q_num_heads), as_heads(k, kv_num_heads), as_heads(v, kv_num_heads)
     offset: int | None = 0 if lengths is None else None  # None: the last query at the last key
+    if lengths is not None:
+        lengths = counted(lengths, k.shape[2])
     if past_key is not None and past_value is not None:
         aligned = lengths is None and q.shape[2] == k.shape[2]
         offset = None if aligned else past_key.shape[2]

@@ -16,6 +16,7 @@ from lwc.backends.triton.lower import placements
 from lwc.backends.triton.lowerings.registry import KERNELS, Results, Site, kernel
 from lwc.backends.triton.session import TritonBackend
 from lwc.core.dialect import DynamicQuantMatMul
+from lwc.core.errors import LwcError
 
 # Norms
 
@@ -279,11 +280,22 @@ def test_standard_attention_with_a_cache() -> None:
         check("Attention", {**given, "mask": None, **past}, opset=23, outputs=3, is_causal=1)
     full = {"q": normal(2, 4, 3, 16), "k": normal(2, 2, 9, 16), "v": normal(2, 2, 9, 16, seed=1)}
     more = dict.fromkeys(("mask", "past_k", "past_v"))
-    # A length beyond the keys counts them all. No file should have it, and where its last query
-    # stands is nobody's to say, so that it is compared without a causal mask alone.
-    for lengths, causal in (([9, 6], 0), ([9, 6], 1), ([3, 40], 0)):
-        given = {**full, **more, "lengths": np.array(lengths, np.int64)}
+    for causal in (0, 1):
+        given = {**full, **more, "lengths": np.array([9, 6])}
         check("Attention", given, opset=24, is_causal=causal)
+    module, feed = one_node("Attention", {**given, "lengths": np.array([3, 10])}, opset=24)
+    with pytest.raises(LwcError, match="nonpad_kv_seqlen is from 3 to 10, and there are 9 keys"):
+        run(module, feed)
+
+
+def test_standard_attention_of_nothing_and_of_other_values() -> None:
+    for queries, keys in ((3, 0), (0, 3)):
+        given = {"q": normal(2, 2, queries, 16), "k": normal(2, 2, keys, 16)}
+        check("Attention", {**given, "v": normal(2, 2, keys, 16)}, opset=23)
+    given = {name: normal(1, 2, 4, 16) for name in "qkv"}
+    given["v"] = given["v"].astype(np.float16)
+    module, _ = one_node("Attention", given, opset=23)
+    assert reasons(module) == ["queries and values are of different types"]
 
 
 def test_what_is_not_asked_for_is_no_reason() -> None:

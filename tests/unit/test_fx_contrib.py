@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 pytest.importorskip("torch")
@@ -193,6 +194,20 @@ def test_what_float16_adds_up_does_not_overflow(
         for a, b in zip(found, results, strict=True):
             assert a.dtype == np.float16
             np.testing.assert_allclose(a, b, rtol=0, atol=4 * 2**-11 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8])
+@pytest.mark.parametrize("step", [1 / 256, 1 / 255, 0.0041, 0.3])
+def test_quantized_softmax(step: float, dtype: Any) -> None:
+    """Whole steps to 1 are counted, 254 of 1 / 255."""
+    low = np.iinfo(dtype).min
+    given = {
+        **{"x": integers(low, low + 256, 300, 8, dtype=dtype), "x_scale": np.float32(0.02)},
+        **{"x_zero": dtype(low + 90), "y_scale": np.float32(step), "y_zero": dtype(low)},
+    }
+    module, feed = one_node("QLinearSoftmax", given, domain=MS, constant=list(given)[1:])
+    next(iter(module.graph)).attributes["opset"] = ir.AttrInt64("opset", 13)
+    assert_agrees(module, feed)
 
 
 @pytest.mark.parametrize("op", ["QLinearSigmoid", "QLinearLeakyRelu"])

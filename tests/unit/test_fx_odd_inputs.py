@@ -266,3 +266,125 @@ def test_nothing_left_to_repeat(mode: str) -> None:
         run_plain(module, feed)
     with pytest.raises(LwcError, match=f"axis 0 has nothing left to repeat by mode '{mode}'"):
         run_fx(module, feed)
+
+
+# Attention
+
+
+def heads(*shape: int, dtype: Any = np.float32) -> Any:
+    return np.random.default_rng(shape).normal(size=shape).astype(dtype)
+
+
+@pytest.mark.parametrize("causal", [0, 1])
+def test_attention_to_no_keys_is_zero(causal: int) -> None:
+    """ONNX Runtime refuses it; the standard adds nothing up."""
+    given = {"q": heads(2, 2, 3, 4), "k": heads(2, 2, 0, 4), "v": heads(2, 2, 0, 5)}
+    (y,) = run_fx(*one_node("Attention", given, opset=23, is_causal=causal))
+    assert y.shape == (2, 2, 3, 5)
+    assert not y.any()
+
+
+@pytest.mark.parametrize(
+    ("of_q", "of_v"), [(np.float32, np.float16), (np.float16, np.float32), (np.float32, float)]
+)
+def test_attention_to_values_of_another_type(of_q: Any, of_v: Any) -> None:
+    """ONNX Runtime refuses it; the standard gives a result of the type of the queries."""
+    q, k = (heads(1, 2, n, 4, dtype=of_q) for n in (3, 5))
+    v = heads(1, 2, 5, 4, dtype=of_v)
+    y, keys, values = run_fx(*one_node("Attention", {"q": q, "k": k, "v": v}, opset=23, outputs=3))
+    assert [each.dtype for each in (y, keys, values)] == [of_q, of_q, of_v]
+    alike = {"q": q, "k": k, "v": v.astype(of_q)}
+    (wanted,) = run_plain(*one_node("Attention", alike, opset=23))
+    # A few roundings to half precision, of numbers below 4.
+    atol = 1e-5 if np.float16 not in (of_q, of_v) else 4 * 4 * 2**-11
+    np.testing.assert_allclose(y, wanted, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("causal", [0, 1])
+@pytest.mark.parametrize("lengths", [[6, 2], [5, -1]])
+def test_attention_to_more_keys_than_there_are(lengths: list[int], causal: int) -> None:
+    given = {"q": heads(2, 2, 3, 4), "k": heads(2, 2, 5, 4), "v": heads(2, 2, 5, 4)}
+    given |= {**dict.fromkeys(("mask", "past_k", "past_v")), "lengths": np.array(lengths)}
+    module, feed = one_node("Attention", given, opset=24, is_causal=causal)
+    with pytest.raises(Exception, match="nonpad_kv_seqlen"):
+        run_plain(module, feed)
+    with pytest.raises(
+        LwcError, match=r"nonpad_kv_seqlen is from -?\d to \d, and there are 5 keys"
+    ):
+        run_fx(module, feed)
+
+
+# Loops
+
+
+GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
+
+
+def recurrent(op: str, steps: int, lengths: Any = None, **attributes: Any) -> Any:
+    """Return a layer of two sequences, which starts from what is not zero."""
+    gates, states = GATES[op], {"h": heads(1, 2, 4)}
+    if op == "LSTM":
+        states["c"] = heads(1, 2, 4) / 2
+    given = {
+        "x": 3 * heads(steps, 2, 3),
+        **{"w": heads(1, 4 * gates, 3), "r": heads(1, 4 * gates, 4), "b": heads(1, 8 * gates)},
+        "lengths": None if lengths is None else np.array(lengths, np.int32),
+        **states,
+    }
+    if attributes.pop("peepholes", False):
+        given["p"] = heads(1, 12)
+    return one_node(op, given, hidden_size=4, outputs=1 + len(states), **attributes)
+
+
+@pytest.mark.parametrize("op", GATES)
+def test_sequences_without_a_step_end_in_zeros(op: str) -> None:
+    assert_agrees(*recurrent(op, 3, [0, 2]))
+    # Of no steps at all ONNX Runtime says so of an RNN, ends the program at a GRU, and leaves an
+    # LSTM's cell as memory was.
+    module, feed = recurrent(op, 0)
+    if op == "RNN":
+        assert_agrees(module, feed)
+    y, *states = run_fx(module, feed)
+    assert y.shape == (0, 1, 2, 4)
+    for state in states:
+        assert state.shape == (1, 2, 4)
+        assert not state.any()
+
+
+@pytest.mark.parametrize("clip", [0.2, 1.0])
+@pytest.mark.parametrize("op", GATES)
+def test_clips(op: str, clip: float) -> None:
+    assert_agrees(*recurrent(op, 4, clip=clip))
+    if op == "LSTM":
+        assert_agrees(*recurrent(op, 4, clip=clip, peepholes=True))
+        large = ["Relu", "Relu", "Relu"]  # so that the cell outgrows what is clipped
+        assert_agrees(*recurrent(op, 4, clip=clip, activations=large))
+
+
+@pytest.mark.parametrize("op", GATES)
+def test_an_affine_activation_has_a_shift(op: str) -> None:
+    names = {"RNN": ["Affine"], "GRU": ["Affine", "Tanh"], "LSTM": ["Affine", "Tanh", "Tanh"]}[op]
+    module, feed = recurrent(
+        op, 2, activations=names, activation_alpha=[0.3], activation_beta=[0.4]
+    )
+    assert_agrees(module, feed)
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_a_scan_over_nothing(axis: int) -> None:
+    """ONNX Runtime refuses it; the standard leaves the state, and outputs without rows."""
+    module = module_of(
+        f"""g (float[2] s, float[n, 2] x) => (float[2] e, float[a, b] y) {{
+        e, y = Scan<num_scan_inputs = 1, scan_output_axes = [{axis}],
+            body = b (float[2] t, float[2] i) => (float[2] o, float[2] z)
+                {{ o = Add(t, i)  z = Mul(o, i) }}>(s, x) }}"""
+    )
+    assert_agrees(module, {"s": heads(2), "x": heads(3, 2)})
+    e, y = run_fx(module, {"s": heads(2), "x": heads(0, 2)})
+    np.testing.assert_array_equal(e, heads(2))
+    assert y.shape == ((0, 2) if axis == 0 else (2, 0))
+
+
+@pytest.mark.parametrize("opset", [7, 10, 12, 13])
+def test_masks_of_dropout(opset: int) -> None:
+    assert_agrees(*one_node("Dropout", {"x": X}, opset=opset, outputs=2))

@@ -11,7 +11,7 @@ import torch
 from lwc.backends.fx.registry import op
 from lwc.core.errors import LwcError
 
-__all__ = ["as_heads", "as_rows", "bias_of", "opened", "softmax_or_zero", "unpacked"]
+__all__ = ["as_heads", "as_rows", "bias_of", "counted", "opened", "softmax_or_zero", "unpacked"]
 
 Tensor: TypeAlias = torch.Tensor
 
@@ -27,7 +27,9 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def softmax_or_zero(logits: Tensor) -> Tensor:
-    """Softmax over the last axis; a row where all is -inf gives zeros."""
+    """Softmax over the last axis; a row where all is -inf, or which is empty, gives zeros."""
+    if isinstance(logits.shape[-1], int) and logits.shape[-1] == 0:
+        return logits
     hidden = logits.amax(-1, keepdim=True) == -math.inf
     shown = torch.where(hidden, torch.zeros_like(logits), logits)
     return torch.where(hidden, torch.zeros_like(logits), torch.softmax(shown, -1))
@@ -74,6 +76,7 @@ def attention(
         offset = past_key.shape[2]
         k, v = torch.cat([past_key, k], dim=2), torch.cat([past_value, v], dim=2)
     elif lengths is not None:
+        lengths = counted(lengths, k.shape[2])
         offset = (lengths - q.shape[2]).reshape(-1, 1, 1, 1)
     factor = 1 / math.sqrt(q.shape[3]) if scale is None else scale
     root = math.sqrt(abs(factor))
@@ -92,10 +95,27 @@ def attention(
         logits = torch.where(visible, logits, torch.full_like(logits, -math.inf))
     precise = logits if softmax_precision is None else logits.to(softmax_precision)
     shares = softmax_or_zero(precise).to(q.dtype)
-    y = torch.matmul(shares, values)
+    both = torch.promote_types(
+        q.dtype, v.dtype
+    )  # the standard lets values have a type of their own
+    y = torch.matmul(shares.to(both), values.to(both)).to(q.dtype)
     y = as_rows(y) if in_rows else y
     shown = (products, capped, logits, shares)[qk_matmul_output_mode]
     return (y, k, v, shown)[:outputs] if outputs > 1 else y
+
+
+def counted(lengths: Tensor, keys: int) -> Tensor:
+    """Return how many keys of each sequence there are, as a buffer of `keys` has room for.
+
+    Raises:
+        LwcError: A length on the CPU is none of 0 to `keys`; what else computes is not waited for.
+    """
+    looks = type(lengths) is torch.Tensor and not torch.compiler.is_compiling()
+    if looks and lengths.is_cpu and lengths.numel():
+        low, high = (int(end) for end in lengths.aminmax())
+        if low < 0 or high > keys:
+            raise LwcError(f"nonpad_kv_seqlen is from {low} to {high}, and there are {keys} keys")
+    return lengths.clamp(0, keys)
 
 
 def bias_of(mask: Tensor | None, length: int, dtype: torch.dtype) -> Tensor | None:

@@ -54,11 +54,14 @@ def if_(
 def _scanned(use: Use) -> dict[str, Any]:
     """Tell of what type and rank the stacked outputs of a loop are, for one that never runs."""
     graph = use.attribute("body")
-    stacked = graph.outputs[len(graph.inputs) - 1 :] if use.node.op_type == "Loop" else []
+    # The carried values come before: Loop's graph has a condition more, and takes a number more.
+    before = len(graph.inputs) - use.attribute("num_scan_inputs", 1)
     empty = []
-    for value in stacked:
+    for place, value in enumerate(graph.outputs[before:]):
         dims = [dim if isinstance(dim, int) else 0 for dim in value.shape or ()]
-        empty.append((held_as(value.dtype) if value.dtype else torch.float32, [0, *dims]))
+        axis = use.attribute("scan_output_axes", (0,) * (place + 1))[place] % (len(dims) + 1)
+        dtype = held_as(value.dtype) if value.dtype else torch.float32
+        empty.append((dtype, [*dims[:axis], 0, *dims[axis:]]))
     return {"empty": empty}
 
 
@@ -91,7 +94,7 @@ def loop(
     return (*state, *stacks)
 
 
-@op("Scan", many=True, since=9)
+@op("Scan", many=True, since=9, extra=_scanned)
 def scan(
     *values: Tensor,
     num_scan_inputs: int,
@@ -101,6 +104,7 @@ def scan(
     scan_input_directions: Sequence[int] | None = None,
     scan_output_axes: Sequence[int] | None = None,
     scan_output_directions: Sequence[int] | None = None,
+    empty: Sequence[tuple[torch.dtype, list[int]]] = (),
 ) -> tuple[Tensor, ...]:
     """Run a graph for each slice of the scanned inputs and stack what it gives."""
     split = len(values) - num_scan_inputs
@@ -117,6 +121,8 @@ def scan(
         results = list(body(*captured, *state, *slices))
         state = results[:split]
         rows.append(results[split:])
+    if not rows:
+        return (*state, *(torch.empty(shape, dtype=dtype) for dtype, shape in empty))
     stacks = []
     for index in range(len(rows[0])):
         back = bool(scan_output_directions and scan_output_directions[index])

@@ -268,7 +268,19 @@ def fast_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.gelu(x if bias is None else x + bias, approximate="tanh")
 
 
-@op("Dropout", ignored="seed", since=7)
+@op("Dropout", ignored="ratio", since=7)
+def dropout_of_nothing(x: Tensor, *, outputs: int = 1) -> Any:
+    """Return x; the mask is 0 everywhere, as ONNX Runtime has it, and of the type of x."""
+    return (x, torch.zeros_like(x)) if outputs > 1 else x
+
+
+@op("Dropout", ignored="ratio", since=10)
+def dropout_of_nothing_with_truths(x: Tensor, *, outputs: int = 1) -> Any:
+    """Return x; the mask is all false, as ONNX Runtime has it."""
+    return (x, torch.zeros_like(x, dtype=torch.bool)) if outputs > 1 else x
+
+
+@op("Dropout", ignored="seed", since=12)
 def dropout(
     x: Tensor,
     ratio: Tensor | None = None,

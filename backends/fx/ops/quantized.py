@@ -366,7 +366,9 @@ def qlinear_softmax(
         y = torch.softmax(real.flatten(first), -1).reshape(x.shape)
     else:
         y = torch.softmax(real, axis)
-    return _requantize(y, y_scale, y_zero, to, low, high, straight_through)
+    # ONNX Runtime counts the whole steps to 1 in float32: 254 of 1 / 255.
+    steps = torch.floor(1 / y_scale.to(torch.float32))
+    return _requantize(y * steps, torch.ones_like(steps), y_zero, to, low, high, straight_through)
 
 
 def _gemm_type(use: Use) -> Mapping[str, Any]:

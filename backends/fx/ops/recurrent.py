@@ -33,7 +33,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
 }
 _ALPHA = {"affine": 1.0, "leakyrelu": 0.01, "thresholdedrelu": 1.0, "scaledtanh": 1.0}
 _ALPHA |= {"hardsigmoid": 0.2, "elu": 1.0}
-_BETA = {"scaledtanh": 1.0, "hardsigmoid": 0.5}
+_BETA = {"affine": 0.0, "scaledtanh": 1.0, "hardsigmoid": 0.5}
 
 
 def _activations(
@@ -46,19 +46,21 @@ def _activations(
 ) -> list[list[Activation]]:
     """Return the activations of each direction.
 
-    Alphas and betas are listed for those activations alone that have some.
+    Alphas and betas are listed for those activations alone that have some. What the third one
+    shows, the cell of an LSTM, ONNX Runtime does not clip.
     """
+    count = len(usual)
     chosen = [name.lower() for name in names or list(usual) * directions]
     left_alphas, left_betas = list(alphas or ()), list(betas or ())
     made: list[Activation] = []
-    for name in chosen:
+    for number, name in enumerate(chosen):
         alpha, beta = _ALPHA.get(name, 0.0), _BETA.get(name, 0.0)
         if name in _ALPHA and left_alphas:
             alpha = left_alphas.pop(0)
         if name in _BETA and left_betas:
             beta = left_betas.pop(0)
-        made.append(_clipped(_ACTIVATIONS[name], alpha, beta, clip))
-    count = len(usual)
+        bound = clip if number % count < 2 else None
+        made.append(_clipped(_ACTIVATIONS[name], alpha, beta, bound))
     return [made[count * i : count * (i + 1)] for i in range(directions)]
 
 
@@ -92,7 +94,10 @@ class _Layer:
         return state[:, index] if self.layout else state[index]
 
     def scan(self, step: Step, start: State, back: bool) -> tuple[Tensor, State]:
-        """Run over the sequence; a sequence that has ended keeps its state and gives zeros."""
+        """Run over the sequence; a sequence that has ended keeps its state and gives zeros.
+
+        One without a single step ends in zeros, whatever it starts from: ONNX Runtime has it so.
+        """
         state = start
         rows = []
         count = self.x.shape[0]
@@ -107,6 +112,12 @@ class _Layer:
                 )
             state = after
             rows.append(shown)
+        if not rows:
+            empty = state[0].new_zeros((0, *state[0].shape))
+            return empty, tuple(torch.zeros_like(old) for old in state)
+        if self.lengths is not None:
+            begun = (self.lengths > 0).unsqueeze(-1)
+            state = tuple(torch.where(begun, last, torch.zeros_like(last)) for last in state)
         return torch.stack(rows[::-1] if back else rows), state
 
     def run(self, direction: Callable[[int], tuple[Step, State]]) -> tuple[Tensor, ...]:

@@ -66,6 +66,8 @@ def attention(site: Site) -> Results:
     """The standard's."""
     site.need_floats("q", "k", "v", "past_key", "past_value")
     site.need_outputs(0, 1, 2)
+    kinds = {site.dtype(site.given(name)) for name in "qv"}
+    site.need(len(kinds) == 1, "queries and values are of different types")
     precision = site.given("softmax_precision")
     site.need(precision in (None, torch.float32), f"its softmax is taken in {precision}")
     mask = site.given("mask")
