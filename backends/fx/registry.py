@@ -80,6 +80,7 @@ class Lowering:
         wide: It is given int64 for the unsigned types that PyTorch does not compute with.
         exact: It is given integers where gradients made floats of them.
         extra: More keyword arguments, from the node.
+        most: How many inputs it takes; None for any number.
         accepts: Its parameters by name, with their defaults.
         choices: The values that an attribute may have, of those that have few.
     """
@@ -95,6 +96,7 @@ class Lowering:
     wide: bool
     exact: bool
     extra: Callable[[Use], Mapping[str, Any]] | None
+    most: int | None
     accepts: Mapping[str, Any]
     choices: Mapping[str, tuple[Any, ...]]
 
@@ -150,6 +152,7 @@ def op(
             wide,
             exact,
             extra,
+            _most_inputs(function),
             _parameters(function),
             _choices(function),
         )
@@ -173,6 +176,15 @@ def direct(
     """Register PyTorch's own functions for operators without attributes that they are."""
     for name, function in table.items():
         op(name, wide=wide, exact=exact)(function)
+
+
+def _most_inputs(function: Callable[..., Any]) -> int | None:
+    try:
+        kinds = [each.kind for each in inspect.signature(function).parameters.values()]
+    except ValueError:  # a function in C
+        return None
+    several = inspect.Parameter.VAR_POSITIONAL
+    return None if several in kinds else sum(kind < several for kind in kinds)
 
 
 def _parameters(function: Callable[..., Any]) -> Mapping[str, Any]:

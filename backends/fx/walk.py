@@ -245,6 +245,13 @@ class _Walk:
         dtypes = tuple(None if v is None else self.shapes.dtype(v) for v in node.inputs)
         use = Use(node, dtypes, outputs, version)
         inputs = _present(node.inputs)
+        if lowering.most is not None and len(inputs) > lowering.most:
+            raise self._error(
+                node,
+                f"the fx backend has no lowering of {op_name(node)} with an input "
+                f"{len(inputs) - 1}, counted from 0",
+                "leave it out, or run the module on ONNX Runtime",
+            )
         args = [
             None
             if value is None

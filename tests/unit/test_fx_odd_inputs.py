@@ -20,6 +20,10 @@ from lwc.core.errors import LwcError
 X = np.arange(15, dtype=np.float32).reshape(5, 3)
 
 
+def heads(*shape: int, dtype: Any = np.float32) -> Any:
+    return np.random.default_rng(shape).normal(size=shape).astype(dtype)
+
+
 @pytest.mark.parametrize("constant", [True, False])
 @pytest.mark.parametrize(
     ("start", "stop", "step"),
@@ -129,6 +133,21 @@ def test_nearest_of_places_in_the_middle(coordinates: str, nearest: str) -> None
         "nearest_mode": nearest,
     }
     assert_agrees(*one_node("Resize", given, constant=["scales"], **attributes))
+
+
+@pytest.mark.parametrize("scales", [[1.7, 0.6], [2, 3], [0.5, 0.35]], ids=str)
+@pytest.mark.parametrize("mode", ["nearest", "linear", "cubic"])
+def test_places_as_tensorflow_had_them(mode: str, scales: list[float]) -> None:
+    factors = np.array([1, 1, *scales], np.float32)
+    given = {"x": heads(1, 2, 7, 8), "roi": np.zeros(0, np.float32), "scales": factors}
+    places: dict[str, Any] = {"coordinate_transformation_mode": "tf_half_pixel_for_nn"}
+    for nearest in ("floor", "round_prefer_floor", "ceil"):
+        assert_agrees(
+            *one_node(
+                "Resize", given, opset=11, constant=["roi", "scales"],
+                mode=mode, nearest_mode=nearest, **places,
+            )
+        )  # fmt: skip
 
 
 def test_non_zero_of_a_scalar() -> None:
@@ -269,10 +288,6 @@ def test_nothing_left_to_repeat(mode: str) -> None:
 
 
 # Attention
-
-
-def heads(*shape: int, dtype: Any = np.float32) -> Any:
-    return np.random.default_rng(shape).normal(size=shape).astype(dtype)
 
 
 @pytest.mark.parametrize("causal", [0, 1])

@@ -46,6 +46,8 @@ EXCLUDED = {
             "DynamicQuantizeLinear QLinearConv QLinearMatMul QuantizeLinear "
             "com.microsoft::QLinearAdd com.microsoft::QLinearLeakyRelu com.microsoft::QLinearMul "
             "com.microsoft::QLinearSigmoid com.microsoft::QLinearSoftmax "
+            "com.microsoft::QLinearConcat com.microsoft::QLinearWhere "
+            "com.microsoft::QLinearAveragePool com.microsoft::QLinearGlobalAveragePool "
             "com.microsoft::QuantizeLinear com.microsoft::DynamicQuantizeMatMul "
             "lwc::DynamicQuantMatMul",
             "it rounds: test_fx_gradients.py has straight_through, which gives gradients",
@@ -93,6 +95,16 @@ CONTRIB: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "FastGelu": [({"x": normal(3, 4)}, {}), ({"x": normal(3, 4), "b": normal(4)}, {})],
     "BiasGelu": [({"x": normal(3, 4), "b": normal(4)}, {})],
     "FusedMatMul": [({"a": normal(3, 4), "b": normal(5, 4)}, {"transB": 1, "alpha": 0.5})],
+    "TransposeMatMul": [({"a": normal(3, 4), "b": normal(5, 4)}, {"transB": 1, "alpha": 0.5})],
+    "FusedGemm": [
+        (
+            {"a": normal(3, 4), "b": normal(4, 5), "c": normal(5)},
+            {"activation": activation, "activation_alpha": 0.3, "activation_gamma": 1.5},
+        )
+        for activation in ("Tanh", "LeakyRelu", "Selu")
+    ],
+    "GatherND": [({"x": normal(3, 4, 5), "at": np.array([[0, 1], [2, 3]])}, {})],
+    "Trilu": [({"x": normal(3, 4)}, {"upper": 0})],
     "FusedConv": [
         (
             {

@@ -273,7 +273,7 @@ def unpacked(
     return [x if x is not None and x.dim() == 4 else as_heads(x, heads) for x in rows]
 
 
-@op("com.microsoft::Attention", zero="past_present_share_buffer do_rotary")
+@op("com.microsoft::Attention", zero="past_present_share_buffer do_rotary rotary_embedding_dim")
 def packed_attention(
     x: Tensor,
     weights: Tensor,

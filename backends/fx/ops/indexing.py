@@ -40,7 +40,7 @@ def gather_elements(x: Tensor, indices: Tensor, *, axis: int = 0) -> Tensor:
     return torch.gather(x, axis, _positive(indices, x.shape[axis]))
 
 
-@op("GatherND")
+@op("GatherND com.microsoft::GatherND")
 def gather_nd(x: Tensor, indices: Tensor, *, batch_dims: int = 0) -> Tensor:
     """Take slices by rows of coordinates."""
     wide = indices.to(torch.int64)

@@ -228,7 +228,7 @@ def space_to_depth(x: Tensor, *, blocksize: int, mode: Literal["DCR", "CRD"] = "
     return x.permute(order).reshape(batch, channels * size**2, height // size, width // size)
 
 
-@op("Trilu", values=(1,), wide=True)
+@op("Trilu com.microsoft::Trilu", values=(1,), wide=True)
 def trilu(x: Tensor, k: int | Sequence[int] = 0, *, upper: int = 1) -> Tensor:
     """Keep a triangle."""
     diagonal = k if isinstance(k, int) else k[0]

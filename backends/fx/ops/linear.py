@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
+import torch.nn.functional as F
 
+from lwc.backends.fx.ops.activations import ACTIVATIONS
 from lwc.backends.fx.registry import direct, op
 
 __all__: list[str] = []
@@ -42,7 +44,32 @@ def gemm(
     return y + (c if beta == 1.0 else (c * beta).to(c.dtype))
 
 
-@op("com.microsoft::FusedMatMul")
+@op("com.microsoft::FusedGemm")
+def fused_gemm(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None = None,
+    *,
+    activation: Literal[
+        "Relu", "LeakyRelu", "Sigmoid", "Tanh", "Elu", "HardSigmoid", "Selu", "Softplus",
+        "Softsign", "ThresholdedRelu", "ScaledTanh",
+    ],
+    activation_alpha: float = 0,
+    activation_beta: float = 0,
+    activation_gamma: float = 0,
+    alpha: float = 1,
+    beta: float = 1,
+    transA: int = 0,
+    transB: int = 0,
+) -> Tensor:  # fmt: skip
+    """Gemm, and an activation of it."""
+    y = gemm(a, b, c, alpha=alpha, beta=beta, transA=transA, transB=transB)
+    if activation == "Selu":
+        return activation_gamma * F.elu(y, activation_alpha)
+    return ACTIVATIONS[activation.lower()](y, activation_alpha, activation_beta)
+
+
+@op("com.microsoft::FusedMatMul com.microsoft::TransposeMatMul")
 def fused_matmul(
     a: Tensor,
     b: Tensor,

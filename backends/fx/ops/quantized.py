@@ -19,7 +19,7 @@ from lwc.backends.fx.ops.windows import AutoPad
 from lwc.backends.fx.registry import Use, op
 from lwc.core.torch_types import held_as, integer_range, type_literal
 
-__all__ = ["requantized"]
+__all__ = ["output_like", "quantized", "real", "requantized"]
 
 Tensor: TypeAlias = torch.Tensor
 
@@ -182,14 +182,16 @@ def conv_integer(
     return _as_integer(total, x, weight)
 
 
-def _type_of(index: int) -> Any:
+def output_like(index: int) -> Any:
+    """Return what tells an operator that its output is of the type of an input."""
+
     def extra(use: Use) -> Mapping[str, Any]:
         return _kept_in(use.dtype(index) or ir.DataType.UINT8)
 
     return extra
 
 
-def _requantize(
+def quantized(
     y: Tensor,
     scale: Tensor,
     zero_point: Tensor | None,
@@ -198,17 +200,19 @@ def _requantize(
     high: int,
     straight_through: bool,
 ) -> Tensor:
+    """Return round(y / scale) + zero_point within the bounds of a type."""
     whole = rounded((y / scale.to(y.dtype)).to(torch.float32), straight_through)
     if zero_point is not None:
         whole = whole + zero_point.to(whole.dtype)
     return requantized(whole, to, low, high, straight_through)
 
 
-def _real(x: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int = -1) -> Tensor:
+def real(x: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int = -1) -> Tensor:
+    """Return what quantized values stand for, in float64."""
     return _whole(x, zero_point, axis) * spread(scale.to(torch.float64), x, axis)
 
 
-@op("QLinearMatMul", extra=_type_of(7))
+@op("QLinearMatMul", extra=output_like(7))
 def qlinear_matmul(
     a: Tensor,
     a_scale: Tensor,
@@ -225,11 +229,11 @@ def qlinear_matmul(
     straight_through: bool = False,
 ) -> Tensor:
     """Multiply quantized matrices and quantize the product."""
-    y = torch.matmul(_real(a, a_scale, a_zero, -2), _real(b, b_scale, b_zero))
-    return _requantize(y, y_scale, y_zero, to, low, high, straight_through)
+    y = torch.matmul(real(a, a_scale, a_zero, -2), real(b, b_scale, b_zero))
+    return quantized(y, y_scale, y_zero, to, low, high, straight_through)
 
 
-@op("QLinearConv", ignored="kernel_shape", extra=_type_of(7))
+@op("QLinearConv", ignored="kernel_shape", extra=output_like(7))
 def qlinear_conv(
     x: Tensor,
     x_scale: Tensor,
@@ -253,8 +257,8 @@ def qlinear_conv(
 ) -> Tensor:
     """Convolve quantized tensors and quantize the result."""
     y = convolve(
-        _real(x, x_scale, x_zero),
-        _real(weight, w_scale, w_zero, 0),
+        real(x, x_scale, x_zero),
+        real(weight, w_scale, w_zero, 0),
         None if bias is None else bias * x_scale.to(torch.float64) * w_scale.to(torch.float64),
         strides=strides,
         dilations=dilations,
@@ -262,113 +266,7 @@ def qlinear_conv(
         auto_pad=auto_pad,
         group=group,
     )
-    return _requantize(y, y_scale, y_zero, to, low, high, straight_through)
-
-
-@op("com.microsoft::QLinearAdd", extra=_type_of(0))
-def qlinear_add(
-    a: Tensor,
-    a_scale: Tensor,
-    a_zero: Tensor | None,
-    b: Tensor,
-    b_scale: Tensor,
-    b_zero: Tensor | None,
-    y_scale: Tensor,
-    y_zero: Tensor | None = None,
-    *,
-    to: torch.dtype,
-    low: int = 0,
-    high: int = 255,
-    straight_through: bool = False,
-) -> Tensor:
-    """Add quantized tensors and quantize the sum."""
-    y = _real(a, a_scale, a_zero) + _real(b, b_scale, b_zero)
-    return _requantize(y, y_scale, y_zero, to, low, high, straight_through)
-
-
-@op("com.microsoft::QLinearMul", extra=_type_of(0))
-def qlinear_mul(
-    a: Tensor,
-    a_scale: Tensor,
-    a_zero: Tensor | None,
-    b: Tensor,
-    b_scale: Tensor,
-    b_zero: Tensor | None,
-    y_scale: Tensor,
-    y_zero: Tensor | None = None,
-    *,
-    to: torch.dtype,
-    low: int = 0,
-    high: int = 255,
-    straight_through: bool = False,
-) -> Tensor:
-    """Multiply quantized tensors and quantize the product."""
-    y = _real(a, a_scale, a_zero) * _real(b, b_scale, b_zero)
-    return _requantize(y, y_scale, y_zero, to, low, high, straight_through)
-
-
-@op("com.microsoft::QLinearSigmoid", extra=_type_of(0))
-def qlinear_sigmoid(
-    x: Tensor,
-    x_scale: Tensor,
-    x_zero: Tensor | None,
-    y_scale: Tensor,
-    y_zero: Tensor | None = None,
-    *,
-    to: torch.dtype,
-    low: int = 0,
-    high: int = 255,
-    straight_through: bool = False,
-) -> Tensor:
-    """Sigmoid of a quantized tensor, quantized."""
-    y = torch.sigmoid(_real(x, x_scale, x_zero))
-    return _requantize(y, y_scale, y_zero, to, low, high, straight_through)
-
-
-@op("com.microsoft::QLinearLeakyRelu", extra=_type_of(0))
-def qlinear_leaky_relu(
-    x: Tensor,
-    x_scale: Tensor,
-    x_zero: Tensor | None,
-    y_scale: Tensor,
-    y_zero: Tensor | None = None,
-    *,
-    alpha: float = 0.01,
-    to: torch.dtype,
-    low: int = 0,
-    high: int = 255,
-    straight_through: bool = False,
-) -> Tensor:
-    """LeakyRelu of a quantized tensor, quantized."""
-    y = torch.nn.functional.leaky_relu(_real(x, x_scale, x_zero), alpha)
-    return _requantize(y, y_scale, y_zero, to, low, high, straight_through)
-
-
-@op("com.microsoft::QLinearSoftmax", extra=_type_of(0))
-def qlinear_softmax(
-    x: Tensor,
-    x_scale: Tensor,
-    x_zero: Tensor | None,
-    y_scale: Tensor,
-    y_zero: Tensor | None = None,
-    *,
-    axis: int = -1,
-    opset: int = 13,
-    to: torch.dtype,
-    low: int = 0,
-    high: int = 255,
-    straight_through: bool = False,
-) -> Tensor:
-    """Softmax of a quantized tensor, quantized."""
-    real = _real(x, x_scale, x_zero)
-    if opset < 13:
-        first = axis % x.dim()
-        y = torch.softmax(real.flatten(first), -1).reshape(x.shape)
-    else:
-        y = torch.softmax(real, axis)
-    # ONNX Runtime counts the whole steps to 1 in float32: 254 of 1 / 255.
-    steps = torch.floor(1 / y_scale.to(torch.float32))
-    return _requantize(y * steps, torch.ones_like(steps), y_zero, to, low, high, straight_through)
+    return quantized(y, y_scale, y_zero, to, low, high, straight_through)
 
 
 def _gemm_type(use: Use) -> Mapping[str, Any]:
@@ -397,14 +295,14 @@ def qgemm(
     straight_through: bool = False,
 ) -> Tensor:
     """Gemm of quantized matrices; the product is quantized where a scale for it is given."""
-    rows = _real(a, a_scale, a_zero)
-    columns = _real(b, b_scale, b_zero, 0 if transB else 1)
+    rows = real(a, a_scale, a_zero)
+    columns = real(b, b_scale, b_zero, 0 if transB else 1)
     y = alpha * torch.matmul(rows.T if transA else rows, columns.T if transB else columns)
     if c is not None:
         y = y + c * (alpha * a_scale.to(torch.float64) * b_scale)
     if y_scale is None or to is None:
         return y.to(a_scale.dtype)
-    return _requantize(y, y_scale, y_zero, to, low, high, straight_through)
+    return quantized(y, y_scale, y_zero, to, low, high, straight_through)
 
 
 @op("com.microsoft::MatMulIntegerToFloat")

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
-import torch.nn.functional as F
 
+from lwc.backends.fx.ops.activations import ACTIVATIONS
 from lwc.backends.fx.registry import op
 
 __all__: list[str] = []
@@ -18,19 +18,6 @@ Activation: TypeAlias = Callable[[Tensor], Tensor]
 State: TypeAlias = tuple[Tensor, ...]
 Step: TypeAlias = Callable[[Tensor, State], State]
 
-_ACTIVATIONS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
-    "relu": lambda x, a, b: torch.relu(x),
-    "tanh": lambda x, a, b: torch.tanh(x),
-    "sigmoid": lambda x, a, b: torch.sigmoid(x),
-    "affine": lambda x, a, b: a * x + b,
-    "leakyrelu": lambda x, a, b: F.leaky_relu(x, a),
-    "thresholdedrelu": lambda x, a, b: torch.where(x > a, x, torch.zeros_like(x)),
-    "scaledtanh": lambda x, a, b: a * torch.tanh(b * x),
-    "hardsigmoid": lambda x, a, b: (a * x + b).clamp(0, 1),
-    "elu": lambda x, a, b: F.elu(x, a),
-    "softsign": lambda x, a, b: F.softsign(x),
-    "softplus": lambda x, a, b: torch.logaddexp(x, torch.zeros_like(x)),
-}
 _ALPHA = {"affine": 1.0, "leakyrelu": 0.01, "thresholdedrelu": 1.0, "scaledtanh": 1.0}
 _ALPHA |= {"hardsigmoid": 0.2, "elu": 1.0}
 _BETA = {"affine": 0.0, "scaledtanh": 1.0, "hardsigmoid": 0.5}
@@ -60,7 +47,7 @@ def _activations(
         if name in _BETA and left_betas:
             beta = left_betas.pop(0)
         bound = clip if number % count < 2 else None
-        made.append(_clipped(_ACTIVATIONS[name], alpha, beta, bound))
+        made.append(_clipped(ACTIVATIONS[name], alpha, beta, bound))
     return [made[count * i : count * (i + 1)] for i in range(directions)]
 
 

@@ -23,6 +23,7 @@ Coordinates: TypeAlias = Literal[
     "align_corners",
     "asymmetric",
     "tf_crop_and_resize",
+    "tf_half_pixel_for_nn",
 ]
 
 
@@ -100,6 +101,8 @@ def _source(
         if count == 1:
             return at * 0 + 0.5 * (start + end) * (extent - 1)
         return start * (extent - 1) + at * (end - start) * (extent - 1) / (count - 1)
+    if mode == "tf_half_pixel_for_nn":
+        return (at + 0.5) / factor
     if mode == "pytorch_half_pixel" and count == 1:
         return at * 0
     if mode == "half_pixel_symmetric":

@@ -47,7 +47,7 @@ _UNARY = """
     Sqrt Swish Tan Tanh ThresholdedRelu Trilu CumSum CumProd LRN InstanceNormalization
     GroupNormalization RotaryEmbedding ReverseSequence Clip Abs Neg Floor Ceil Not
     com.microsoft::Gelu com.microsoft::FastGelu com.microsoft::BiasGelu com.microsoft::QuickGelu
-    com.microsoft::RotaryEmbedding
+    com.microsoft::RotaryEmbedding com.microsoft::Trilu
 """
 
 _COMPARISONS = "Equal Less LessOrEqual Greater GreaterOrEqual And Or Xor"

@@ -57,7 +57,7 @@ def register_product(plain: str, integer: str, qlinear: str, shape_of: ProductSh
 register_product("MatMul", "MatMulInteger", "QLinearMatMul", matmul_shape)
 
 
-@rule("Gemm")
+@rule("Gemm com.microsoft::FusedGemm")
 def _gemm(site: Site) -> Outcome:
     a, b = site.shape(0), site.shape(1)
     rows = a[site.attribute("transA", 0) and 1] if a is not None else site.fresh()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,18 +23,42 @@ from lwc.analysis.shape_rules.registry import (
     static_size,
     trackable,
 )
-from lwc.core.dims import Dim, add, at_least, ceil_div, maximum, minimum, multiply, subtract
+from lwc.core.dims import (
+    Dim,
+    DimShape,
+    add,
+    at_least,
+    ceil_div,
+    maximum,
+    minimum,
+    multiply,
+    subtract,
+)
 
-__all__: list[str] = []
+__all__ = ["joined_shape"]
 
 
 @rule("Concat")
 def _concat(site: Site) -> Outcome:
     facts = [fact for fact in site.inputs if fact is not None]
-    dtype = facts[0].dtype
+    dtype, result = facts[0].dtype, joined_shape(site, facts)
+    if result is None or any(fact.shape is None for fact in facts):
+        return Fact(dtype, result)
+    known = None
+    size = static_size(result)
+    if size is not None and trackable(dtype, size) and any(f.known is not None for f in facts):
+        parts = [_content_or_anything(site, fact) for fact in facts]
+        if all(part is not None for part in parts):
+            axis = axis_of(site.attribute("axis", 0), len(result))
+            known = np.concatenate([p for p in parts if p is not None], axis=axis)
+    return Fact(dtype, result, known)
+
+
+def joined_shape(site: Site, facts: Sequence[Fact]) -> DimShape | None:
+    """Return the shape of values joined along the attribute `axis`."""
     shapes = [fact.shape for fact in facts if fact.shape is not None]
     if not shapes:
-        return Fact(dtype)
+        return None
     rank = len(shapes[0])
     axis = axis_of(site.attribute("axis", 0), rank)
     if any(len(shape) != rank for shape in shapes):
@@ -48,14 +73,7 @@ def _concat(site: Site) -> Outcome:
     result[axis] = functools.reduce(add, (shape[axis] for shape in shapes))
     if len(shapes) < len(facts):
         result[axis] = site.fresh()
-        return Fact(dtype, tuple(result))
-    known = None
-    size = static_size(tuple(result))
-    if size is not None and trackable(dtype, size) and any(f.known is not None for f in facts):
-        parts = [_content_or_anything(site, fact) for fact in facts]
-        if all(part is not None for part in parts):
-            known = np.concatenate([p for p in parts if p is not None], axis=axis)
-    return Fact(dtype, tuple(result), known)
+    return tuple(result)
 
 
 def _content_or_anything(site: Site, fact: Fact) -> SymbolicArray | None:
@@ -247,7 +265,7 @@ def _gather_elements(site: Site) -> Outcome:
     return Fact(site.dtype(0), site.shape(1))
 
 
-@rule("GatherND")
+@rule("GatherND com.microsoft::GatherND")
 def _gather_nd(site: Site) -> Outcome:
     data, indices = site.shape(0), site.shape(1)
     batch = site.attribute("batch_dims", 0)

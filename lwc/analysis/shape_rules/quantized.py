@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from lwc.analysis.shape_rules.linear import matmul_shape
+from lwc.analysis.shape_rules.pieces import joined_shape
 from lwc.analysis.shape_rules.registry import Fact, Misfit, Outcome, Site, axis_of, rule
 from lwc.core.dims import DimShape, multiply
 
@@ -65,7 +66,7 @@ def _matmul_integer_to_float(site: Site) -> Outcome:
     return Fact(site.dtype(2), matmul_shape(site, site.shape(0), site.shape(1)))
 
 
-@rule("com.microsoft::FusedMatMul")
+@rule("com.microsoft::FusedMatMul com.microsoft::TransposeMatMul")
 def _fused_matmul(site: Site) -> Outcome:
     if site.attribute("transBatchA", 0) or site.attribute("transBatchB", 0):
         shape = site.shape(0)
@@ -84,6 +85,16 @@ def _turned(shape: DimShape | None, turn: int) -> DimShape | None:
 @rule("com.microsoft::QLinearAdd com.microsoft::QLinearMul")
 def _qlinear_binary(site: Site) -> Outcome:
     return Fact(site.dtype(0), site.broadcast(site.shape(0), site.shape(3)))
+
+
+@rule("com.microsoft::QLinearConcat")
+def _qlinear_concat(site: Site) -> Outcome:
+    return Fact(site.dtype(1), joined_shape(site, [f for f in site.inputs[2::3] if f is not None]))
+
+
+@rule("com.microsoft::QLinearWhere")
+def _qlinear_where(site: Site) -> Outcome:
+    return Fact(site.dtype(1), site.broadcast(site.shape(0), site.shape(1), site.shape(4)))
 
 
 @rule("com.microsoft::QLinearSigmoid com.microsoft::QLinearLeakyRelu com.microsoft::QLinearSoftmax")

@@ -89,7 +89,7 @@ def _conv_transpose(site: Site) -> Outcome:
     return Fact(site.dtype(0), (data[0], channels, *result))
 
 
-@rule("MaxPool AveragePool LpPool")
+@rule("MaxPool AveragePool LpPool com.microsoft::QLinearAveragePool")
 def _pool(site: Site) -> Outcome:
     data = site.shape(0)
     kernel = list(site.attribute("kernel_shape"))
@@ -100,7 +100,7 @@ def _pool(site: Site) -> Outcome:
     return [Fact(site.dtype(0), shape), Fact(ir.DataType.INT64, shape)]
 
 
-@rule("GlobalAveragePool GlobalMaxPool GlobalLpPool")
+@rule("GlobalAveragePool GlobalMaxPool GlobalLpPool com.microsoft::QLinearGlobalAveragePool")
 def _global_pool(site: Site) -> Outcome:
     data = site.shape(0)
     shape = None if data is None else (*data[:2], *([1] * (len(data) - 2)))
