@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
+from fx_agreement import parsed
 from support import module_of
 from torch._dynamo.testing import CompileCounter
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -86,6 +87,23 @@ def test_kernels_are_asked_no_less() -> None:
     given["ids"] = given["ids"].float()
     with pytest.raises(LwcError, match="'ids' was fed a tensor of type float32"):
         lowered(*given.values())
+
+
+def test_weights_packed_for_kernels_are_not_converted_ones() -> None:
+    """A product's float32 scales are packed away; what is left is of another type."""
+    pytest.importorskip("triton")
+    codes, scales = (", ".join(["1"] * count) for count in (8 * 16, 8))
+    module = parsed(
+        f"""<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
+        g (float[n, 32] x, float16[4] z) => (float[n, 8] y, float16[4] s)
+        <uint8[8, 1, 16] w = {{{codes}}}, float[8] c = {{{scales}}}, float16[4] h = {{1, 2, 3, 4}}>
+        {{ y = com.microsoft.MatMulNBits<K = 32, N = 8, bits = 4, block_size = 32>(x, w, c)
+           s = Add(z, h) }}"""
+    )
+    lowered = lwc.to_triton(module)
+    assert {each.dtype for each in lowered.parameters()} == {torch.float16}
+    with pytest.raises(LwcError, match="'x' was fed a tensor of type float16"):
+        lowered(torch.ones(2, 32).half(), torch.ones(4).half())
 
 
 def test_dims_that_say_little_are_not_asked_for() -> None:
