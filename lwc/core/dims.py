@@ -46,14 +46,14 @@ Dim: TypeAlias = "int | Expr"
 
 DimShape: TypeAlias = tuple[Dim, ...]
 
-_ANONYMOUS = re.compile(r"^(\?|unk__\d+|)$")
+_ANONYMOUS = re.compile(r"^(\?|unk__\d+|None|)$")
 
 
 def is_anonymous(name: str | None) -> bool:
     """Tell whether a dimension name says nothing: two of them need not be equal.
 
-    Exporters write `?`, the empty string and `unk__7` for "not known", and some use one of them
-    for height and width at once.
+    Exporters write `?`, `None`, the empty string and `unk__7` for "not known", and some use one of
+    them for height and width at once.
     """
     return name is None or bool(_ANONYMOUS.match(name.strip()))
 

@@ -38,7 +38,7 @@ def test_anonymous_input_dims_each_get_a_name() -> None:
     )
     dims = proto.graph.input[0].type.tensor_type.shape.dim
     dims[0].dim_param = "?"
-    dims[1].dim_param = "?"
+    dims[1].dim_param = "None"
     dims[2].dim_value = -1
     dims[3].dim_param = "unk__7"
     proto.graph.input[1].type.tensor_type.shape.dim[0].dim_param = "x_d0"
