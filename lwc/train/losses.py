@@ -23,11 +23,11 @@ def next_token_loss(logits: Tensor, ids: Tensor, mask: Tensor | None = None) -> 
     Returns:
         The mean over labels, 0 where there is none.
     """
-    labels = ids[:, 1:].flatten()
-    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.to(torch.int64), reduction="none")
-    if mask is None:
-        mask = torch.ones_like(ids)
-    return _mean(losses, (mask[:, 1:] * mask[:, :-1]).flatten())
+    counts = None if mask is None else (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
+    rows, labels = (_rows(each, counts) for each in (logits[:, :-1], ids[:, 1:]))
+    return _mean(
+        F.cross_entropy(rows.flatten(0, -2), labels.flatten().to(torch.int64), reduction="none")
+    )
 
 
 def kl_divergence(
@@ -59,10 +59,12 @@ def reverse_kl_divergence(
 
 
 def _divergence(p: Tensor, q: Tensor, temperature: float, mask: Tensor | None) -> Tensor:
-    log_p, log_q = (torch.log_softmax(each / temperature, -1) for each in (p, q))
+    log_p, log_q = (torch.log_softmax(_rows(each, mask) / temperature, -1) for each in (p, q))
+    never = log_p.isneginf()
+    if never.any():  # 0 · log 0 is 0, and so are its derivatives
+        log_p, log_q = log_p.masked_fill(never, 0), log_q.masked_fill(never, 0)
     each = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-    mean = each.mean() if mask is None else _mean(each.flatten(), mask.flatten())
-    return mean * temperature**2
+    return _mean(each) * temperature**2
 
 
 def mean_squares(teacher: Tensor, student: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -75,14 +77,16 @@ def mean_squares(teacher: Tensor, student: Tensor, mask: Tensor | None = None) -
         student: Of the same shape.
         mask: `[...]`, 0 where a position does not count.
     """
-
-    def mean(squares: Tensor) -> Tensor:
-        return squares.mean() if mask is None else _mean(squares.mean(-1).flatten(), mask.flatten())
-
-    size = mean(teacher.square())
-    return mean((student - teacher).square()) / torch.where(size > 0, size, torch.ones_like(size))
+    teacher, student = _rows(teacher, mask), _rows(student, mask)
+    size = _mean(teacher.square())
+    off = _mean((student - teacher).square())
+    return off / torch.where(size > 0, size, torch.ones_like(size))
 
 
-def _mean(values: Tensor, weights: Tensor) -> Tensor:
-    weights = weights.to(values.dtype)
-    return (values * weights).sum() / weights.sum().clamp(min=1)
+def _rows(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the rows that count. Others are left out, not multiplied by 0: they may be NaN."""
+    return values if mask is None or mask.all() else values[mask != 0]
+
+
+def _mean(values: Tensor) -> Tensor:
+    return values.sum() / max(1, values.numel())

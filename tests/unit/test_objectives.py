@@ -77,6 +77,49 @@ def test_mean_squares_have_no_unit() -> None:
     assert float(mean_squares(torch.zeros(2), torch.tensor([1.0, 1.0]))) == 1
 
 
+def test_rows_that_do_not_count_may_be_no_numbers() -> None:
+    """Where attention masks everything, logits of padding are NaN."""
+    mask = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]])
+    teacher, student = drawn(2, 4, 5), drawn(2, 4, 5, seed=1)
+    ids = torch.tensor([[1, 2, 3, 4], [0, 4, 2, 2]])
+    for loss in (
+        lambda _, logits: next_token_loss(logits, ids, mask),
+        lambda given, logits: kl_divergence(given, logits, 2.0, mask),
+        lambda given, logits: reverse_kl_divergence(given, logits, 2.0, mask),
+        lambda given, outputs: mean_squares(given, outputs, mask),
+    ):
+        wanted, found = student.clone().requires_grad_(), student.clone()
+        found[mask == 0] = float("nan")
+        found.requires_grad_()
+        holed = teacher.masked_fill((mask == 0)[..., None], float("nan"))
+        plain, value = loss(teacher, wanted), loss(holed, found)
+        assert value.item() == plain.item()
+        plain.backward()
+        value.backward()
+        assert torch.equal(found.grad, wanted.grad)
+
+
+@pytest.mark.parametrize("loss", [kl_divergence, reverse_kl_divergence])
+def test_what_is_impossible_to_both_adds_nothing_to_a_divergence(loss: Any) -> None:
+    """As if there were no such class; one that is possible to one alone may be infinitely far."""
+    teacher, student = drawn(2, 3, 4), drawn(2, 3, 4, seed=1).requires_grad_()
+    never = torch.full((2, 3, 1), -torch.inf, dtype=torch.float64)
+    wider = torch.cat((student.detach(), never), -1).requires_grad_()
+    wanted, found = loss(teacher, student), loss(torch.cat((teacher, never), -1), wider)
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-12)
+    wanted.backward()
+    found.backward()
+    torch.testing.assert_close(wider.grad[..., :4], student.grad, rtol=1e-12, atol=1e-15)
+    assert not wider.grad[..., 4].any()
+
+
+def test_what_the_student_alone_thinks_impossible_is_infinitely_far() -> None:
+    one, other = torch.tensor([[0.0, -torch.inf]]), torch.tensor([[0.0, 0.0]])
+    assert float(kl_divergence(other, one)) == torch.inf
+    assert float(kl_divergence(one, other)) == pytest.approx(np.log(2))
+    assert float(reverse_kl_divergence(other, one)) == pytest.approx(np.log(2))
+
+
 LANGUAGE = """g (int64[b, s] ids, int64[b, s] attention_mask) => (float[b, s, 7] logits, float[b] z)
     <float[7, 4] table = {0}, float[4, 7] head = {0}> {
         x = Gather(table, ids) logits = MatMul(x, head)
@@ -140,6 +183,25 @@ def test_next_tokens_are_predicted_where_no_later_one_matters(
              3: {"ids": np.array(ids), "mask": np.zeros_like(ids)}}  # fmt: skip
     model = TextModel("logits", TokenInputs("ids", "mask"))
     assert predicts_next(model, feeds, Shown(lambda each: answer(each) * 1.0)) == causal
+
+
+def test_logits_may_rule_tokens_out_but_must_be_numbers() -> None:
+    """A token that is never said has a logit of -inf, whatever comes later."""
+    feeds = {1: {"ids": np.array([[1, 2, 3, 4]]), "mask": np.ones((1, 4), np.int64)}}
+    model = TextModel("logits", TokenInputs("ids", "mask"))
+
+    def said(odd: float, causal: bool) -> bool:
+        def logits(ids: Any) -> Any:
+            sums = np.cumsum(ids if causal else ids[:, ::-1], axis=1, dtype=np.float32)
+            return np.stack((sums, np.full_like(sums, odd)), -1)
+
+        return predicts_next(model, feeds, Shown(logits))
+
+    assert said(-np.inf, causal=True)
+    assert not said(-np.inf, causal=False)
+    for odd in (np.inf, np.nan):
+        with pytest.raises(PassError, match=r"feed 1 .*'logits' has numbers that are not finite"):
+            said(odd, causal=True)
 
 
 def test_objectives() -> None:

@@ -255,6 +255,33 @@ def test_feeds_of_padding_alone_judge_nothing(taught: bool, tmp_path: Path) -> N
         recovered(student, options, data=[blank] * 3)
 
 
+def test_padding_may_have_logits_that_are_no_numbers() -> None:
+    """As where attention finds nothing to look at; the loss is that of the tokens all the same."""
+    holed = padded(language())
+    (logits,) = [node for node in holed.graph if node.outputs[0].name == "logits"]
+    value = logits.outputs[0]
+    nan = holed.add_initializer("nan", ir.Tensor(np.array(np.nan, np.float32)))
+    to = {"to": ir.AttrInt64("to", ir.DataType.BOOL)}
+    there = ir.node("Cast", [holed.graph.inputs[-1]], to)
+    axis = holed.add_initializer("axis", ir.Tensor(np.array([-1])))
+    rows = ir.node("Unsqueeze", [there.outputs[0], axis])
+    value.name = "all_logits"
+    end = ir.node("Where", [rows.outputs[0], value, nan], outputs=[ir.Value(name="logits")])
+    end.outputs[0].type, end.outputs[0].shape = value.type, value.shape
+    holed.graph.extend([there, rows, end])
+    holed.graph.outputs[0] = end.outputs[0]
+    data = []
+    for feed in texts():
+        mask = np.ones_like(feed["ids"])
+        mask[0, 7:], mask[1, :3] = 0, 0
+        data.append({**feed, "attention_mask": mask})
+    options = "rank=4 steps=4 learning-rate=1e-2"
+    plain, wanted, _ = recovered(padded(language()), options, data=data)
+    module, found, _ = recovered(holed, options, data=data)
+    assert found["held-out loss after"] == wanted["held-out loss after"]
+    assert np.array_equal(weight(module, "up"), weight(plain, "up"))
+
+
 def test_the_module_before_the_pipeline_is_the_teacher() -> None:
     result = lwc.optimize(
         language(),
