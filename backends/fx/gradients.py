@@ -26,6 +26,9 @@ __all__ = ["FxGradientRunner"]
 
 Array = np.ndarray[Any, Any]
 
+_TOLD = 5
+"""Names that an error lists at most."""
+
 
 class FxGradientRunner:
     """A module in PyTorch, differentiated by what is asked for; see `GradientRunner`.
@@ -71,8 +74,8 @@ class FxGradientRunner:
         """Add `factor` times the gradients to `grad` of the parameters; return the loss.
 
         Raises:
-            LwcError: The feed does not fit, a node fails, or the loss is no scalar or depends on
-                nothing that is asked for.
+            LwcError: The feed does not fit, a node fails, or the loss is no scalar, depends on
+                nothing that is asked for, or asks for an output or input that is not there.
         """
         found = self._forward(feed, loss)
         if not found.requires_grad:
@@ -83,7 +86,11 @@ class FxGradientRunner:
         return float(found.detach())
 
     def each(self, feeds: Iterable[Feed], loss: Loss) -> Iterator[Gradients]:
-        """Yield the gradients of each feed alone."""
+        """Yield the gradients of each feed alone.
+
+        Raises:
+            LwcError: See `backward`; or a gradient is not finite.
+        """
         for feed in feeds:
             self._forget()
             yield self._taken(self.backward(feed, loss))
@@ -94,7 +101,8 @@ class FxGradientRunner:
         """Return loss and gradients, summed or averaged over feeds.
 
         Raises:
-            LwcError: There are no feeds, or activations have other shapes in some of them.
+            LwcError: There are no feeds, activations have other shapes in some of them, or a
+                gradient is not finite.
         """
         self._forget()
         losses = [self.backward(feed, loss) for feed in feeds]
@@ -172,7 +180,8 @@ class FxGradientRunner:
         self._divide(arguments)
         results = self._run(*arguments)
         results = results if isinstance(results, tuple) else (results,)
-        found = loss(dict(zip(self._outputs, results, strict=True)), given)
+        outputs = dict(zip(self._outputs, results, strict=True))
+        found = loss(_Tensors("output", outputs, self._file), _Tensors("input", given, self._file))
         if not isinstance(found, torch.Tensor) or found.numel() != 1:
             raise LwcError("the loss is no tensor of one number", file=self._file)
         return found.reshape(())
@@ -195,16 +204,50 @@ class FxGradientRunner:
             tap.gradient = None
 
     def _taken(self, loss: float, factor: float = 1.0) -> Gradients:
-        def array(gradient: torch.Tensor | None, like: torch.Tensor) -> Array:
-            if gradient is None:
-                gradient = torch.zeros_like(like, device="cpu")
-            return np.array(array_of(gradient * factor if factor != 1.0 else gradient, None))
+        def arrays(
+            what: str, found: Mapping[str, tuple[torch.Tensor | None, torch.Tensor]]
+        ) -> dict[str, Array]:
+            made = {}
+            for name, (kept, like) in found.items():
+                gradient = torch.zeros_like(like, device="cpu") if kept is None else kept
+                odd = gradient[~gradient.isfinite()]
+                if len(odd):
+                    raise LwcError(
+                        f"the gradient by {what} '{name}' is {odd[0]:g}, where the loss is "
+                        f"{loss:g}",
+                        file=self._file,
+                        remedy="look for a number that is not finite, or a slope that is infinite, "
+                        "in the model, the feed or the loss",
+                    )
+                scaled = gradient * factor if factor != 1.0 else gradient
+                made[name] = np.array(array_of(scaled, None))
+            return made
 
+        weights = {name: (each.grad, each) for name, each in self.parameters.items()}
+        values = {name: (tap.gradient, tap.like) for name, tap in self._taps.items()}
+        masks = {name: (gate.mask.grad, gate.mask) for name, gate in self._gates.items()}
         return Gradients(
             loss * factor,
-            {name: array(each.grad, each) for name, each in self.parameters.items()},
-            {name: array(tap.gradient, tap.like) for name, tap in self._taps.items()},
-            {name: array(gate.mask.grad, gate.mask) for name, gate in self._gates.items()},
+            arrays("weight", weights),
+            arrays("value", values),
+            arrays("the mask of value", masks),
+        )
+
+
+class _Tensors(dict[str, Any]):
+    """Tensors by name, which tell a loss that asks for another what there is."""
+
+    def __init__(self, what: str, named: Mapping[str, Any], file: str | None) -> None:
+        super().__init__(named)
+        self._what, self._file = what, file
+
+    def __missing__(self, name: str) -> Any:
+        there = ", ".join(f"'{each}'" for each in [*self][:_TOLD]) or "none"
+        more = ", …" if len(self) > _TOLD else ""
+        raise LwcError(
+            f"the loss asks for {self._what} '{name}', where there is {there}{more}",
+            file=self._file,
+            remedy=did_you_mean(name, self),
         )
 
 

@@ -108,15 +108,15 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         chosen = [feeds[index] for index in schedule.feeds(step, len(feeds))]
         found = [backward(number, 1 / schedule.batch) for number in chosen]
+        gradients = {name: each.grad for name, each in parameters.items() if each.grad is not None}
         for name, mask in (masks or {}).items():
-            gradient = parameters[name].grad
-            if gradient is not None:
-                gradient.mul_(mask)
-        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), schedule.clip)
+            if name in gradients:
+                gradients[name].mul_(mask)
+        norm = torch.nn.utils.get_total_norm(gradients.values())
         losses.append(sum(found) / len(found))
         if not (math.isfinite(losses[-1]) and torch.isfinite(norm)):
             bad = [at for at, loss in zip(chosen, found, strict=True) if not math.isfinite(loss)]
-            what = "the loss" if bad else "a gradient"
+            what = "the loss" if bad else _odd_one(gradients)
             where = ", ".join(map(str, sorted({*(bad or chosen)})))
             raise PassError(
                 f"{what} is no finite number at step {step + 1}, on feed {where} of the "
@@ -126,11 +126,18 @@ def train(
                 else "nothing was updated yet: look for a number that is not finite, or huge, in "
                 "the feed, the model or its teacher",
             )
+        torch.nn.utils.clip_grads_with_norm_(parameters.values(), schedule.clip, norm)
         optimizer.step()
         scheduler.step()
         if step + 1 in _kept_steps(schedule.steps):
             _keep(parameters, optimizer, step + 1, schedule, trail)
     return losses
+
+
+def _odd_one(gradients: Mapping[str, torch.Tensor]) -> str:
+    """Name a gradient that is not finite, or all, where only their norm is not."""
+    odd = [name for name, each in gradients.items() if not each.isfinite().all()]
+    return f"the gradient by '{odd[0]}'" if odd else "the norm of all gradients"
 
 
 def _kept_steps(steps: int) -> list[int]:

@@ -286,6 +286,51 @@ def test_errors_of_losses_feeds_and_segments() -> None:
         make_gradient_runner(module, GradientRequest(("w",), segments=0))
 
 
+def test_losses_that_ask_for_what_is_not_there_are_told_what_is() -> None:
+    with make_gradient_runner(module_of(MLP), GradientRequest(("w",))) as runner:
+        for loss, words in (
+            (lambda out, _: out["z"].sum(), r"the loss asks for output 'z', where there is 'y'"),
+            (
+                lambda out, given: (out["y"] * given["X"]).sum(),
+                r"for input 'X', where there is 'x'",
+            ),
+        ):
+            with pytest.raises(LwcError, match=words) as caught:
+                runner.backward({"x": X}, loss)
+            assert "\n" not in str(caught.value)
+        # What a loss asks for in its own mappings is its own affair, and it may ask what there is.
+        own: dict[str, float] = {}
+        with pytest.raises(KeyError, match="mine"):
+            runner.backward({"x": X}, lambda out, _: out["y"].sum() * own["mine"])
+        found = runner.loss({"x": X}, lambda out, given: out.get("z", given.get("x")).sum())
+        assert found == pytest.approx(X.sum(), rel=1e-5)
+
+
+ROOTS = """g (float[n] x) => (float[n] y) <float[1] w = {1}, float[1] v = {0}> {
+    a = Mul(x, w) r = Sqrt(a) s = Mul(x, v) y = Add(r, s) }"""
+
+
+@pytest.mark.parametrize("kind", ["weights", "values", "masks"])
+def test_gradients_that_are_no_numbers_are_errors_that_name_what_they_are_of(kind: str) -> None:
+    """The root rises without bound at 0, and the chain rule multiplies that by 0."""
+    asked = {
+        "weights": {"weights": ("v", "w")},
+        "values": {"values": ("s", "a")},
+        "masks": {"masks": {"s": np.ones(1, np.float32), "a": np.ones(1, np.float32)}},
+    }[kind]
+    named = {"weights": "weight 'w'", "values": "value 'a'", "masks": "the mask of value 'a'"}[kind]
+    good, bad = ({"x": np.array([each], np.float32)} for each in (1.0, 0.0))
+    with make_gradient_runner(module_of(ROOTS), GradientRequest(**asked)) as runner:  # type: ignore[arg-type]
+        runner.total([good, good], squares_of_roots)
+        for taken in (runner.total, lambda *given: list(runner.each(*given))):
+            with pytest.raises(LwcError, match=f"gradient by {named} is (nan|inf).*look for"):
+                taken([good, bad], squares_of_roots)
+
+
+def squares_of_roots(outputs: Mapping[str, Any], _: object) -> Any:
+    return outputs["y"].sum()
+
+
 def test_a_failing_node_is_named_in_any_segment() -> None:
     text = """g (float[n, 2] x, float[m, 2] z) => (float[n, 2] y) <float[2, 2] w = {1,2,3,4}> {
         a = MatMul(x, w) b = Tanh(a) y = Add(b, z) }"""

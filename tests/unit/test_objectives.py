@@ -82,12 +82,13 @@ def test_rows_that_do_not_count_may_be_no_numbers() -> None:
     mask = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]])
     teacher, student = drawn(2, 4, 5), drawn(2, 4, 5, seed=1)
     ids = torch.tensor([[1, 2, 3, 4], [0, 4, 2, 2]])
-    for loss in (
+    losses: tuple[Callable[[Any, Any], Any], ...] = (
         lambda _, logits: next_token_loss(logits, ids, mask),
         lambda given, logits: kl_divergence(given, logits, 2.0, mask),
         lambda given, logits: reverse_kl_divergence(given, logits, 2.0, mask),
         lambda given, outputs: mean_squares(given, outputs, mask),
-    ):
+    )
+    for loss in losses:
         wanted, found = student.clone().requires_grad_(), student.clone()
         found[mask == 0] = float("nan")
         found.requires_grad_()

@@ -168,23 +168,26 @@ def test_killed_and_resumed_it_ends_at_the_same_bits(killed: int, tmp_path: Path
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_what_is_not_finite_is_an_error_that_names_the_step(where: str) -> None:
     parameters, plain = problem()
+    parameters = {"other": torch.nn.Parameter(torch.ones(2)), **parameters}
     calls = 0
 
     def backward(index: int, factor: float) -> float:
         nonlocal calls
         calls += 1
         loss = plain(index, factor)
+        parameters["other"].grad = torch.ones(2)
         if calls == 4 and where == "gradient":
             gradient = parameters["weight"].grad
             assert gradient is not None
-            gradient[0, 0] = float("inf")
+            gradient[0, 0] = float("nan")
         return float("nan") if calls == 4 and where == "loss" else loss
 
     schedule = Schedule(5, 2, 0.1)
     seen = schedule.feeds(1, 8)  # one of them is the feed in which a loss is not finite
+    words = "the loss" if where == "loss" else "the gradient by 'weight'"
     told = f"feed {seen[1] if where == 'loss' else ', '.join(map(str, sorted(seen)))} of"
     with pytest.raises(
-        PassError, match=f"{where} is no finite number at step 2, on {told}.*learning-rate"
+        PassError, match=f"{words} is no finite number at step 2, on {told}.*learning-rate"
     ):
         train(parameters, backward, range(8), schedule, trail=NOTHING, progress=SILENT)
 
