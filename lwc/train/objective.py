@@ -199,16 +199,17 @@ class Objective:
             total = total + self.weight * sum(parts)
         return total
 
-    def teaches(self, feed: Feed) -> bool:
-        """Tell whether the loss says anything on a feed.
+    def positions(self, feed: Feed) -> int:
+        """Return over how many positions the loss on a feed is a mean: 0 where it says nothing.
 
-        Cross-entropy does not where no token follows another, and nothing does of padding alone.
+        They are those that have a label; of the distance alone, all that are no padding; 1 where
+        the model takes no tokens.
         """
         if self.tokens is None:
-            return True
+            return 1
         mask = self._mask(feed)
         there = np.ones(feed[self.tokens.ids].shape, np.bool_) if mask is None else mask != 0
-        return bool((there if self.weight == 1 else there[:, 1:] & there[:, :-1]).any())
+        return int((there if self.weight == 1 else there[:, 1:] & there[:, :-1]).sum())
 
     def _distance(self, name: str, student: Any, teacher: Array, inputs: Mapping[str, Any]) -> Any:
         import torch

@@ -129,6 +129,8 @@ def _train(
 
         from lwc.train.loop import Schedule, train
 
+        counts = [lesson.objective.positions(feed) for feed in held.values()]
+
         def judged(when: str) -> float:
             losses = []
             for number, feed in ctx.progress.track(held.items(), f"held-out loss {when}"):
@@ -141,7 +143,7 @@ def _train(
                             remedy="look for a number that is not finite in the model, its teacher "
                             "or the feed",
                         )
-            return sum(losses) / len(losses)
+            return float(np.average(losses, weights=counts))
 
         def backward(number: int, factor: float) -> float:
             feed = trained[number]
@@ -252,7 +254,7 @@ def _divided(
     share: float,
 ) -> tuple[dict[int, Feed], dict[int, Feed]]:
     """Return the feeds to train on and those to judge by."""
-    told = [(number, feed) for number, feed in feeds.items() if objective.teaches(feed)]
+    told = [(number, feed) for number, feed in feeds.items() if objective.positions(feed)]
     if len(told) < len(feeds):
         ctx.warn(
             f"{len(feeds) - len(told)} of {len(feeds)} feeds are left out: they have one token, "

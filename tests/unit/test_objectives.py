@@ -293,9 +293,15 @@ def test_one_token_has_no_label() -> None:
         assert loss.item() == 0
         loss.backward()
     objective = Objective("kl", ("logits",), "logits", TokenInputs("ids", None), 0.25)
-    assert not objective.teaches({"ids": np.zeros((1, 1), np.int64)})
-    assert objective.teaches({"ids": np.zeros((1, 2), np.int64)})
-    assert replace(objective, weight=1.0).teaches({"ids": np.zeros((1, 1), np.int64)})
+    for length, labels in ((1, 0), (2, 2), (3, 4)):
+        feed = {"ids": np.zeros((2, length), np.int64)}
+        assert objective.positions(feed) == labels
+        assert replace(objective, weight=1.0).positions(feed) == 2 * length
+        assert replace(objective, tokens=None).positions(feed) == 1
+    masked = replace(objective, tokens=TokenInputs("ids", "mask"))
+    feed = {"ids": np.zeros((2, 3), np.int64), "mask": np.array([[1, 1, 0, 1], [1, 0, 1, 1]])}
+    assert masked.positions(feed) == 1  # the first place is of a past
+    assert replace(masked, weight=1.0).positions(feed) == 4
 
 
 def test_outputs_of_other_shapes_are_not_broadcast() -> None:

@@ -21,6 +21,7 @@ import lwc
 from lwc.cli.opt import main
 from lwc.core.errors import InputError, MissingExtraError, PassError, UsageError
 from lwc.core.module import Module
+from lwc.evaluate.perplexity import token_losses
 from lwc.frontend.onnx_writer import save
 from lwc.passes.training.recover import Recover
 from lwc.passes.training.trainable import weights_to_train
@@ -112,13 +113,32 @@ def test_next_tokens_are_learned(method: str) -> None:
     assert found["trained parameters"] == counts[method]
 
 
+def judged(module: Module, *feeds: dict[str, Array]) -> float:
+    """Return the cross-entropy of a module's next tokens, over all tokens of some feeds."""
+    losses = []
+    for feed in feeds:
+        logits = run_plain(module, feed)[0][:, :-1].reshape(-1, WORDS)
+        losses.append(token_losses(logits, feed["ids"][:, 1:].ravel()))
+    return float(np.concatenate(losses).mean())
+
+
 def test_the_reported_loss_is_that_of_the_result() -> None:
     module, found, _ = recovered(language(), "rank=4 steps=20 learning-rate=1e-2")
-    ids = texts()[-1]["ids"]
-    logits = run_plain(module, {"ids": ids})[0].astype(np.float64)[:, :-1]
-    chances = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    losses = -np.take_along_axis(chances, ids[:, 1:, None], -1)
-    assert found["held-out loss after"] == pytest.approx(losses.mean(), rel=1e-5)
+    assert found["held-out loss after"] == pytest.approx(judged(module, texts()[-1]), rel=1e-5)
+
+
+def test_held_out_perplexity_is_over_tokens_whatever_feeds_they_are_in() -> None:
+    """As that of `lwc.evaluate`; the mean of the losses of both feeds is another one."""
+    data = texts(4)
+    data[-1] = {"ids": data[-1]["ids"][:1, :3]}
+    options = "rank=4 steps=20 learning-rate=1e-2 held-out=0.5"
+    module, found, _ = recovered(language(), options, data=data)
+    for when, judge in zip(WHEN, (language(), module), strict=True):
+        wanted = judged(judge, *data[2:])
+        assert found[f"held-out loss {when}"] == pytest.approx(wanted, rel=1e-5)
+        assert found[f"held-out perplexity {when}"] == pytest.approx(np.exp(wanted), rel=1e-5)
+        apart = np.mean([judged(judge, feed) for feed in data[2:]])
+        assert abs(apart - wanted) > 1e-3
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -174,11 +194,8 @@ def test_adapters_that_were_there_bring_no_zeros_back_and_a_warning_says_so() ->
     assert weight(module, "up")[:, 1::2].all()
     assert told.count("warning: its adapter, which was there before, is not 0 in rows") == 2
     # What is judged before is the model as it came, which is not what training starts from.
-    ids = texts()[-1]["ids"]
-    logits = run_plain(given, {"ids": ids})[0].astype(np.float64)[:, :-1]
-    chances = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    losses = -np.take_along_axis(chances, ids[:, 1:, None], -1)
-    assert found["held-out loss before"] == pytest.approx(losses.mean(), rel=1e-5)
+    wanted = judged(given, texts()[-1])
+    assert found["held-out loss before"] == pytest.approx(wanted, rel=1e-5)
     free, _, told = recovered(given, "steps=60 learning-rate=1e-2 keep-zeros=false")
     assert weight(free, "up")[:, ::2].all()
     assert "was there before" not in told
@@ -616,11 +633,8 @@ def test_initializers_that_share_a_tensor_are_trained_as_one_and_stay_one(
         if through == "memory":
             assert held[one].const_value is held[other].const_value
     # What was judged is what came out.
-    ids = texts()[-1]["ids"]
-    logits = run_plain(trained, {"ids": ids})[0].astype(np.float64)[:, :-1]
-    chances = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    losses = -np.take_along_axis(chances, ids[:, 1:, None], -1)
-    assert found["held-out loss after"] == pytest.approx(losses.mean(), rel=1e-5)
+    wanted = judged(trained, texts()[-1])
+    assert found["held-out loss after"] == pytest.approx(wanted, rel=1e-5)
 
 
 def test_what_fails_on_a_feed_names_the_feed_and_the_teacher(tmp_path: Path) -> None:
