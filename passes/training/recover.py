@@ -85,6 +85,13 @@ class Recover(Pass):
             raise UsageError(f"held-out={self.held_out:g} is no share above 0 and below 1")
         if self.loss == "cross-entropy" and self.teacher not in (None, "auto"):
             raise UsageError("loss=cross-entropy has no use for a teacher", remedy="use loss=kl")
+        if not self.kd_weight and (
+            self.teacher not in (None, "auto") or self.loss not in ("auto", "cross-entropy")
+        ):
+            raise UsageError(
+                "kd-weight=0 leaves no share to a teacher, whom teacher= or loss= asks for",
+                remedy="raise it, or leave out what asks for one",
+            )
         if self.method == "full" and self.layers:
             raise UsageError(
                 "layers= is of new adapters, which method=full has none of",

@@ -44,6 +44,9 @@ _LARGEST = 700.0
 _CLOSE = 1e-3
 """Relative difference of outputs up to which a teacher has nothing to teach."""
 
+_DIVERGED = 2
+"""Multiple of the loss before which training and held-out loss both reach where training diverged:
+where it learned the feeds by heart the first is low."""
 
 _TOLD = 5
 """Feeds that a remark names at most."""
@@ -71,7 +74,7 @@ def recover(module: Module, ctx: PassContext, options: Recover) -> PassResult:
         facts = () if ctx.checkpoint is None else _facts(ctx, teacher)
         told = [*trained.values(), *held.values()]
         trail = Trail.begin(ctx, module, lambda: told, *facts)
-        before, after = _train(
+        before, after, ended = _train(
             twin, chosen, lesson, inner, options, trained=trained, held=held, trail=trail
         )
     statistics: dict[str, int | float | str] = {
@@ -92,10 +95,7 @@ def recover(module: Module, ctx: PassContext, options: Recover) -> PassResult:
         if improved or remark.kind != "applied":
             module.remarks.emit(remark)
     if not improved:
-        ctx.missed(
-            f"the held-out loss did not fall: {before:.4g} before, {after:.4g} after; the module "
-            "stays as it is"
-        )
+        ctx.missed(_worse(before, after, ended, _rate(options)))
         return PassResult(changed=False, statistics=statistics)
     ctx.limit.spend("recover")
     ctx.applied(f"trained, held-out loss {before:.4g} to {after:.4g}", rule="recover")
@@ -120,8 +120,12 @@ def _train(
     trained: Mapping[int, Feed],
     held: Mapping[int, Feed],
     trail: Trail,
-) -> tuple[float, float]:
-    """Train the copy; return the held-out loss before and after. Feeds are given by number."""
+) -> tuple[float, float, float]:
+    """Train the copy. Feeds are given by number.
+
+    Returns:
+        The held-out loss before and after, and the training loss of the last tenth of the steps.
+    """
     names = [each.value.name or "" for each in chosen]
     with ctx.gradient_runner(twin, weights=names) as runner:
         # PyTorch is there: else there would be no runner.
@@ -159,12 +163,11 @@ def _train(
         with torch.no_grad():  # not before: the loss before is that of the module as it was given
             for name, mask in masks.items():
                 runner.parameters[name].masked_fill_(~mask, 0)
-        rate = options.learning_rate or _RATES[options.method]
-        train(
+        losses = train(
             runner.parameters,
             backward,
             list(trained),
-            Schedule(options.steps, options.batch, rate, seed=ctx.seed),
+            Schedule(options.steps, options.batch, _rate(options), seed=ctx.seed),
             trail=trail,
             progress=ctx.progress,
             masks=masks,
@@ -184,7 +187,30 @@ def _train(
             tensor = twin.spilled(ir.Tensor(np.array(array)))
             for value in sharing[id(each.value.const_value)]:
                 twin.replace_initializer(value, tensor)
-    return before, after
+    last = losses[-max(1, options.steps // 10) :]
+    # Where all steps were taken by a run before this one, no loss is known.
+    return before, after, sum(last) / len(last) if last else after
+
+
+def _rate(options: Recover) -> float:
+    return options.learning_rate or _RATES[options.method]
+
+
+def _worse(before: float, after: float, ended: float, rate: float) -> str:
+    """Tell that the held-out loss did not fall, and what may help."""
+    # So written, a loss that is no number counts as diverged.
+    diverged = not min(after, ended) <= _DIVERGED * before
+    if diverged:
+        remedy = f"lower learning-rate={rate:g}"
+    elif ended < before:
+        remedy = "give more data, or take fewer steps"
+    else:
+        remedy = f"take more steps, or another learning-rate than {rate:g}"
+    return (
+        f"the held-out loss did not fall{', as training diverged' if diverged else ''}: "
+        f"{before:.4g} before, {after:.4g} after, where the training loss ended at {ended:.4g}; "
+        f"the module stays as it is ({remedy})"
+    )
 
 
 def _perplexity(loss: float) -> float:

@@ -362,13 +362,35 @@ def test_adapters_that_are_there_are_trained_further() -> None:
     )
 
 
-def test_worse_is_refused() -> None:
-    module, found, told = recovered(language(), "rank=4 steps=30 learning-rate=30")
+@pytest.mark.parametrize("rate", ["30", "1e9"])
+def test_worse_is_refused(rate: str, tmp_path: Path) -> None:
+    options = f"rank=4 steps=30 learning-rate={rate}"
+    module, found, told = recovered(language(), options, resume=tmp_path / "kept")
     assert not found["held-out loss after"] < found["held-out loss before"]
-    assert "missed: the held-out loss did not fall" in told
+    (words,) = re.findall(r"missed: (the held-out loss did not fall.*)", told)
+    assert ", as training diverged: " in words
+    assert f"the module stays as it is (lower learning-rate={float(rate):g})" in words
     assert "applied" not in told  # not even of the adapters that the copy got
     assert set(module.graph.initializers) == {"table", "up", "down", "head"}
     assert np.array_equal(weight(module, "up"), weight(language(), "up"))
+    _, found, told = recovered(language(), options, resume=tmp_path / "kept")
+    assert found["training resumed"] == 30
+    assert "as training diverged" in told
+
+
+def test_what_is_learned_by_heart_and_what_is_not_learned_have_other_remedies() -> None:
+    drawn = np.random.default_rng(0)
+    noise = [{"ids": drawn.integers(0, WORDS, (1, 8))} for _ in range(3)]
+    _, found, told = recovered(language(), "rank=8 steps=150 learning-rate=1e-2", data=noise)
+    (ended,) = re.findall(r"where the training loss ended at (\S+);", told)
+    assert float(ended) < found["held-out loss before"] < found["held-out loss after"]
+    assert "diverged" not in told
+    assert "as it is (give more data, or take fewer steps)" in told
+    # Every feed is the same, so a loss that stays ends where it was.
+    blank = [{"ids": np.full((1, 8), 3)}] * 3
+    _, found, told = recovered(language(), "rank=4 steps=2 learning-rate=1e-30", data=blank)
+    assert found["held-out loss before"] == found["held-out loss after"]
+    assert "as it is (take more steps, or another learning-rate than 1e-30)" in told
 
 
 def test_killed_and_resumed_it_gives_the_same_file(
@@ -510,10 +532,14 @@ def test_errors(monkeypatch: pytest.MonkeyPatch, teacher: Path, tmp_path: Path) 
         ({"held_out": 1.0}, "held-out=1"),
         ({"learning_rate": 0.0}, "learning-rate=0"),
         ({"loss": "cross-entropy", "teacher": str(teacher)}, "no use for a teacher"),
+        ({"kd_weight": 0.0, "teacher": str(teacher)}, "kd-weight=0 leaves no share to a teacher"),
+        ({"kd_weight": 0.0, "loss": "kl"}, "kd-weight=0 leaves no share to a teacher"),
         ({"method": "full", "layers": ("up",)}, "layers= is of new adapters"),
     ):
         with pytest.raises(UsageError, match=words):
             Recover(**options)
+    Recover(kd_weight=0.0, teacher="auto")
+    Recover(kd_weight=0.0, teacher=None, loss="cross-entropy")
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(MissingExtraError, match="gradient"):
         recovered(module, "rank=4")
