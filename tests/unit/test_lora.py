@@ -181,6 +181,23 @@ def test_quantized_layers_get_adapters_and_keep_them(form: Any) -> None:
     assert any("quantized" in each.message for each in told if each.kind == "missed")
 
 
+def test_every_adapter_is_drawn_by_itself_and_by_the_seed() -> None:
+    text = "g (float[n, 8] x) => (float[n, 8] y) { p = MatMul(x, w) y = MatMul(p, v) }"
+
+    def drawn(seed: int) -> list[Any]:
+        module = optimize(filled(text, w=(8, 8), v=(8, 8)), [AddLora(rank=2)], seed=seed).module
+        return [each.down.tensor.numpy() for each in adapters(module)]
+
+    (one, other), again, (another, _) = drawn(0), drawn(0), drawn(1)
+    assert not np.array_equal(one, other)
+    assert not np.array_equal(one, another)
+    assert all(map(np.array_equal, (one, other), again))
+    # As torch.nn.Linear draws: uniform up to one over the root of the inputs, on both sides.
+    both = np.concatenate((one, other))
+    assert 0.9 < both.max() * 8**0.5 <= 1
+    assert 0.9 < -both.min() * 8**0.5 <= 1
+
+
 def test_add_lora_says_which_layers_have_none() -> None:
     text = (
         """g (float[n, 8] x) => (float[n, 6] y) { p = MatMul(x, w) t = Tanh(p) y = MatMul(t, e) }"""
@@ -230,34 +247,74 @@ def test_peft_like_modules_that_pytorch_traced_merge() -> None:
         np.testing.assert_allclose(run_plain(module, feed)[0], wanted, rtol=0, atol=1e-5)
 
 
+FACTORS: dict[str, tuple[int, ...]] = {
+    "w": (8, 6), "v": (8, 6), "d": (8, 2), "u": (2, 6), "t": (2, 6),
+}  # fmt: skip
 SHARED = """g (float[n, 8] x) => (float[n, 6] y, float[n, 6] z) {
     p = MatMul(x, w) a = MatMul(x, d) b = MatMul(a, u) y = Add(p, b)
     q = MatMul(x, v) e = MatMul(x, d) f = MatMul(e, t) z = Add(q, f) }"""
 
 
-@pytest.mark.parametrize("scattered", [False, True])
-def test_a_factor_of_two_layers_keeps_the_zeros_of_both(scattered: bool) -> None:
-    """One layer has zeros in a row, the other in another row, or everywhere."""
-    module = filled(SHARED, w=(8, 6), v=(8, 6), d=(8, 2), u=(2, 6), t=(2, 6))
-    for name, row in (("w", 1), ("v", 4)):
-        value = module.graph.initializers[name]
-        assert value.const_value is not None
-        content = np.array(value.const_value.numpy())
-        content[row] = 0
-        if scattered and name == "v":
-            content[::2, ::2] = content[1::2, 1::2] = 0
-        module.replace_initializer(value, ir.Tensor(content, name=name))
+def changed(module: Module, name: str, zeros: Any) -> None:
+    """Set some of a weight to 0, by their index."""
+    value = module.graph.initializers[name]
+    assert value.const_value is not None
+    content = np.array(value.const_value.numpy())
+    content[zeros] = 0
+    module.replace_initializer(value, ir.Tensor(content, name=name))
+
+
+def masks(module: Module) -> dict[str | None, Any]:
+    """Return the masks of the adapters that are there."""
     ctx = PassContext(AnalysisManager(module))
-    options: dict[str, Any] = {"rank": 2, "alpha": 2.0, "layers": (), "keep_zeros": True}
-    chosen = {each.value.name: each.mask for each in adapters_to_train(module, ctx, **options)}
-    if scattered:
-        assert chosen == {"u": None}
-        assert "'d' belongs to an adapter that is not trained, too" in reasons(module)
-        return
+    chosen = adapters_to_train(module, ctx, rank=2, alpha=2.0, layers=(), keep_zeros=True)
+    return {each.value.name: each.mask for each in chosen}
+
+
+@pytest.mark.parametrize("factor", ["one value", "two values of one tensor"])
+def test_a_factor_of_two_layers_keeps_the_zeros_of_both(factor: str) -> None:
+    """One layer has zeros in a row, the other in another row."""
+    two = factor != "one value"
+    shapes = {**FACTORS, **({"other": (8, 2)} if two else {})}
+    module = filled(SHARED.replace("e = MatMul(x, d)", "e = MatMul(x, other)") if two else SHARED,
+                    **shapes)  # fmt: skip
+    if two:
+        held = module.graph.initializers
+        held["other"].const_value = held["d"].const_value
+    changed(module, "w", 1)
+    changed(module, "v", 4)
+    chosen = masks(module)
     assert chosen.keys() == {"d", "u", "t"}
-    assert chosen["d"] is not None
     assert np.flatnonzero(~chosen["d"]).tolist() == [1, 4]
     assert chosen["u"] is chosen["t"] is None
+
+
+def test_a_factor_of_a_layer_that_is_not_trained_stays() -> None:
+    module = filled(SHARED, **FACTORS)
+    changed(module, "w", 1)
+    for start in (0, 1):
+        changed(module, "v", np.s_[start::2, start::2])
+    assert masks(module) == {"u": None}
+    assert "'d' belongs to an adapter that is not trained, too" in reasons(module)
+
+
+@pytest.mark.parametrize(("zeros", "trained"), [(6, True), (7, True), (8, False)])
+def test_a_quarter_of_scattered_zeros_still_counts_as_chance(zeros: int, trained: bool) -> None:
+    """Of the 28 weights beside a row and two columns of zeros, which are kept and do not count."""
+    text = """g (float[n, 8] x) => (float[n, 6] y) {
+        p = MatMul(x, w) a = MatMul(x, d) b = MatMul(a, u) y = Add(p, b) }"""
+    module = filled(text, w=(8, 6), d=(8, 2), u=(2, 6))
+    changed(module, "w", 7)
+    changed(module, "w", np.s_[:, 4:])
+    for place in range(zeros):
+        changed(module, "w", (place % 7, (place % 7 + place // 7) % 4))
+    chosen, told = masks(module), reasons(module)
+    assert (f"{zeros / 28:.1%} of its weights are 0 here and there" in told) == trained
+    assert (f"{zeros / 28:.0%} of its weights are 0, which keep-zeros keeps" in told) != trained
+    assert chosen.keys() == ({"d", "u"} if trained else set())
+    if trained:
+        assert np.flatnonzero(~chosen["d"][:, 0]).tolist() == [7]
+        assert np.flatnonzero(~chosen["u"][0]).tolist() == [4, 5]
 
 
 @st.composite

@@ -16,7 +16,7 @@ import torch
 from support import module_of
 
 from lwc.core.errors import InputError, PassError
-from lwc.train.lesson import check_teacher
+from lwc.train.lesson import Lesson, check_teacher
 from lwc.train.losses import (
     kl_divergence,
     mean_squares,
@@ -73,7 +73,8 @@ def test_mean_squares_have_no_unit() -> None:
     teacher, student = drawn(3, 4), drawn(3, 4, seed=1)
     wanted = float((teacher - student).square().sum() / teacher.square().sum())
     assert float(mean_squares(teacher, student)) == pytest.approx(wanted)
-    assert float(mean_squares(1e3 * teacher, 1e3 * student)) == pytest.approx(wanted)
+    for unit in (1e3, 1e-9):
+        assert float(mean_squares(unit * teacher, unit * student)) == pytest.approx(wanted)
     assert float(mean_squares(torch.zeros(2), torch.tensor([1.0, 1.0]))) == 1
 
 
@@ -162,6 +163,11 @@ class Shown:
         ([[5, 3, 3]], lambda ids: np.cumsum(ids, axis=1)[:, -1:, None], False),
         ([[1, 2, 3, 3]], lambda ids: (ids * 0 + ids[:, 2:3] * ids[:, 3:])[..., None], False),
         ([[1, 2, 3, 4]], lambda ids: (ids + ids.sum(axis=1, keepdims=True))[..., None], False),
+        (
+            [[1, 2, 3, 4]],
+            lambda ids: (ids + ids.sum(1, keepdims=True) * [0, 1, 1, 1])[..., None],
+            False,
+        ),
         ([[0, 1, 0, 1]], lambda ids: (ids + ids.sum(1, keepdims=True))[..., None] + [1, 2], False),
     ],
     ids=[
@@ -174,6 +180,7 @@ class Shown:
         "last logits",
         "palindrome",
         "a bag of words",
+        "a bag of words, but for the first token",
         "a bag of all words there are",
     ],
 )
@@ -310,6 +317,23 @@ def test_outputs_of_other_shapes_are_not_broadcast() -> None:
         PassError, match=r"gives 'y' of shape \[2, 1\], the model of shape \[2, 4\]"
     ):
         objective({"y": drawn(2, 4)}, {}, {"y": np.ones((2, 1), np.float32)})
+
+
+def test_a_teacher_is_fed_what_it_takes_and_asked_only_where_it_has_a_share() -> None:
+    asked = []
+
+    class Teacher:
+        def run(self, feed: Any, outputs: Any = None) -> Any:
+            asked.append((sorted(feed), outputs))
+            return {"y": np.zeros((2, 3), np.float32)}
+
+    feed = {"x": np.ones(1), "z": np.ones(1)}
+    objective = Objective("mse", ("y",), None, None, 1.0)
+    lesson = Lesson(objective, Teacher(), ("x", "unfed"))
+    assert float(lesson.loss(feed)({"y": torch.ones(2, 3)}, {})) == 1
+    assert asked == [(["x"], ("y",))]
+    replace(lesson, objective=replace(objective, weight=0.0)).loss(feed)
+    assert len(asked) == 1
 
 
 def test_an_output_without_numbers_is_no_comparison() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,37 +85,62 @@ def test_schedule_rises_falls_and_draws_every_feed_once_an_epoch() -> None:
     assert all(sorted(epoch) == list(range(6)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 5
     assert seen == [feed for step in range(20) for feed in schedule.feeds(step, 6)]
+    other = replace(schedule, seed=4)
+    assert epochs[0] != [feed for step in range(2) for feed in other.feeds(step, 6)]
     assert Schedule(1, 1, 1.0).factor(0) == 1
 
 
 def problem(
-    start: Any = None,
+    start: Any = None, size: float = 1.0
 ) -> tuple[dict[str, torch.nn.Parameter], Callable[[int, float], float]]:
-    """Least squares of eight feeds."""
+    """Least squares of eight feeds, times a size."""
     x, wanted = drawn(8, 5, 3), drawn(8, 5, 2, seed=1)
     weight = torch.nn.Parameter(drawn(3, 2, seed=2) if start is None else start)
 
     def backward(index: int, factor: float) -> float:
-        loss = (x[index] @ weight - wanted[index]).square().mean()
+        loss = (x[index] @ weight - wanted[index]).square().mean() * size
         (loss * factor).backward()
         return float(loss.detach())
 
     return {"weight": weight}, backward
 
 
-def test_a_step_is_that_of_adamw_on_the_mean_gradient() -> None:
-    parameters, backward = problem()
-    train(
-        parameters, backward, range(8), Schedule(1, 8, 0.1, weight_decay=0.1),
-        trail=NOTHING, progress=SILENT,
+@pytest.mark.parametrize(("size", "clip"), [(1.0, 1.0), (1e-8, 1.0), (1.0, 1e-8)])
+def test_a_step_is_that_of_adamw_on_the_mean_gradient(size: float, clip: float) -> None:
+    """AdamW divides by the gradient's own size, unless that is as small as its epsilon."""
+    start, rate, decay, epsilon = drawn(3, 2, seed=2), 0.1, 0.1, 1e-8
+    mask = torch.tensor([[1.0], [0.0], [1.0]])
+    parameters, backward = problem(start.clone(), size)
+    losses = train(
+        parameters, backward, range(8), Schedule(1, 8, rate, weight_decay=decay, clip=clip),
+        trail=NOTHING, progress=SILENT, masks={"weight": mask},
     )  # fmt: skip
-    twin, backward = problem()
-    optimizer = torch.optim.AdamW(twin.values(), lr=0.1, weight_decay=0.1)
-    for index in range(8):
-        backward(index, 1 / 8)
-    torch.nn.utils.clip_grad_norm_(twin.values(), 1.0)
-    optimizer.step()
-    torch.testing.assert_close(parameters["weight"], twin["weight"], rtol=1e-12, atol=0)
+    twin, backward = problem(start.clone(), size)
+    each = [backward(index, 1.0) for index in range(8)]
+    assert losses == [pytest.approx(sum(each) / 8)]
+    gradient = twin["weight"].grad
+    assert gradient is not None
+    mean = gradient / 8 * mask
+    # PyTorch divides by the norm and 1e-6.
+    mean = mean * min(1.0, clip / (float(mean.norm()) + 1e-6))
+    wanted = start - rate * decay * start - rate * mean / (mean.abs() + epsilon)
+    torch.testing.assert_close(parameters["weight"].detach(), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_each_step_has_its_own_learning_rate() -> None:
+    """Of a gradient that never changes AdamW makes steps of the learning rate."""
+    weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    schedule, seen = Schedule(20, 1, 0.1), []
+
+    def backward(_: int, factor: float) -> float:
+        seen.append(weight.item())
+        (weight.sum() * factor).backward()
+        return float(weight.item())
+
+    train({"w": weight}, backward, [1], schedule, trail=NOTHING, progress=SILENT)
+    steps = -np.diff([*seen, weight.item()])
+    # Its epsilon makes them smaller by 1e-8.
+    np.testing.assert_allclose(steps, [0.1 * schedule.factor(n) for n in range(20)], rtol=2e-8)
 
 
 def test_masked_entries_stay() -> None:
