@@ -289,6 +289,19 @@ def test_a_factor_of_two_layers_keeps_the_zeros_of_both(factor: str) -> None:
     assert chosen["u"] is chosen["t"] is None
 
 
+def test_a_factor_that_its_product_turns_keeps_the_zeros_of_its_own_rows() -> None:
+    """As PyTorch writes linear layers: [outputs, inputs]."""
+    text = """g (float[n, 8] x) => (float[n, 6] y) { p = Gemm<transB = 1>(x, w)
+        a = Gemm<transB = 1>(x, d) b = Gemm<transB = 1>(a, u) y = Add(p, b) }"""
+    module = filled(text, w=(6, 8), d=(2, 8), u=(6, 2))
+    changed(module, "w", np.s_[:, 1])
+    changed(module, "w", 4)
+    chosen = masks(module)
+    for name, shape, zeros in (("d", (1, 8), [(0, 1)]), ("u", (6, 1), [(4, 0)])):
+        assert chosen[name].shape == shape
+        assert [*zip(*np.nonzero(~chosen[name]), strict=True)] == zeros
+
+
 def test_a_factor_of_a_layer_that_is_not_trained_stays() -> None:
     module = filled(SHARED, **FACTORS)
     changed(module, "w", 1)

@@ -6,6 +6,8 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 
 pytest.importorskip("torch")
 
+import torch
 from recovering import (
     WHEN,
     WIDTH,
@@ -33,6 +36,10 @@ import lwc
 from lwc.cli.opt import main
 from lwc.core.errors import PassError
 from lwc.frontend.onnx_writer import save
+from lwc.optimizer import RunSettings, make_context
+from lwc.passes.training.recover import Recover
+from lwc.rewrite import RewriteLimit
+from lwc.train import loop
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,6 +94,13 @@ def test_the_module_before_the_pipeline_is_the_teacher() -> None:
     assert "quantized" in told or second.statistics["adapters merged"] == 2
 
 
+def test_what_gives_nearly_the_same_is_still_a_teacher() -> None:
+    """Eight bits are wrong by a half of 1/127 of the largest weight of a block at most."""
+    steps = "quantize-weights{bits=8 block-size=16 embeddings=none},recover{rank=4 steps=2}"
+    result = lwc.optimize(language(), steps, calibration=texts(), threads=1)
+    assert result.record.passes[-1].statistics["loss"] == "0.5 cross-entropy + 0.5 kl"
+
+
 def test_a_module_that_gives_the_same_is_no_teacher() -> None:
     module = language()
     result = lwc.optimize(
@@ -136,6 +150,39 @@ def test_adapters_that_are_there_are_trained_further() -> None:
     )
 
 
+def test_the_loop_gets_what_the_options_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdamW hides by how much gradients are multiplied, and most of the rest."""
+    seen: list[Any] = []
+
+    def spy(
+        parameters: dict[str, torch.nn.Parameter],
+        backward: Callable[[int, float], float],
+        feeds: list[int],
+        schedule: loop.Schedule,
+        **_: object,
+    ) -> list[float]:
+        taken = []
+        for factor in (1.0, 0.5):
+            backward(feeds[0], factor)
+            taken.append([each.grad for each in parameters.values()])
+            for each in parameters.values():
+                each.grad = None
+        for whole, half in zip(*taken, strict=True):
+            torch.testing.assert_close(half, whole / 2)
+        seen.append((feeds, schedule))
+        return []
+
+    monkeypatch.setattr(loop, "train", spy)
+    for options, feeds, wanted in (
+        ("rank=4", 5, (100, 1, 1e-3)),
+        ("rank=4 steps=7 batch=3 learning-rate=0.2 held-out=0.25", 4, (7, 3, 0.2)),
+        ("method=full held-out=0.99", 1, (100, 1, 1e-5)),
+    ):
+        _, found, _ = recovered(language(), options, seed=9)
+        assert seen.pop() == (list(range(1, feeds + 1)), loop.Schedule(*wanted, seed=9))
+        assert (found["feeds trained on"], found["feeds held out"]) == (feeds, 6 - feeds)
+
+
 @pytest.mark.parametrize("rate", ["30", "1e9"])
 def test_worse_is_refused(rate: str, tmp_path: Path) -> None:
     options = f"rank=4 steps=30 learning-rate={rate}"
@@ -145,6 +192,7 @@ def test_worse_is_refused(rate: str, tmp_path: Path) -> None:
     assert ", as training diverged: " in words
     assert f"the module stays as it is (lower learning-rate={float(rate):g})" in words
     assert "applied" not in told  # not even of the adapters that the copy got
+    assert "missed: no adapter: it gives a number for each token" in told
     assert set(module.graph.initializers) == {"table", "up", "down", "head"}
     assert np.array_equal(weight(module, "up"), weight(language(), "up"))
     _, found, told = recovered(language(), options, resume=tmp_path / "kept")
@@ -165,6 +213,22 @@ def test_what_is_learned_by_heart_and_what_is_not_learned_have_other_remedies() 
     _, found, told = recovered(language(), "rank=4 steps=2 learning-rate=1e-30", data=blank)
     assert found["held-out loss before"] == found["held-out loss after"]
     assert "as it is (take more steps, or another learning-rate than 1e-30)" in told
+
+
+@pytest.mark.parametrize(
+    ("rate", "allowed", "done"), [(1e-2, 0, 0), (1e-2, None, 1), (30.0, None, 0)]
+)
+def test_training_is_one_rewrite_or_none_where_it_did_not_help(
+    rate: float, allowed: int | None, done: int
+) -> None:
+    module = language()
+    ctx = replace(
+        make_context(module, RunSettings(threads=1)),
+        calibration=lambda _: texts(),
+        limit=RewriteLimit(allowed),
+    )
+    assert Recover(rank=4, steps=9, learning_rate=rate).run(module, ctx).changed == bool(done)
+    assert ctx.limit.count == done
 
 
 def test_killed_and_resumed_it_gives_the_same_file(

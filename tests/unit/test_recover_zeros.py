@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from recovering import WIDTH, Array, judged, language, recovered, teacher_in, texts, weight
+from recovering import WIDTH, WORDS, Array, judged, language, recovered, teacher_in, texts, weight
 from support import module_of
 
 import lwc
@@ -49,6 +49,9 @@ def test_a_teacher_teaches_and_dead_neurons_stay_dead(method: str, tmp_path: Pat
     assert not weight(module, "up")[:, ::2].any()
     assert not weight(module, "down")[::2].any()
     assert weight(module, "up")[:, 1::2].all()
+    # Half of what is on one side of each adapter, or of each weight but the head.
+    counts = {"lora": 2 * (4 * WIDTH + 4 * WIDTH // 2), "full": WIDTH**2 + WIDTH * WORDS}
+    assert found["trained parameters"] == counts[method]
     if method == "lora":  # no gradient reaches a neuron of which all weights are 0
         free, _, _ = recovered(language(dead=True), f"{options} keep-zeros=false")
         assert weight(free, "up")[:, ::2].any()
@@ -98,10 +101,11 @@ def test_full_training_beside_adapters_says_that_they_may_fill_zeros() -> None:
 
 
 def test_new_adapters_that_do_nothing_yet_are_no_warning() -> None:
-    given = lwc.optimize(language(dead=True), "add-lora{rank=2 layers=up,down}").module
-    module, _, told = recovered(given, "steps=10 learning-rate=1e-2")
-    assert "warning" not in told
-    assert not weight(module, "up")[:, ::2].any()
+    for start in (language(dead=True), scattered(0.5)[0]):
+        given = lwc.optimize(start, "add-lora{rank=2 layers=up,down}").module
+        module, _, told = recovered(given, "steps=10 learning-rate=1e-2")
+        assert "warning" not in told
+        assert not weight(module, "up")[weight(start, "up") == 0].any()
 
 
 def test_an_adapter_beside_scattered_zeros_fills_them_when_merged_and_a_warning_says_so() -> None:
@@ -121,12 +125,13 @@ def test_what_is_0_of_quantized_weights_is_not_seen_and_a_note_says_so() -> None
 
 def test_convolutions_are_weights_and_tables_of_angles_are_none() -> None:
     module = module_of("""g (float[1, 1, 8, 8] x, float[n, 1] p)
-        => (float[1, 2, 7, 7] y, float[n, 3] z)
-        <float[2, 1, 2, 2] kernel = {1, 0, 2, 3, 4, 5, 6, 7}, float[1, 3] angles = {1, 2, 3}> {
-        y = Conv(x, kernel) z = MatMul(p, angles) }""")
-    (chosen,) = weights_to_train(module, keep_zeros=True)
-    assert chosen.value.name == "kernel"
+        => (float[1, 2, 7, 7] y, float[n, 2] z)
+        <float[2, 1, 2, 2] kernel = {1, 0, 2, 3, 4, 5, 6, 7}, float[1, 2] angles = {1, 2},
+         float[2, 2] square = {1, 2, 3, 4}> {
+        y = Conv(x, kernel) t = MatMul(p, angles) z = MatMul(t, square) }""")
+    other, chosen = weights_to_train(module, keep_zeros=True)
+    assert (other.value.name, chosen.value.name) == ("square", "kernel")
+    assert other.mask is None
     assert chosen.mask is not None
     assert chosen.mask.sum() == 7
-    (free,) = weights_to_train(module, keep_zeros=False)
-    assert free.mask is None
+    assert [each.mask for each in weights_to_train(module, keep_zeros=False)] == [None, None]
