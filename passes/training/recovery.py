@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from lwc.analysis.manager import AnalysisManager
 from lwc.calibration.checkpoint import Trail, module_digest
-from lwc.calibration.collect import checked_feeds, on_feed, place_of
+from lwc.calibration.collect import checked_feeds, on_feed
 from lwc.calibration.stages import filed
 from lwc.core.errors import InputError, PassError
 from lwc.core.text import size
@@ -199,8 +199,11 @@ def _rate(options: Recover) -> float:
 def _worse(before: float, after: float, ended: float, rate: float) -> str:
     """Tell that the held-out loss did not fall, and what may help."""
     # So written, a loss that is no number counts as diverged.
-    diverged = not min(after, ended) <= _DIVERGED * before
-    if diverged:
+    idle = before <= _CLOSE**2
+    diverged = not (idle or min(after, ended) <= _DIVERGED * before)
+    if idle:
+        remedy = "there was nothing to learn: see whether teacher= is the right file"
+    elif diverged:
         remedy = f"lower learning-rate={rate:g}"
     elif ended < before:
         remedy = "give more data, or take fewer steps"
@@ -255,10 +258,9 @@ def _check_numbers(module: Module, number: int, feed: Feed) -> None:
         if array is None or value.dtype is None or not value.dtype.is_floating_point():
             continue
         if np.isnan(array).any():
-            file, what = place_of(feed, number, module)
             raise InputError(
-                f"{what} gives input '{value.name}' a NaN",
-                file=file,
+                f"feed {number} of the calibration data gives input '{value.name}' a NaN",
+                file=module.source.path,
                 remedy="leave that feed out, or look at where it comes from",
             )
 
@@ -309,10 +311,13 @@ def _chosen(twin: Module, ctx: PassContext, options: Recover) -> list[Trainable]
             keep_zeros=options.keep_zeros,
         )
     if not chosen:
-        told = [each.message for each in twin.remarks if each.kind in ("warning", "missed")]
+        why = [each.message for each in twin.remarks if each.kind in ("missed", "warning")]
+        full = options.method == "full"
         raise PassError(
-            f"there is no layer to train{f': {told[0]}' if told else ''}",
-            remedy="--explain=add-lora tells which layers it takes, and why",
+            "there is no layer to train" + (f": {why[0]}" if why else ""),
+            remedy="method=lora trains adapters, also beside quantized weights"
+            if full
+            else "try another rank= or layers=, or method=full",
         )
     return chosen
 

@@ -279,7 +279,8 @@ def test_errors_of_losses_feeds_and_segments() -> None:
         with pytest.raises(LwcError, match="'x'"):
             runner.backward({}, squares)
     with make_gradient_runner(module, GradientRequest(values=("h",))) as runner:
-        runner.total([feed, feed], squares)
+        (once,), twice = runner.each([feed], squares), runner.total([feed, feed], squares)
+        np.testing.assert_array_equal(twice.values["h"], 2 * once.values["h"])
         with pytest.raises(LwcError, match="other shapes in other feeds"):
             runner.total([feed, {"x": X[:2]}], squares)
     with pytest.raises(UsageError, match="segments=0"):

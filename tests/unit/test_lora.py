@@ -15,11 +15,13 @@ from lwc.core.errors import UsageError
 from lwc.core.module import Module
 from lwc.optimizer import optimize
 from lwc.passes.quantization.quantize_weights import QuantizeWeights
+from lwc.passes.training import merging
 from lwc.passes.training.add_lora import AddLora
 from lwc.passes.training.low_rank import find_adapters
 from lwc.passes.training.merge_lora import MergeLora
 from lwc.passes.training.trainable import adapters_to_train
 from lwc.pipeline.passes import PassContext
+from lwc.rewrite import RewriteLimit
 from lwc.verify import check_pass
 
 X = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
@@ -28,8 +30,7 @@ X = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
 def filled(text: str, **shapes: tuple[int, ...]) -> Module:
     """Read a graph and give it random weights of these shapes, in the order of names."""
     declared = ", ".join(f"float{list(shape)} {name}" for name, shape in shapes.items())
-    text = text.replace("(float[n, 8] x)", f"(float[n, 8] x, {declared})")
-    module = module_of(text)
+    module = module_of(text.replace(" x)", f" x, {declared})", 1))
     drawn = np.random.default_rng(1)
     for value in list(module.graph.inputs)[1:]:
         module.graph.inputs.remove(value)
@@ -84,7 +85,8 @@ def test_new_adapters_change_no_bit_and_trained_ones_merge(name: str) -> None:
     assert set(module.graph.initializers) == set(shapes)
 
 
-def test_the_merged_weight_is_rounded_once() -> None:
+def test_the_merged_weight_is_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merging, "_ROWS", 3)
     text = """g (float[n, 8] x) => (float[n, 6] y) {
         p = MatMul(x, w) a = MatMul(x, d) b = MatMul(a, u) y = Add(b, p) }"""
     module = filled(text, w=(8, 6), d=(8, 2), u=(2, 6))
@@ -112,9 +114,11 @@ SPELLINGS = {
     "gemms": "p = Gemm(x, w, c) a = Gemm<alpha = 0.5>(x, d) b = Gemm(a, u) y = Add(p, b)",
     "turned": """t = Transpose<perm = [1, 0]>(v) p = MatMul(x, t) a = MatMul(x, d)
         b = MatMul(a, u) y = Add(p, b)""",
+    "turned twice": """t = Transpose<perm = [1, 0]>(w) p = Gemm<transB = 1>(x, t)
+        a = MatMul(x, d) b = MatMul(a, u) y = Add(p, b)""",
 }
 SHAPES: dict[str, tuple[int, ...]] = {
-    "w": (8, 6), "v": (6, 8), "d": (8, 2), "u": (2, 6), "c": (6,), "k": (1,),
+    "w": (8, 6), "v": (6, 8), "d": (8, 2), "u": (2, 6), "c": (6,), "k": (1,), "box": (1, 1, 1),
 }  # fmt: skip
 
 
@@ -137,6 +141,10 @@ NEAR = {
     "the product leaves": """p = MatMul(x, w) a = MatMul(x, d) b = MatMul(a, u) q = Add(p, b)
         r = Relu(b) y = Add(q, r)""",
     "a bias inside": "p = MatMul(x, w) a = MatMul(x, d) b = Gemm(a, u, c) y = Add(p, b)",
+    "a base times 0": """p = Gemm<alpha = 0.0>(x, w, c) a = MatMul(x, d) b = MatMul(a, u)
+        y = Add(p, b)""",
+    "a scale of more axes": """p = MatMul(x, w) a = MatMul(x, d) b = MatMul(a, u) s = Mul(b, box)
+        q = Add(p, s) axes = Constant<value_ints = [0]>() y = ReduceSum<keepdims = 0>(q, axes)""",
     "one column": "p = MatMul(x, w) a = MatMul(x, d) b = MatMul(a, o) y = Add(p, b)",
 }
 
@@ -146,6 +154,34 @@ def test_what_is_no_adapter_stays(name: str) -> None:
     text = f"g (float[n, 8] x) => (float[n, 6] y) {{ {NEAR[name]} }}"
     module = filled(text, **SHAPES, o=(2, 1))
     assert not run_pass(MergeLora(), module).changed
+
+
+def test_a_base_that_turns_its_input_has_no_adapter_of_it() -> None:
+    text = """g (float[8, 8] x) => (float[8, 6] y) { p = Gemm<transA = 1>(x, w) a = MatMul(x, d)
+        b = MatMul(a, u) y = Add(p, b) }"""
+    assert not run_pass(MergeLora(), filled(text, **SHAPES)).changed
+
+
+def test_a_weight_that_leaves_the_graph_stays_what_it_is() -> None:
+    text = """g (float[n, 8] x) => (float[n, 6] y) { p = MatMul(x, w) a = MatMul(x, d)
+        b = MatMul(a, u) y = Add(p, b) }"""
+    module = filled(text, **SHAPES)
+    module.graph.outputs.append(module.graph.initializers["w"])
+    y, w = run_plain(module, {"x": X})
+    assert run_pass_to_the_end(MergeLora(), module).changed
+    merged, still = run_plain(module, {"x": X})
+    np.testing.assert_allclose(merged, y, rtol=0, atol=2e-5)  # sums of eight products
+    assert np.array_equal(still, w)
+
+
+def test_adding_stops_at_the_limit_of_rewrites() -> None:
+    text = "g (float[n, 8] x) => (float[n, 8] y) { p = MatMul(x, w) y = MatMul(p, v) }"
+    for allowed in (0, 1, 2):
+        module = filled(text, w=(8, 8), v=(8, 8))
+        ctx = PassContext(AnalysisManager(module), limit=RewriteLimit(allowed))
+        assert AddLora(rank=2).run(module, ctx).changed == bool(allowed)
+        names = [each.down.value.name for each in adapters(module)]
+        assert names == ["w.lora_A", "v.lora_A"][:allowed]
 
 
 def test_a_weight_read_elsewhere_is_stored_twice_with_a_remark() -> None:

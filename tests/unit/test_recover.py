@@ -215,6 +215,15 @@ def test_what_is_learned_by_heart_and_what_is_not_learned_have_other_remedies() 
     assert "as it is (take more steps, or another learning-rate than 1e-30)" in told
 
 
+def test_a_teacher_that_gives_the_same_has_nothing_to_teach(tmp_path: Path) -> None:
+    """As the file that adapters were added to; AdamW makes steps even of rounding."""
+    options = f"rank=4 steps=9 kd-weight=1 teacher={teacher_in(tmp_path)}"
+    _, found, told = recovered(language(), options)
+    assert found["held-out loss before"] < 1e-6 < found["held-out loss after"]
+    assert "diverged" not in told
+    assert "as it is (there was nothing to learn: see whether teacher= is the right file)" in told
+
+
 @pytest.mark.parametrize(
     ("rate", "allowed", "done"), [(1e-2, 0, 0), (1e-2, None, 1), (30.0, None, 0)]
 )

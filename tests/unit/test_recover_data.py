@@ -102,8 +102,14 @@ def test_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         lwc.optimize(module, "recover")
     with pytest.raises(InputError, match="two feeds or more"):
         recovered(module, "rank=4", data=texts(1))
-    with pytest.raises(PassError, match="there is no layer to train"):
-        recovered(module, "rank=99")
+    for chosen, words in (
+        ("rank=99", r"no layer to train: no adapter: its 16 .* rank=99 \(try another rank="),
+        ("rank=4 layers=none", r"no layer to train: layers=none matches no node .* \(try another"),
+    ):
+        with pytest.raises(PassError, match=words):
+            recovered(module, chosen)
+    with pytest.raises(PassError, match=r"no layer to train \(method=lora trains adapters"):
+        lwc.optimize(numbers(), f"{SMALL},recover{{method=full}}", calibration=noise(4))
     broken = language()
     content = weight(broken, "head")
     content[0, 0] = np.nan

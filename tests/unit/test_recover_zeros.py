@@ -57,6 +57,13 @@ def test_a_teacher_teaches_and_dead_neurons_stay_dead(method: str, tmp_path: Pat
         assert weight(free, "up")[:, ::2].any()
 
 
+def test_the_head_gets_an_adapter_where_it_is_named() -> None:
+    module, _, _ = recovered(language(), "rank=2 layers=head steps=20 learning-rate=1e-2")
+    for name in ("up", "down", "head"):
+        same = np.array_equal(weight(module, name), weight(language(), name))
+        assert same == (name != "head")
+
+
 def test_scattered_zeros_get_no_adapter_but_full_training_keeps_them() -> None:
     sparse, gone = scattered(0.5)
     before = weight(sparse, "up")
