@@ -156,10 +156,12 @@ def test_what_is_no_adapter_stays(name: str) -> None:
     assert not run_pass(MergeLora(), module).changed
 
 
-def test_a_base_that_turns_its_input_has_no_adapter_of_it() -> None:
+def test_a_base_that_turns_its_input_has_no_adapter_of_it_and_gets_none() -> None:
     text = """g (float[8, 8] x) => (float[8, 6] y) { p = Gemm<transA = 1>(x, w) a = MatMul(x, d)
         b = MatMul(a, u) y = Add(p, b) }"""
     assert not run_pass(MergeLora(), filled(text, **SHAPES)).changed
+    alone = "g (float[8, 8] x) => (float[8, 6] y) { y = Gemm<transA = 1>(x, w) }"
+    assert not run_pass(AddLora(rank=2), filled(alone, w=(8, 6))).changed
 
 
 def test_a_weight_that_leaves_the_graph_stays_what_it_is() -> None:
@@ -241,7 +243,7 @@ def test_add_lora_says_which_layers_have_none() -> None:
     module = filled(text, w=(8, 6), e=(6, 6))
     run_pass(AddLora(rank=6), module)
     assert "no adapter: its 8 inputs and 6 outputs are no more than rank=6" in reasons(module)
-    run_pass(AddLora(rank=2, layers=("e", "nothing*")), module)
+    run_pass(AddLora(rank=2, layers=("nothing*", "e")), module)
     assert [each.down.value.name for each in adapters(module)] == ["e.lora_A"]
     assert "layers=nothing* matches no node" in reasons(module)
 

@@ -210,6 +210,8 @@ def test_logits_may_rule_tokens_out_but_must_be_numbers() -> None:
     for odd in (np.inf, np.nan):
         with pytest.raises(PassError, match=r"feed 1 .*'logits' has numbers that are not finite"):
             said(odd, causal=True)
+    with pytest.raises(PassError, match="numbers that are not finite"):
+        predicts_next(model, feeds, Shown(lambda ids: np.full((*ids.shape, 2), -np.inf)))
 
 
 def test_objectives() -> None:
@@ -233,7 +235,7 @@ def test_objectives() -> None:
     for module, loss, words in (
         (plain, "auto", "no logits for the next token, and has no teacher"),
         (language, "cross-entropy", "no logits for the next token"),
-        (language, "kl", "loss=kl needs a teacher"),
+        *((language, each, f"loss={each} needs a teacher") for each in ("kl", "reverse-kl", "mse")),
     ):
         with pytest.raises(PassError, match=words):
             chosen(module, loss, False, False)
