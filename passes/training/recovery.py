@@ -295,7 +295,7 @@ def _divided(
 
 def _chosen(twin: Module, ctx: PassContext, options: Recover) -> list[Trainable]:
     if options.method == "full":
-        chosen = weights_to_train(twin, options.keep_zeros)
+        chosen = weights_to_train(twin, ctx, options.keep_zeros)
         if options.keep_zeros and any(find_adapters(ctx.editor())):
             ctx.warn(
                 "its adapters are trained as weights of their own: merged, they fill zeros of the "

@@ -46,26 +46,37 @@ class Trainable:
     mask: Array | None = None
 
 
-def weights_to_train(module: Module, keep_zeros: bool) -> list[Trainable]:
+def weights_to_train(module: Module, ctx: PassContext, keep_zeros: bool) -> list[Trainable]:
     """Return the weights of MatMul, Gemm and Conv in the main graph that are initializers.
+
+    A remark names other constants.
 
     Raises:
         PassError: One is not of float32 or double.
     """
     found: dict[ir.Value, None] = {}
+    elsewhere: set[ir.Value] = set()
     for weight in find_weights(module):
         linear = any(use.role != "Gather" for use in weight.uses)
         rows, *_ = weight.extents if len(weight.tensor.shape) == 2 else weight.tensor.shape.numpy()
         # What multiplies a single number is a table of angles or the like.
-        if linear and rows > 1 and weight.belongs_to(module.graph):
+        if linear and rows > 1:
             found[weight.value] = None
+            if not weight.belongs_to(module.graph):
+                elsewhere.add(weight.value)
     for node in module.graph:
         if op_name(node) in ("Conv", "ConvTranspose") and node.inputs[1] is not None:
             found[node.inputs[1]] = None
     chosen = []
     for value in found:
         tensor = constant_tensor(value)
-        if tensor is None or not value.is_initializer() or value.graph is not module.graph:
+        if tensor is None:
+            continue
+        if value in elsewhere or not value.is_initializer() or value.graph is not module.graph:
+            ctx.missed(
+                f"'{value.name}' is not trained: it is no initializer that the main graph alone "
+                "reads (canonicalize makes initializers of Constants)"
+            )
             continue
         _check_type(f"'{value.name}' is", tensor)
         mask = None

@@ -14,8 +14,10 @@ from recovering import WIDTH, WORDS, Array, judged, language, recovered, teacher
 from support import module_of
 
 import lwc
+from lwc.analysis.manager import AnalysisManager
 from lwc.core.module import Module
 from lwc.passes.training.trainable import weights_to_train
+from lwc.pipeline.passes import PassContext
 
 
 def scattered(share: float) -> tuple[Module, Array]:
@@ -130,15 +132,31 @@ def test_what_is_0_of_quantized_weights_is_not_seen_and_a_note_says_so() -> None
     assert "keep-zeros" not in recovered(small, "rank=2 steps=2 keep-zeros=false")[2]
 
 
+def test_weights_that_are_no_initializers_are_not_trained_and_a_remark_says_so() -> None:
+    module = language()
+    up = module.graph.initializers.pop("up")
+    node = ir.node("Constant", [], {"value": ir.AttrTensor("value", up.const_value)})  # type: ignore[arg-type]
+    (made,) = node.outputs
+    made.name, made.type, made.shape = "c", up.type, up.shape
+    module.graph.insert_before(module.graph[0], node)
+    up.replace_all_uses_with(made)
+    _, found, told = recovered(module, "method=full steps=2")
+    assert found["trained parameters"] == WIDTH**2 + WIDTH * WORDS
+    assert "missed: 'c' is not trained: it is no initializer that the main graph" in told
+    ready = lwc.optimize(module, "canonicalize").module
+    assert "is not trained" not in recovered(ready, "method=full steps=2")[2]
+
+
 def test_convolutions_are_weights_and_tables_of_angles_are_none() -> None:
     module = module_of("""g (float[1, 1, 8, 8] x, float[n, 1] p)
         => (float[1, 2, 7, 7] y, float[n, 2] z)
         <float[2, 1, 2, 2] kernel = {1, 0, 2, 3, 4, 5, 6, 7}, float[1, 2] angles = {1, 2},
          float[2, 2] square = {1, 2, 3, 4}> {
         y = Conv(x, kernel) t = MatMul(p, angles) z = MatMul(t, square) }""")
-    other, chosen = weights_to_train(module, keep_zeros=True)
+    ctx = PassContext(AnalysisManager(module))
+    other, chosen = weights_to_train(module, ctx, keep_zeros=True)
     assert (other.value.name, chosen.value.name) == ("square", "kernel")
     assert other.mask is None
     assert chosen.mask is not None
     assert chosen.mask.sum() == 7
-    assert [each.mask for each in weights_to_train(module, keep_zeros=False)] == [None, None]
+    assert [each.mask for each in weights_to_train(module, ctx, keep_zeros=False)] == [None, None]
