@@ -78,7 +78,9 @@ def _judged(each: PassRecord) -> str:
     for name in ("held-out perplexity", "held-out loss"):
         before, after = (each.statistics.get(f"{name} {when}") for when in ("before", "after"))
         if isinstance(before, float) and isinstance(after, float):
-            return f", {name} {before:.4g} -> {after:.4g}"
+            # A perplexity says what it is of; a loss is a mixture.
+            loss = each.statistics.get("loss") if name == "held-out loss" else None
+            return f", {name} {before:.4g} -> {after:.4g}" + (f" ({loss})" if loss else "")
     return ""
 
 

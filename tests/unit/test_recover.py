@@ -386,7 +386,9 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         report = tmp_path / "report.json"
         pipeline = f"recover{{rank=4 steps=20 learning-rate=1e-2 {options}}}"
         assert main([*words, "-p", pipeline, "--report", str(report)]) == 0
-        (found,) = re.findall(rf", held-out {figure} (\S+) -> (\S+), ", capsys.readouterr().err)
+        what = r" \(kl\)" if figure == "loss" else ""
+        line = rf", held-out {figure} (\S+) -> (\S+){what}, "
+        (found,) = re.findall(line, capsys.readouterr().err)
         figures = json.loads(report.read_text())["passes"][0]["statistics"]
         assert found == tuple(f"{figures[f'held-out {figure} {when}']:.4g}" for when in WHEN)
         if figure == "perplexity":
