@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from lwc.analysis.manager import AnalysisManager
 from lwc.calibration.checkpoint import Trail, module_digest
-from lwc.calibration.collect import checked_feeds, on_feed
+from lwc.calibration.collect import checked_feeds, on_feed, place_of
 from lwc.calibration.stages import filed
 from lwc.core.errors import InputError, PassError
 from lwc.core.text import size
@@ -258,9 +258,10 @@ def _check_numbers(module: Module, number: int, feed: Feed) -> None:
         if array is None or value.dtype is None or not value.dtype.is_floating_point():
             continue
         if np.isnan(array).any():
+            file, what = place_of(feed, number, module)
             raise InputError(
-                f"feed {number} of the calibration data gives input '{value.name}' a NaN",
-                file=module.source.path,
+                f"{what} gives input '{value.name}' a NaN",
+                file=file,
                 remedy="leave that feed out, or look at where it comes from",
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -182,11 +183,15 @@ def test_what_has_no_number_for_a_loss_names_the_feed() -> None:
         recovered(broken, "rank=4", data=[{"ids": np.array([[3]])}, *texts()])
 
 
-def test_a_feed_with_a_number_that_is_none_is_refused_by_its_number() -> None:
+def test_a_feed_with_a_number_that_is_none_is_refused_by_its_number(tmp_path: Path) -> None:
     feeds = noise(8)
     feeds[2]["x"][1, 3] = np.nan
     with pytest.raises(InputError, match="feed 3 of the calibration data gives input 'x' a NaN"):
         lwc.optimize(numbers(), f"{SMALL},recover{{rank=2 steps=2}}", calibration=feeds)
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(json.dumps({"x": feed["x"].tolist()}) for feed in feeds))
+    with pytest.raises(InputError, match=r"data.jsonl: .*line 3 gives input 'x' a NaN"):
+        lwc.optimize(numbers(), f"{SMALL},recover{{rank=2 steps=2}}", calibration=path)
 
 
 def test_a_loss_that_is_no_number_before_any_update_names_the_feed() -> None:
