@@ -37,6 +37,17 @@ def no_waiting_for_disks() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def kernels_touch_their_tensors_alone() -> Iterator[None]:
+    """Where Triton's kernels are interpreted, what they load and store is watched."""
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            from interpreted_memory import watch
+
+            watch(patch)
+        yield
+
+
 @pytest.fixture(scope="session")
 def model_file() -> Callable[[str], Path]:
     """Return a function from a model's name to its path, fetched on first use."""

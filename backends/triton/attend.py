@@ -198,9 +198,14 @@ def _attended(
     left: int | None = None,
     right: int | None = None,
     offset: int | None = None,
+    cap: float = 0.0,
     **rest: Any,
 ) -> Tensor:
-    """Attend by the kernel for a cache where new tokens fit its tile, else by that for prompts."""
+    """Attend by the kernel for a cache where new tokens fit its tile, else by that for prompts.
+
+    A negative cap is none, as to the operators.
+    """
+    rest["cap"] = max(cap, 0.0)
     queries, keys = q.shape[2], k.shape[2]
     newest = (causal or queries == 1) and right is None and offset is None and queries < keys
     if newest and q.shape[1] // k.shape[1] * queries <= MOST_ROWS:

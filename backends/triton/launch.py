@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import prod
+from math import inf, prod
 from typing import Any
 
 from lwc.backends.triton.availability import require_runnable, require_triton
@@ -17,6 +17,9 @@ __all__ = [
     "rms_norm",
     "rotary",
 ]
+
+
+_FARTHEST = 2**30
 
 
 def rms_norm(x: Any, weight: Any | None, *, residual: Any | None = None, eps: float = 1e-6) -> Any:
@@ -111,6 +114,7 @@ def rotary(
         raise UsageError(f"cos has shape {list(cos.shape)}, which does not fit {list(x.shape)}")
     _check_shape("sin", sin, tuple(cos.shape))
     _check_shape("positions", positions, (batch, length))
+    _check_integers("positions", positions)
     require_runnable(x, cos, sin, positions)
     if positions is not None and positions.device.type == "cpu":
         check_places(positions, cos.shape[0])
@@ -172,11 +176,12 @@ def attention(
         v: [batch, groups, keys, value size].
         causal: Keys after the query's position are left out.
         window: How many keys before and after a query's position it attends to; None is all.
-        offset: Position of the first query among the keys; by default the last query is at the
-            last key that counts.
+        offset: Position of the first query among the keys, at most 2^29 from 0; by default the last
+            query is at the last key that counts.
         mask: Added to the scores, or of type bool with False where a key is left out; of a shape
             that broadcasts to [batch, heads, queries, keys].
-        key_lengths: Keys of each sequence that count, [batch].
+        key_lengths: Keys of each sequence that count, int32 or int64 [batch]. Those below 0 count
+            as 0, those beyond the keys as all.
         scale: Factor of the scores; 1 / sqrt(size) by default.
         cap: Scores s become cap * tanh(s / cap); 0 leaves them.
 
@@ -184,15 +189,11 @@ def attention(
         [batch, heads, queries, value size], tokens outside heads in memory.
 
     Raises:
-        UsageError: Shapes or types do not fit.
+        UsageError: Shapes, types or numbers do not fit.
         LwcError: No kernel runs where the tensors are.
     """
     require_triton()
-    batch, heads, queries, _ = _shape_of("q", q, 4)
-    _check_heads(q, k, v)
-    _check_shape("key_lengths", key_lengths, (batch,))
-    if k.shape[0] != batch:
-        raise UsageError(f"k is of batch {k.shape[0]} and q of {batch}")
+    batch, heads, queries, _ = _check_batch(q, k, v, key_lengths, cap)
     require_runnable(q, k, v, mask, key_lengths)
     return _attend(
         q, k, v, causal=causal, window=window, offset=offset, scale=scale, cap=cap,
@@ -220,7 +221,8 @@ def attention_packed(
         q: [tokens, heads, size].
         k: [key tokens, groups, size].
         v: [key tokens, groups, value size].
-        query_starts: Where each sequence begins in `q`, and where the last ends, [sequences + 1].
+        query_starts: Where each sequence begins in `q`, from 0 on, and where the last ends, int32
+            or int64 [sequences + 1]. Tokens behind the last sequence give 0.
         key_starts: Likewise for `k` and `v`.
         longest: Queries and keys of the longest sequence, or more.
         causal: As in `attention`, as are `window`, `scale` and `cap`; the last query of a
@@ -229,24 +231,31 @@ def attention_packed(
         scale: See `causal`.
         cap: See `causal`.
 
+    Where starts lie on a GPU, the host does not wait to look at them: nothing outside of the
+    tensors is read or written, starts beyond the tokens count as their end, and queries of a
+    sequence beyond `longest` may become NaN.
+
     Returns:
         [tokens, heads, value size].
 
     Raises:
-        UsageError: Shapes or types do not fit.
+        UsageError: Shapes, types or numbers do not fit; or starts on the CPU do not begin at 0,
+            fall, end beyond the tokens, or have a sequence that is longer than `longest`.
         LwcError: No kernel runs where the tensors are.
     """
     require_triton()
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         _shape_of(name, tensor, 3)
     q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (q, k, v))
-    _check_heads(q, k, v)
+    _check_heads(q, k, v, cap)
     _check_shape("key_starts", key_starts, tuple(query_starts.shape))
+    _check_starts("query_starts", query_starts, q.shape[2], longest[0])
+    _check_starts("key_starts", key_starts, k.shape[2], longest[1])
     require_runnable(q, k, v, query_starts, key_starts)
     found = _attend(
         q, k, v, causal=causal, window=window, offset=None, scale=scale, cap=cap,
         query_starts=query_starts.contiguous(), key_starts=key_starts.contiguous(),
-        longest=longest,
+        longest=(max(min(longest[0], q.shape[2]), 1), longest[1]),
     )  # fmt: skip
     return found.squeeze(0).transpose(0, 1)
 
@@ -268,8 +277,7 @@ def decode_attention(
         q: [batch, heads, queries, size]: the last tokens of each sequence.
         k: The cache, [batch, groups, keys, size]; `groups` divides `heads`.
         v: [batch, groups, keys, value size].
-        key_lengths: Keys of each sequence that count, [batch], the new ones among them; all when
-            None.
+        key_lengths: As in `attention`; the new tokens' keys are among them. All when None.
         left: How many keys before a token's own position it attends to; None is all.
         mask: As in `attention`.
         scale: As in `attention`.
@@ -279,18 +287,15 @@ def decode_attention(
         [batch, heads, queries, value size], tokens outside heads in memory.
 
     Raises:
-        UsageError: Shapes or types do not fit, or there are more new tokens than one tile holds.
+        UsageError: Shapes, types or numbers do not fit, or there are more new tokens than one tile
+            holds.
         LwcError: No kernel runs where the tensors are.
     """
     require_triton()
     from lwc.backends.triton.kernels.decode_attention import MOST_ROWS, decode_operation
     from lwc.backends.triton.run import architecture_of, run
 
-    batch, heads, queries, _ = _shape_of("q", q, 4)
-    _check_heads(q, k, v)
-    _check_shape("key_lengths", key_lengths, (batch,))
-    if k.shape[0] != batch:
-        raise UsageError(f"k is of batch {k.shape[0]} and q of {batch}")
+    batch, heads, queries, _ = _check_batch(q, k, v, key_lengths, cap)
     rows = heads // k.shape[1] * queries
     if rows > MOST_ROWS:
         raise UsageError(
@@ -304,7 +309,7 @@ def decode_attention(
         architecture_of(q),
         mask=_mask_for(mask, (batch, heads, queries, k.shape[2])),
         key_lengths=None if key_lengths is None else key_lengths.contiguous(),
-        left=left, scale=scale, cap=cap,
+        left=_width(left), scale=scale, cap=cap,
     )  # fmt: skip
     return run(operation)[0].to(q.dtype)
 
@@ -316,14 +321,21 @@ def _attend(
     from lwc.backends.triton.kernels.flash_attention import Attended, flash_operation
     from lwc.backends.triton.run import architecture_of, run
 
-    left, right = window
+    left, right = (_width(width) for width in window)
     if causal:
         right = 0 if right is None else min(right, 0)
+    if abs(offset or 0) > _FARTHEST // 2:
+        raise UsageError(f"offset {offset} is more than {_FARTHEST // 2} from 0")
     attended = Attended(left, right, offset)
     operation = flash_operation(
         _lined_up(q), _lined_up(k), _lined_up(v), attended, architecture_of(q), **rest
     )
     return run(operation)[0].to(q.dtype)
+
+
+def _width(width: int | None) -> int | None:
+    """Return a width of a window that means the same and whose sums with positions are int32."""
+    return None if width is None else max(min(width, _FARTHEST), -_FARTHEST)
 
 
 def _lined_up(tensor: Any) -> Any:
@@ -354,8 +366,19 @@ def _mask_for(mask: Any | None, shape: tuple[int, ...]) -> Any:
     return spread
 
 
-def _check_heads(q: Any, k: Any, v: Any) -> None:
-    """Check [batch, heads, tokens, size] of `q` against those of `k` and `v`."""
+def _check_batch(q: Any, k: Any, v: Any, key_lengths: Any | None, cap: float) -> tuple[int, ...]:
+    """Check operands of attention; return the shape of `q`, [batch, heads, queries, size]."""
+    shape = _shape_of("q", q, 4)
+    _check_heads(q, k, v, cap)
+    _check_shape("key_lengths", key_lengths, shape[:1])
+    _check_integers("key_lengths", key_lengths)
+    if k.shape[0] != shape[0]:
+        raise UsageError(f"k is of batch {k.shape[0]} and q of {shape[0]}")
+    return shape
+
+
+def _check_heads(q: Any, k: Any, v: Any, cap: float) -> None:
+    """Check [batch, heads, tokens, size] of `q` against those of `k` and `v`, and the cap."""
     from lwc.backends.triton.kernels.flash_attention import LARGEST
 
     _check_float(q)
@@ -368,8 +391,38 @@ def _check_heads(q: Any, k: Any, v: Any) -> None:
     largest = max(q.shape[3], v.shape[3])
     if largest > LARGEST:
         raise UsageError(f"heads of {largest} elements are larger than {LARGEST}")
-    if q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
+    fits = q.shape[3] == k.shape[3] and k.shape[1] and q.shape[1] % k.shape[1] == 0
+    if not fits or not q.shape[3]:
         raise UsageError(f"k has shape {list(k.shape)}, which does not fit q's {list(q.shape)}")
+    if not 0 <= cap < inf:
+        raise UsageError(f"cap is {cap}", remedy="0 leaves scores as they are")
+
+
+def _check_starts(name: str, starts: Any, tokens: int, longest: int) -> None:
+    """Check where sequences begin among some tokens; the content, too, where it is at hand."""
+    if starts.ndim != 1 or not starts.shape[0] or (starts.shape[0] == 1 and tokens):
+        raise UsageError(f"{name} has shape {list(starts.shape)}, not [sequences + 1]")
+    _check_integers(name, starts)
+    if starts.device.type != "cpu":
+        return
+    first, *rest = starts.tolist()
+    if first != 0:
+        raise UsageError(f"{name} begins at {first}, not 0")
+    for last in rest:
+        if last < first:
+            raise UsageError(f"{name} falls from {first} to {last}")
+        if last - first > longest:
+            raise UsageError(f"{name} has a sequence of {last - first}, and longest says {longest}")
+        first = last
+    if first > tokens:
+        raise UsageError(f"{name} ends at {first}, and there are {tokens} tokens")
+
+
+def _check_integers(name: str, tensor: Any | None) -> None:
+    import torch
+
+    if tensor is not None and tensor.dtype not in (torch.int32, torch.int64):
+        raise UsageError(f"{name} is of type {tensor.dtype}, not int32 or int64")
 
 
 def _shape_of(name: str, tensor: Any, rank: int) -> tuple[int, ...]:

@@ -145,6 +145,7 @@ def grouped(new: int, past: int, batch: int, **attributes: Any) -> dict[str, Any
         {"do_rotary": 1, "rotary_interleaved": 1},
         {"local_window_size": 3},
         {"softcap": 2.0, "scale": -0.2},
+        {"softcap": -2.0},
         {"causal": 0},
     ],
     ids=str,
@@ -250,7 +251,16 @@ def test_packed_attention(*, past: bool) -> None:
 
 @pytest.mark.parametrize(
     "attributes",
-    [{}, {"is_causal": 1}, {"softcap": 1.5}, {"is_causal": 1, "scale": 0.3}, {"scale": -0.3}],
+    [
+        {},
+        {"is_causal": 1},
+        {"softcap": 1.5},
+        {"softcap": -1.5},
+        {"is_causal": 1, "scale": 0.3},
+        {"scale": -0.3},
+        {"is_causal": 1, "left_window_size": 2**31 - 1},
+        {"left_window_size": 2, "right_window_size": 2**31 - 1},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("mask", ["none", "bool", "float", "short"])

@@ -114,8 +114,9 @@ def tensor_cores(gpu: Any) -> str:
         (torch.bfloat16, 128, {"attended": Attended(right=0)}),
         (torch.float16, 64, {"attended": Attended(left=1024, right=0), "cap": 50.0}),
         (torch.bfloat16, 64, {"attended": Attended(), "masked": True}),
+        (torch.bfloat16, 128, {"attended": Attended(right=0), "packed": True}),
     ],
-    ids=["causal", "window and cap", "mask"],
+    ids=["causal", "window and cap", "mask", "packed"],
 )
 def test_prompts_use_tensor_cores_and_load_ahead(
     gpu: Any, dtype: Any, size: int, options: dict[str, Any]
@@ -224,11 +225,16 @@ def test_variants_of_decoding_compile(splits: int, left: int | None, masked: boo
 
 
 def prompt(
-    gpu: Any, dtype: Any, size: int, attended: Attended, *, masked: bool = False, cap: float = 0.0
-) -> Operation:
+    gpu: Any, dtype: Any, size: int, attended: Attended, *, masked: bool = False,
+    packed: bool = False, cap: float = 0.0,
+) -> Operation:  # fmt: skip
     q, k = meta(1, 32, 4096, size, dtype=dtype), meta(1, 8, 4096, size, dtype=dtype)
     mask = meta(1, 1, 4096, 4096, dtype=dtype).expand(1, 32, 4096, 4096) if masked else None
-    return flash_operation(q, k, k, attended, gpu, mask=mask, cap=cap)
+    starts = meta(5, dtype=torch.int64) if packed else None
+    return flash_operation(
+        q, k, k, attended, gpu, mask=mask, cap=cap,
+        query_starts=starts, key_starts=starts, longest=(2048, 2048) if packed else None,
+    )  # fmt: skip
 
 
 def brute(attended: Attended, queries: int, keys: int) -> list[list[bool]]:

@@ -15,7 +15,8 @@ import triton.language as tl
 
 from lwc.backends.triton.architectures import Architecture
 from lwc.backends.triton.kernels.combine_splits import combine_launch
-from lwc.backends.triton.kernels.flash_attention import LOG2_E, mask_access, scan
+from lwc.backends.triton.kernels.flash_attention import mask_access
+from lwc.backends.triton.kernels.scan import LOG2_E, scan
 from lwc.backends.triton.operation import Access, Configuration, Launch, Least, Operation, Work
 
 __all__ = ["MOST_ROWS", "MOST_SPLITS", "decode_kernel", "decode_operation"]
@@ -43,7 +44,7 @@ def decode_kernel(
     shared = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     if key_lengths is not None:
-        keys = tl.minimum(keys, tl.load(key_lengths + batch))
+        keys = tl.maximum(tl.minimum(keys, tl.load(key_lengths + batch)), 0)
 
     row = tl.arange(0, ROWS)
     known = row < group * queries
@@ -118,7 +119,8 @@ def decode_operation(
         v: [batch, groups, keys, value size].
         architecture: What the tilings are chosen for.
         mask: As `flash_operation` takes it.
-        key_lengths: Keys of each sequence that count, [batch]; the new tokens' among them.
+        key_lengths: Keys of each sequence that count, [batch], the new tokens' among them; those
+            that exist at most.
         left: Keys before a token's position that it attends to; all when None.
         scale: Of the scores; 1 / sqrt(size) by default.
         cap: The scores s become cap * tanh(s / cap); 0 leaves them.

@@ -1,9 +1,5 @@
 """Attention of a prompt: the scores of a tile of queries live in registers only.
 
-FlashAttention (Dao et al. 2022, 2023): keys and values pass by in blocks; the maximum m and the sum
-l of each row's exponentials are kept, and what was summed so far is scaled by exp(m - m') when the
-maximum grows. Exponentials are powers of 2, log2(e) being in the scale.
-
 Blocks of keys that every query of the tile attends to are computed without a mask; those on the
 diagonal, at the edge of a window or at the end of the keys with one; others are not loaded.
 """
@@ -19,103 +15,63 @@ import triton
 import triton.language as tl
 
 from lwc.backends.triton.architectures import Architecture
+from lwc.backends.triton.kernels.scan import LOG2_E, scan
 from lwc.backends.triton.operation import Access, Configuration, Launch, Least, Operation, Work
 
 __all__ = [
-    "LOG2_E",
+    "LARGEST",
     "Attended",
     "flash_kernel",
     "flash_operation",
     "mask_access",
-    "scan",
 ]
-
-LOG2_E = 1.4426950408889634
 
 LARGEST = 256
 """Size of the largest head: of a larger one the sums of a tile find no registers."""
 
-
-@triton.jit
-def capped(scores, cap, CAPPED: tl.constexpr):
-    """Turn scaled scores into powers of 2: cap * tanh(scores / cap), times log2(e)."""
-    if CAPPED:
-        scores = cap - 2.0 * cap / (1.0 + tl.exp(2.0 * scores / cap))
-        scores = scores * 1.4426950408889634
-    return scores
+FILLED = tl.constexpr(16)
+"""Rows that are filled at a time: few, for their addresses would take the registers of a tile."""
 
 
 @triton.jit
-def scan(
-    total, highest, norm, query,
-    keys, values, mask, row_mask,
-    stride_k, stride_v, stride_mask,
-    begin, end, length, position, left, right, scale, cap,
-    size, value_size,
-    MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, CAPPED: tl.constexpr,
-    IEEE: tl.constexpr, WHOLE: tl.constexpr, VALUE_WHOLE: tl.constexpr,
-    KEYS: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
+def span(starts, sequence, tokens):
+    """Return where a sequence begins and its length, among the tokens whatever `starts` holds."""
+    first = tl.minimum(tl.maximum(tl.load(starts + sequence), 0), tokens).to(tl.int64)
+    last = tl.minimum(tl.load(starts + sequence + 1), tokens).to(tl.int64)
+    return first, tl.maximum(last - first, 0).to(tl.int32)
+
+
+@triton.jit
+def fill(out, begin, end, out_token, value_size, value, VALUE_SIZE: tl.constexpr):
+    """Store a value in the rows from `begin` to `end`."""
+    channel = tl.arange(0, VALUE_SIZE)
+    for start in tl.range(begin, end, FILLED):
+        row = start + tl.arange(0, FILLED)
+        held = (row < end)[:, None] & (channel < value_size)[None, :]
+        target = out + row.to(tl.int64)[:, None] * out_token + channel[None, :]
+        tl.store(target, tl.full(held.shape, value, out.dtype.element_ty), mask=held)
+
+
+@triton.jit
+def fill_rest(
+    out, starts, sequences, tokens, out_token, value_size,
+    QUERIES: tl.constexpr, VALUE_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Take the keys from `begin` to `end` into the result of a tile of queries."""
-    channel = tl.arange(0, SIZE)
-    value_channel = tl.arange(0, VALUE_SIZE)
-    for start in tl.range(begin, end, KEYS):
-        key = start + tl.arange(0, KEYS)
-        at = key.to(tl.int64)
-        k_at = keys + at[:, None] * stride_k + channel[None, :]
-        v_at = values + at[:, None] * stride_v + value_channel[None, :]
-        k_mask = None
-        v_mask = None
-        if MASKED and WHOLE:
-            k_mask = (key < length)[:, None]
-        elif MASKED:
-            k_mask = (key < length)[:, None] & (channel < size)[None, :]
-        elif not WHOLE:
-            k_mask = (channel < size)[None, :]
-        if MASKED and VALUE_WHOLE:
-            v_mask = (key < length)[:, None]
-        elif MASKED:
-            v_mask = (key < length)[:, None] & (value_channel < value_size)[None, :]
-        elif not VALUE_WHOLE:
-            v_mask = (value_channel < value_size)[None, :]
-        k = tl.load(k_at) if k_mask is None else tl.load(k_at, mask=k_mask, other=0.0)
-        v = tl.load(v_at) if v_mask is None else tl.load(v_at, mask=v_mask, other=0.0)
-        if IEEE:
-            scores = tl.dot(query, tl.trans(k), input_precision="ieee")
-        else:
-            scores = tl.dot(query, tl.trans(k))
-        scores = capped(scores * scale, cap, CAPPED)
-        if MASKED:
-            allowed = (key < length)[None, :]
-            if LEFT:
-                allowed = allowed & (key[None, :] >= position[:, None] - left)
-            if RIGHT:
-                allowed = allowed & (key[None, :] <= position[:, None] + right)
-            if mask is not None:
-                inside = row_mask[:, None] & (key < length)[None, :]
-                at_mask = mask + at[None, :] * stride_mask
-                if mask.dtype.scalar.element_ty == tl.int8:
-                    allowed = allowed & (tl.load(at_mask, mask=inside, other=0) != 0)
-                else:
-                    bias = tl.load(at_mask, mask=inside, other=0.0).to(tl.float32)
-                    # The least float32 times log2(e) would be -inf, which is not seen at all.
-                    scores += tl.where(bias < -2.3586e38, bias, bias * 1.4426950408889634)
-            scores = tl.where(allowed, scores, float("-inf"))
-        higher = tl.maximum(highest, tl.max(scores, axis=1))
-        # A row that has attended to nothing yet keeps 0 as its reference: -inf - -inf is NaN.
-        reference = higher
-        if MASKED:
-            reference = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp2(scores - reference[:, None])
-        shrink = tl.exp2(highest - reference)
-        norm = norm * shrink + tl.sum(weights, axis=1)
-        total = total * shrink[:, None]
-        if IEEE:
-            total = tl.dot(weights, v, total, input_precision="ieee")
-        else:
-            total = tl.dot(weights.to(v.dtype), v, total)
-        highest = higher
-    return total, highest, norm
+    """Leave no token as memory was found: 0 where it is of no sequence, NaN beyond the longest."""
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    first, length = span(starts, 0, tokens)
+    if program == 0:
+        fill(out, 0, first, out_token, value_size, 0.0, VALUE_SIZE)
+    first, length = span(starts, sequences - 1, tokens)
+    ahead = first + length + program * FILLED
+    for start in tl.range(ahead, tokens, programs * FILLED):
+        end = tl.minimum(start + FILLED, tokens)
+        fill(out, start, end, out_token, value_size, 0.0, VALUE_SIZE)
+    for sequence in tl.range(program, sequences, programs):
+        first, length = span(starts, sequence, tokens)
+        beyond = first + programs * QUERIES
+        fill(out, beyond, first + length, out_token, value_size, float("nan"), VALUE_SIZE)
 
 
 @triton.jit
@@ -138,16 +94,20 @@ def flash_kernel(
     k += batch * k_batch + (head // group) * k_head
     v += batch * v_batch + (head // group) * v_head
     if query_starts is not None:
-        first = tl.load(query_starts + batch)
-        queries = tl.load(query_starts + batch + 1) - first
-        q += first.to(tl.int64) * q_token
-        out += first.to(tl.int64) * out_token
-        first = tl.load(key_starts + batch)
-        keys = tl.load(key_starts + batch + 1) - first
-        k += first.to(tl.int64) * k_token
-        v += first.to(tl.int64) * v_token
+        sequences = tl.num_programs(2) - 1
+        if batch == sequences:
+            fill_rest(
+                out, query_starts, sequences, queries, out_token, value_size, QUERIES, VALUE_SIZE
+            )
+            return
+        first, queries = span(query_starts, batch, queries)
+        q += first * q_token
+        out += first * out_token
+        first, keys = span(key_starts, batch, keys)
+        k += first * k_token
+        v += first * v_token
     if key_lengths is not None:
-        keys = tl.minimum(keys, tl.load(key_lengths + batch))
+        keys = tl.maximum(tl.minimum(keys, tl.load(key_lengths + batch)), 0)
     if ALIGNED:
         offset = keys - queries
     if tile * QUERIES < queries:
@@ -270,10 +230,12 @@ def flash_operation(
         mask: Added to the scaled scores, or int8 where 0 leaves a key out; [batch, heads, queries,
             keys], with strides 0 where it is broadcast.
         query_starts: Where sequences begin among the tokens of `q`, whose batch is then 1, and
-            where the last ends, [sequences + 1].
+            where the last ends, [sequences + 1]. Nothing beyond the tokens is touched, whatever it
+            holds; a token of no sequence gives 0.
         key_starts: Likewise for `k` and `v`.
-        key_lengths: Keys of each sequence that count, [batch].
-        longest: Queries and keys of the longest sequence, with `query_starts`.
+        key_lengths: Keys of each sequence that count, [batch]; those that exist at most.
+        longest: Queries and keys of the longest sequence, with `query_starts`: queries beyond it
+            may become NaN.
         scale: Of the scores; 1 / sqrt(size) by default.
         cap: The scores s become cap * tanh(s / cap); 0 leaves them.
     """
@@ -282,6 +244,7 @@ def flash_operation(
     out = torch.empty(
         (batch, queries, heads, value_size), dtype=q.dtype, device=q.device
     ).transpose(1, 2)
+    tokens = {"queries": queries, "keys": keys}
     if query_starts is not None:
         batch = query_starts.shape[0] - 1
         assert longest is not None
@@ -293,11 +256,11 @@ def flash_operation(
         tiles = -(-queries // configuration["QUERIES"])
         launch = Launch(
             kernel=flash_kernel,
-            grid=(tiles, heads, batch),
+            grid=(tiles, heads, batch if query_starts is None else batch + 1),
             arguments={
                 "q": q, "k": k, "v": v, "mask": mask, "out": out, "query_starts": query_starts,
                 "key_starts": key_starts, "key_lengths": key_lengths,
-                "queries": queries, "keys": keys, "group": heads // groups,
+                **tokens, "group": heads // groups,
                 "offset": attended.offset or 0, "left": attended.left or 0,
                 "right": attended.right or 0,
                 "scale": factor if cap else factor * LOG2_E, "cap": float(cap),
