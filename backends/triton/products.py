@@ -85,7 +85,10 @@ def w4a16_matmul(
     require_triton()
     from lwc.backends.triton.kernels.w4a16_matmul import w4a16_operation
     from lwc.backends.triton.run import architecture_of, computable
+    from lwc.backends.triton.weights import GROUP_SIZES
 
+    if weights.group_size not in GROUP_SIZES:
+        raise UsageError(f"groups of {weights.group_size} inputs are not among {GROUP_SIZES}")
     _check(x, weights, bias, activation)
     require_runnable(x, weights.codes, weights.scales, weights.zeros, bias)
     if prod(x.shape) == 0:
@@ -168,8 +171,17 @@ def _vector(bias: Any | None) -> Any | None:
 def _check(x: Any, weights: Any, bias: Any | None, activation: str) -> None:
     from lwc.backends.triton.kernels.activation import ACTIVATIONS
 
-    if x.shape[-1] != weights.depth:
-        raise UsageError(f"rows have {x.shape[-1]} elements and the weights {weights.depth}")
+    if not x.ndim or x.shape[-1] != weights.depth:
+        raise UsageError(f"x has shape {list(x.shape)}, not [..., {weights.depth}]")
+    for name, (shape, dtype) in weights.layout.items():
+        tensor = getattr(weights, name)
+        if tensor is None and name == "zeros":
+            continue
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+            raise UsageError(
+                f"{name} of the weights are {tensor.dtype} {list(tensor.shape)}, strides "
+                f"{list(tensor.stride())}, not {dtype} {list(shape)} without gaps"
+            )
     if bias is not None and tuple(bias.shape) != (weights.columns,):
         raise UsageError(f"bias has shape {list(bias.shape)}, not {[weights.columns]}")
     if activation not in ("none", *ACTIVATIONS):

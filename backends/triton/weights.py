@@ -13,6 +13,7 @@ from lwc.core.dialect import DynamicQuantMatMul
 from lwc.core.errors import LwcError
 from lwc.core.quant_layout import TILE, unpack_codes
 from lwc.core.tiled_bitmap import TiledBitmap
+from lwc.core.tiled_csl import TILE_COLUMNS, TILE_ROWS
 
 __all__ = ["GROUP_SIZES", "SparseWeights", "W4Weights", "W8Weights", "column_order"]
 
@@ -35,6 +36,19 @@ class _Weights:
             if hasattr(value := getattr(self, field.name), "to")
         }
         return replace(self, **moved)
+
+    @property
+    def layout(self) -> Mapping[str, tuple[tuple[int, ...], Any]]:
+        """Shape and type of each tensor, by its name, as kernels read them: without gaps."""
+        raise NotImplementedError
+
+    def _empty(self) -> Self:
+        import torch
+
+        made: Any = {
+            name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in self.layout.items()
+        }
+        return replace(self, **made)
 
 
 @dataclass(frozen=True)
@@ -81,11 +95,18 @@ class W8Weights(_Weights):
     @classmethod
     def empty(cls, *, columns: int, depth: int) -> W8Weights:
         """Return weights whose tensors have their shapes and types, and no content yet."""
+        return cls(columns, depth, None, None)._empty()
+
+    @property
+    def layout(self) -> Mapping[str, tuple[tuple[int, ...], Any]]:
+        """See `_Weights.layout`."""
         import torch
 
-        width = -(-depth // 16) * 16
-        codes = torch.empty((columns, width), dtype=torch.int8)
-        return cls(columns, depth, codes, torch.empty(columns, dtype=torch.float32))
+        width = -(-self.depth // 16) * 16
+        return {
+            "codes": ((self.columns, width), torch.int8),
+            "scales": ((self.columns,), torch.float32),
+        }
 
 
 @dataclass(frozen=True)
@@ -206,17 +227,20 @@ class W4Weights(_Weights):
     @classmethod
     def empty(cls, *, columns: int, depth: int, group_size: int, zeros: bool) -> W4Weights:
         """Return weights whose tensors have their shapes and types, and no content yet."""
+        made = cls(columns, depth, group_size, None, None, None)._empty()
+        return made if zeros else replace(made, zeros=None)
+
+    @property
+    def layout(self) -> Mapping[str, tuple[tuple[int, ...], Any]]:
+        """See `_Weights.layout`; zeros may be absent."""
         import torch
 
-        pairs = -(-depth // (2 * group_size))
-        return cls(
-            columns,
-            depth,
-            group_size,
-            torch.empty((columns, pairs, group_size), dtype=torch.uint8),
-            torch.empty((pairs, columns), dtype=torch.int32),
-            torch.empty((pairs, columns), dtype=torch.uint8) if zeros else None,
-        )
+        pairs = -(-self.depth // (2 * self.group_size))
+        return {
+            "codes": ((self.columns, pairs, self.group_size), torch.uint8),
+            "scales": ((pairs, self.columns), torch.int32),
+            "zeros": ((pairs, self.columns), torch.uint8),
+        }
 
 
 @dataclass(frozen=True)
@@ -239,7 +263,12 @@ class SparseWeights(_Weights):
 
     @classmethod
     def of(cls, packed: TiledBitmap) -> SparseWeights:
-        """Take a packed matrix [columns, depth]."""
+        """Take a packed matrix [columns, depth].
+
+        Raises:
+            LwcError: Its arrays do not fit each other.
+        """
+        packed.check()
         octets = packed.bits.astype("<u4").view(np.uint8)
         return cls(
             packed.rows,
@@ -249,6 +278,18 @@ class SparseWeights(_Weights):
             _tensor(packed.pairs.view(np.int32).reshape(-1)),
             _tensor(packed.offsets),
         )
+
+    @property
+    def layout(self) -> Mapping[str, tuple[tuple[int, ...], Any]]:
+        """See `_Weights.layout`; there may be any number of pairs."""
+        import torch
+
+        tiles = -(-self.columns // TILE_ROWS), -(-self.depth // TILE_COLUMNS)
+        return {
+            "bits": ((*tiles, TILE_ROWS * TILE_COLUMNS // 16), torch.uint8),
+            "pairs": ((self.pairs.numel(),), torch.int32),
+            "offsets": ((tiles[0] * tiles[1] + 1,), torch.int32),
+        }
 
 
 def column_order(node: DynamicQuantMatMul) -> Array:

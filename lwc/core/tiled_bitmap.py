@@ -58,6 +58,14 @@ class TiledBitmap:
         """Pairs of the tile that has most, with its padding."""
         return PAIRS * int(np.diff(self.offsets).max(initial=0))
 
+    def check(self) -> None:
+        """Check that the arrays fit each other and the shape.
+
+        Raises:
+            LwcError: They do not.
+        """
+        _places_of(self)
+
 
 def packed_bytes(rows: int, columns: int, pairs: int) -> int:
     """Return the bytes that a matrix takes, without the pairs that pad its tiles."""
@@ -103,6 +111,21 @@ def unpack(packed: TiledBitmap) -> Array:
     Raises:
         LwcError: The arrays do not fit each other or the shape.
     """
+    filled, places = _places_of(packed)
+    tiles = np.zeros((*filled.shape, 2), np.float16)
+    tiles[filled] = packed.pairs[places]
+    high, wide, _ = packed.bits.shape
+    whole = tiles.reshape(high, wide, TILE_ROWS, TILE_COLUMNS).transpose(0, 2, 1, 3)
+    joined = whole.reshape(high * TILE_ROWS, wide * TILE_COLUMNS)
+    return np.ascontiguousarray(joined[: packed.rows, : packed.columns])
+
+
+def _places_of(packed: TiledBitmap) -> tuple[Array, Array]:
+    """Return which pairs of tiles are there, [tiles, 128, 32], and their places.
+
+    Raises:
+        LwcError: The arrays do not fit each other or the shape.
+    """
     shape = (-(-packed.rows // TILE_ROWS), -(-packed.columns // TILE_COLUMNS), TILE_ROWS)
     if packed.bits.shape != shape:
         raise LwcError(
@@ -115,11 +138,7 @@ def unpack(packed: TiledBitmap) -> Array:
     offsets = np.append(0, needed.cumsum())
     if not np.array_equal(packed.offsets, offsets) or len(packed.pairs) != PAIRS * offsets[-1]:
         raise LwcError("Pairs and offsets do not fit the bitmap of their matrix.")
-    tiles = np.zeros((*filled.shape, 2), np.float16)
-    tiles[filled] = packed.pairs[places]
-    whole = tiles.reshape(*shape, TILE_COLUMNS).transpose(0, 2, 1, 3)
-    joined = whole.reshape(shape[0] * TILE_ROWS, shape[1] * TILE_COLUMNS)
-    return np.ascontiguousarray(joined[: packed.rows, : packed.columns])
+    return filled, places
 
 
 def _places(counts: Array) -> tuple[Array, Array]:

@@ -122,7 +122,7 @@ def test_starts_that_do_not_fit_are_refused(
     queries: Any, keys: Any, longest: tuple[int, int], told: str
 ) -> None:
     tensors, _ = packed([(5, 5)])
-    starts = torch.tensor(queries), torch.tensor(keys)
+    starts = [torch.tensor(each) for each in (queries, keys)]
     with pytest.raises(UsageError, match=told):
         launch.attention_packed(*tensors, *starts, longest=longest)
 

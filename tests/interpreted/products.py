@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -256,6 +257,49 @@ def test_sparse_tiles_of_all_kinds() -> None:
     near(found, x.double() @ torch.from_numpy(matrix).double().T, 2.0**-10)
 
 
+def test_no_offsets_lead_outside_of_the_pairs() -> None:
+    """What is touched is watched."""
+    weights = SparseWeights.of(pack(sparse(0, 150, 100, 0.1)))
+    x = numbers(0, 2, 100)
+    for odd in (-(2**31), -1, 10**6, 2**31 - 1):
+        for place in range(len(weights.offsets)):
+            offsets = weights.offsets.clone()
+            offsets[place] = odd
+            sparse_matmul(x, replace(weights, offsets=offsets))
+
+
+def test_sparse_weights_that_do_not_fit_their_bitmap_are_refused() -> None:
+    packed = pack(sparse(0, 150, 100, 0.1))
+    for odd in (
+        replace(packed, bits=packed.bits | 1),
+        replace(packed, offsets=packed.offsets + 1),
+        replace(packed, pairs=packed.pairs[:-4]),
+    ):
+        with pytest.raises(LwcError, match="do not fit the bitmap"):
+            SparseWeights.of(odd)
+
+
+def test_weights_that_are_not_laid_out_as_kernels_read_them_are_refused() -> None:
+    eight = W8Weights.pack(np.ones((7, 40), np.int8), np.ones(7))
+    four, _ = four_bits(0, 7, 40, 32, True)
+    some = SparseWeights.of(pack(np.ones((7, 40), np.float16)))
+    kinds: list[tuple[Any, Any]] = [
+        (w8a8_matmul, eight), (w4a16_matmul, four), (sparse_matmul, some),
+    ]  # fmt: skip
+    for multiply, weights in kinds:
+        multiply(torch.ones(1, 40), weights)
+        for name, (shape, _) in weights.layout.items():
+            whole = getattr(weights, name)
+            wide = torch.stack([whole, whole], -1)[..., 0]
+            for odd in (whole[:-1], whole.to(torch.int16), wide):
+                if name == "pairs" and odd.shape != shape:
+                    continue  # of any number
+                with pytest.raises(UsageError, match=f"^{name} of the weights are "):
+                    multiply(torch.ones(1, 40), replace(weights, **{name: odd}))
+    with pytest.raises(UsageError, match=r"^groups of 16 inputs are not among \(32, 64, 128\)$"):
+        w4a16_matmul(torch.ones(1, 40), replace(four, group_size=16))
+
+
 def test_nothing_to_multiply() -> None:
     weights, _ = four_bits(0, 7, 40, 32, False)
     assert w4a16_matmul(torch.empty(0, 40), weights).shape == (0, 7)
@@ -269,7 +313,7 @@ def test_nothing_to_multiply() -> None:
 
 def test_what_does_not_fit_is_named() -> None:
     weights, _ = four_bits(0, 7, 40, 32, False)
-    with pytest.raises(UsageError, match="39 elements and the weights 40"):
+    with pytest.raises(UsageError, match=r"x has shape \[2, 39\], not \[..., 40\]"):
         w4a16_matmul(torch.ones(2, 39), weights)
     with pytest.raises(UsageError, match=r"bias has shape \[8\], not \[7\]"):
         w4a16_matmul(torch.ones(2, 40), weights, torch.ones(8))

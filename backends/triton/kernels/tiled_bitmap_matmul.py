@@ -69,13 +69,18 @@ def expanded(bits, pairs, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def tile_of(
-    bits, pairs, offsets, tile, present,
+    bits, pairs, offsets, units, tile, present,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
-    """Load a tile and expand it; zeros, and no load, where `present` is 0."""
+    """Load a tile and expand it; zeros, and no load, where `present` is 0.
+
+    Whatever the offsets are, no more than the `units` of pairs that exist are loaded.
+    """
     octets: tl.constexpr = HEIGHT * WIDTH // 16
     start = tl.load(offsets + tile, mask=present > 0, other=0)
-    count = (tl.load(offsets + tile + 1, mask=present > 0, other=0) - start) * UNIT
+    end = tl.load(offsets + tile + 1, mask=present > 0, other=0)
+    start = tl.minimum(tl.maximum(start, 0), units)
+    count = tl.minimum(end - start, units - start) * UNIT
     octet = tl.arange(0, octets)
     own = tl.load(bits + tile.to(tl.int64) * octets + octet, mask=octet < present * octets, other=0)
     number = tl.arange(0, CAPACITY)
@@ -86,7 +91,7 @@ def tile_of(
 
 @triton.jit
 def tiled_bitmap_kernel(
-    x, bits, pairs, offsets, bias, out, rows, columns, depth, stride_x,
+    x, bits, pairs, offsets, bias, out, rows, columns, depth, units, stride_x,
     WHOLE: tl.constexpr, IEEE: tl.constexpr, FUNCTION: tl.constexpr, HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr, UNIT: tl.constexpr, CAPACITY: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
@@ -107,20 +112,15 @@ def tiled_bitmap_kernel(
         if not WHOLE:
             mask = mask & (k < depth)[:, None]
         numbers = tl.load(x_at + k[:, None], mask=mask, other=0.0)
-        w = tile_of(bits, pairs, offsets, upper * tiles + step, 1, HEIGHT, WIDTH, UNIT, CAPACITY)
+        w = tile_of(
+            bits, pairs, offsets, units, upper * tiles + step, 1, HEIGHT, WIDTH, UNIT, CAPACITY
+        )
         total = tl.dot(w.to(numbers.dtype), numbers, total, input_precision=precision)
         if COLUMNS > HEIGHT:
             w = tile_of(
-                bits,
-                pairs,
-                offsets,
-                (upper + 1) * tiles + step,
-                below_too,
-                HEIGHT,
-                WIDTH,
-                UNIT,
-                CAPACITY,
-            )
+                bits, pairs, offsets, units, (upper + 1) * tiles + step, below_too,
+                HEIGHT, WIDTH, UNIT, CAPACITY,
+            )  # fmt: skip
             below = tl.dot(w.to(numbers.dtype), numbers, below, input_precision=precision)
     column = column_tile * COLUMNS + tl.arange(0, HEIGHT)
     finish(total, out, None, None, bias, row, column, rows, columns, FUNCTION, SPLIT)
@@ -146,7 +146,7 @@ def tiled_bitmap_operation(
     Args:
         x: Activations, [rows, depth], the depth side by side.
         bits: uint8 [tiles of columns, tiles of the depth, 512]: the bytes of the bitmap.
-        pairs: int32, pairs of values, the first in the low half.
+        pairs: int32 [n], pairs of values, the first in the low half; n is a multiple of four.
         offsets: int32 [tiles + 1].
         bias: [columns] or None.
         architecture: What the tilings are chosen for.
@@ -175,7 +175,7 @@ def tiled_bitmap_operation(
     def prepare(configuration: Configuration) -> tuple[Launch, ...]:
         return product.launches(
             tiled_bitmap_kernel,
-            weights,
+            {**weights, "units": pairs.numel() // PAIRS},
             {
                 "WHOLE": depth % TILE_COLUMNS == 0, "IEEE": x.dtype == torch.float32,
                 "HEIGHT": TILE_ROWS, "WIDTH": TILE_COLUMNS, "UNIT": PAIRS, "CAPACITY": capacity,
