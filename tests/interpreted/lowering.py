@@ -54,6 +54,13 @@ def test_what_norms_refuse() -> None:
     assert reasons(module) == ["it spans several axes"]
     module, _ = one_node("LayerNormalization", {"x": x, "w": w}, outputs=2)
     assert reasons(module) == ["its output 1 is read"]
+    given = {"x": x, "skip": x, "gamma": w}
+    for op, outputs in (("SkipLayerNormalization", 2), ("SkipSimplifiedLayerNormalization", 3)):
+        module, _ = one_node(op, given, domain=MS, outputs=outputs)
+        for value in module.graph.outputs[1:-1]:
+            value.name = ""
+        del module.graph.outputs[1:-1]
+        assert reasons(module) == [f"its output {outputs - 1} is read"]
     module, _ = one_node("LayerNormalization", {"x": x.astype(np.float64), "w": w})
     assert reasons(module) == ["x is double, not float16, bfloat16 or float32"]
     module, _ = one_node(
@@ -263,17 +270,18 @@ def test_packed_attention(*, past: bool) -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("mask", ["none", "bool", "float", "short"])
+@pytest.mark.parametrize("mask", ["none", "bool", "float", "short", "short float"])
 def test_standard_attention(mask: str, attributes: Any) -> None:
     given = {"q": normal(2, 5, 64), "k": normal(2, 7, 32), "v": normal(2, 7, 32, seed=1)}
     masks = {
         "bool": integers(0, 2, 5, 7, dtype=bool),
         "float": normal(2, 1, 5, 7),
         "short": integers(0, 2, 5, 6, dtype=bool),
+        "short float": normal(2, 1, 5, 6),
     }
     if mask != "none":
         given["mask"] = masks[mask]
-    opset = 24 if mask == "short" else 23
+    opset = 24 if mask.startswith("short") else 23
     check("Attention", given, opset=opset, q_num_heads=4, kv_num_heads=2, **attributes)
 
 

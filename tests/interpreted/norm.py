@@ -54,6 +54,14 @@ def test_norms_equal_torch(
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=bound * scale)
 
 
+def test_the_norm_is_that_of_the_stored_sum() -> None:
+    """2049 is no number of float16, and without it the row has no variance."""
+    x, residual = torch.full((1, 2), 2048.0).half(), torch.tensor([[1.0, 0.0]]).half()
+    found, total = launch.layer_norm(x, None, residual=residual)
+    assert total.tolist() == [[2048.0, 2048.0]]
+    assert found.tolist() == [[0.0, 0.0]]
+
+
 def test_rows_need_not_lie_side_by_side() -> None:
     wide = numbers(0, 2, 3, 64)
     expected = torch.nn.functional.rms_norm(wide[..., :24], (24,), eps=1e-6)
