@@ -12,6 +12,9 @@ from hypothesis import given, settings
 from interpreted_attention import attention, numbers
 
 from lwc.backends.triton import launch
+from lwc.backends.triton.architectures import nearest
+from lwc.backends.triton.kernels.flash_attention import Attended, flash_operation
+from lwc.backends.triton.operation import Configuration
 from lwc.core.errors import UsageError
 
 # Weights are rounded to the type of the values before they are multiplied, and results once more:
@@ -52,6 +55,31 @@ def test_windows_equal_torch(
     )
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_edges_of_windows_at_all_places_of_a_block(*, masked: bool) -> None:
+    """Blocks of 16 keys, of which some are computed without a mask and some not at all."""
+    q, k, v = numbers(0, 1, 1, 20, 16), numbers(1, 1, 1, 70, 16), numbers(2, 1, 1, 70, 16)
+    mask = numbers(3, 1, 1, 20, 70) if masked else None
+    tiles = {"QUERIES": 16, "KEYS": 16, "SIZE": 16, "VALUE_SIZE": 16}
+    for at in range(17):
+        for left, right, offset in ((at, None, 50), (None, at - 1, 10), (at + 20, at, 25)):
+            attended = Attended(left, right, offset)
+            operation = flash_operation(q, k, v, attended, nearest(80), mask=mask)
+            (made,) = operation.prepare(Configuration(tiles))
+            made.run()
+            expected = attention(q, k, v, left=left, right=right, offset=offset, mask=mask)
+            (found,) = operation.results
+            torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_causal_windows_end_at_the_query_or_before() -> None:
+    q = numbers(0, 1, 1, 20, 16)
+    for right, last in ((None, 0), (5, 0), (-2, -2)):
+        found = launch.attention(q, q, q, causal=True, window=(3, right))
+        expected = attention(q, q, q, left=3, right=last)
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)

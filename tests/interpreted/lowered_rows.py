@@ -19,8 +19,11 @@ from lwc.backends.triton import launch
 from lwc.backends.triton.architectures import nearest
 from lwc.backends.triton.dry_run import dry_run
 from lwc.backends.triton.operation import Launch
+from lwc.backends.triton.products import quantize_rows, sparse_matmul, w4a16_matmul, w8a8_matmul
+from lwc.backends.triton.weights import SparseWeights, W4Weights, W8Weights
 from lwc.core.errors import LwcError
 from lwc.core.module import Module
+from lwc.core.tiled_bitmap import pack
 
 # Norms
 
@@ -84,6 +87,67 @@ def test_positions_outside_of_the_tables_are_seen_where_the_host_does_not_look(
     wanted = launch.rotary(x, cos, sin, inside, interleaved=interleaved)
     wanted[:, 1:3] = torch.nan
     torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+# Strides
+
+
+def apart(tensor: Any) -> Any:
+    """Return a tensor that is no view without gaps, beside what must not be read."""
+    beside = torch.full_like(tensor, torch.nan if tensor.is_floating_point() else 1)
+    return torch.stack([tensor, beside], -1)[..., 0]
+
+
+def random(*shape: int) -> Any:
+    return torch.from_numpy(normal(*shape))
+
+
+def functions() -> dict[str, tuple[Callable[..., Any], list[Any]]]:
+    heads, cache = random(2, 2, 3, 16), random(2, 1, 40, 16)
+    places, lengths = torch.tensor([[1, 4, 0], [2, 2, 3]]), torch.tensor([40, 7])
+    starts = torch.tensor([0, 1, 3])
+    rows, vector, table = random(5, 64), random(64), random(5, 8)
+    codes = np.arange(7 * 64).reshape(7, 64)
+    four = W4Weights.pack((codes % 16).astype(np.uint8), np.ones((7, 2)), None, 32)
+    eight = W8Weights.pack((codes % 100).astype(np.int8), np.ones(7))
+    some = SparseWeights.of(pack((codes % 3).astype(np.float16)))
+    return {
+        "rms_norm": (lambda x, w, r: launch.rms_norm(x, w, residual=r)[0], [rows, vector, rows]),
+        "layer_norm": (launch.layer_norm, [rows, vector, vector]),
+        "gated_activation": (launch.gated_activation, [rows, rows]),
+        "rotary": (launch.rotary, [heads.transpose(1, 2), table, table, places]),
+        "attention": (
+            lambda q, k, v, mask, lengths: launch.attention(
+                q, k, v, mask=mask, key_lengths=lengths
+            ),
+            [heads, cache, cache, random(3, 40), lengths],
+        ),
+        "decode_attention": (
+            lambda q, k, v, mask, lengths: launch.decode_attention(
+                q, k, v, mask=mask, key_lengths=lengths
+            ),
+            [heads, cache, cache, random(3, 40) > 0, lengths],
+        ),
+        "attention_packed": (
+            lambda q, k, v, *starts: launch.attention_packed(q, k, v, *starts, longest=(2, 2)),
+            [heads[0].transpose(0, 1)] * 3 + [starts] * 2,
+        ),
+        "quantize_rows": (
+            lambda x: torch.cat([each.flatten() for each in quantize_rows(x)]),
+            [rows],
+        ),
+        "w8a8_matmul": (lambda x, bias: w8a8_matmul(x, eight, bias), [rows, random(7)]),
+        "w4a16_matmul": (lambda x, bias: w4a16_matmul(x, four, bias), [rows, random(7)]),
+        "sparse_matmul": (lambda x, bias: sparse_matmul(x, some, bias), [rows, random(7)]),
+    }
+
+
+@pytest.mark.parametrize("name", functions())
+def test_any_strides_give_what_copies_give(name: str) -> None:
+    function, given = functions()[name]
+    wanted = function(*(each.contiguous() for each in given))
+    assert not wanted.isnan().any()
+    torch.testing.assert_close(function(*map(apart, given)), wanted, rtol=0, atol=0)
 
 
 # Nothing

@@ -267,6 +267,7 @@ def test_packed_attention(*, past: bool) -> None:
         {"scale": -0.3},
         {"is_causal": 1, "left_window_size": 2**31 - 1},
         {"left_window_size": 2, "right_window_size": 2**31 - 1},
+        {"left_window_size": 0, "right_window_size": 1},
     ],
     ids=str,
 )

@@ -100,6 +100,18 @@ def test_int8_products_are_exact(
         near(run_with(operation, ROWS=16, COLUMNS=64, SPLIT=split), wanted, 1e-6)
 
 
+def test_tiles_in_groups_and_parts_of_many_columns() -> None:
+    """More columns than a group of tiles has, and than one program of the sum of parts takes."""
+    rng = draw(0)
+    x = torch.from_numpy(rng.integers(-127, 128, (40, 150)).astype(np.int8))
+    w = torch.from_numpy(rng.integers(-128, 128, (1100, 150)).astype(np.int8))
+    one = torch.ones(40), torch.ones(1100)
+    operation = w8a8_operation(x, one[0], w, one[1], None, GPU, dtype=torch.float32)
+    for split, group in ((1, 4), (3, 8)):
+        found = run_with(operation, ROWS=16, COLUMNS=128, DEPTH=32, SPLIT=split, GROUP=group)
+        assert torch.equal(found.double(), x.double() @ w.double().T)
+
+
 def test_rounding_is_that_of_the_dialect() -> None:
     x = numbers(0, 5, 77)
     x[1] = 0
@@ -309,6 +321,12 @@ def test_nothing_to_multiply() -> None:
         ).tolist()
         == [[1.0] * 3] * 2
     )
+    nothing = SparseWeights.of(pack(np.zeros((3, 0), np.float16)))
+    x, bias = torch.empty(1, 2, 0, dtype=torch.float16), numbers(0, 3)
+    for activation, function in FUNCTIONS.items():
+        found = sparse_matmul(x, nothing, bias, activation=activation)
+        assert found.dtype == torch.float16
+        torch.testing.assert_close(found, function(bias).half().expand(1, 2, 3))
 
 
 def test_what_does_not_fit_is_named() -> None:
