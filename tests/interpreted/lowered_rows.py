@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fx_agreement import one_node
+from fx_agreement import one_node, parsed
 from interpreted_lowering import MS, check, normal, reasons, run
 from odd_rotary import REFUSED, odd_rotary
 
@@ -57,6 +57,36 @@ def test_norms_of_two_types_stay(op: str, domain: str, other: str) -> None:
     given[other] = given[other].astype(np.float32)
     module, _ = one_node(op, given, domain=domain, opset=23)
     assert reasons(module) == [f"{other} has another type than x"]
+
+
+UNFIT = {
+    "(float[n, 8] x, float[1, 8] w) => (float[n, 8] y) { y = RMSNormalization (x, w) }": (
+        "scale is no vector"
+    ),
+    "(float[n, 8] x, float[1] w) => (float[n, 8] y) { y = RMSNormalization (x, w) }": (
+        "scale is not as long as a row"
+    ),
+    """(double[n, 8] x, double[n, 8] up) => (double[n, 8] y)
+       { gate = Relu (x)  y = Mul (gate, up) }""": (
+        "the branches are not float16, bfloat16 or float32"
+    ),
+    """(float[b, t, 16] x, float[9, 4] cos, float[9, 4] sin, int64[b, t] at) => (float[b, t, 16] y)
+       { y = RotaryEmbedding (x, cos, sin, at) }""": "the number of heads is not known",
+    """(float[b, t, w] q, float[b, t, w] k, float[b, t, w] v) => (float[b, t, w] y)
+       { y = Attention <q_num_heads = 2, kv_num_heads = 2> (q, k, v) }""": (
+        "the size of heads is not known"
+    ),
+    """(float[b, t, w] q, float[b, t, w] k, float[b, t, w] v) => (float[b, t, w] y)
+       { y = com.microsoft.MultiHeadAttention <num_heads = 2> (q, k, v) }""": (
+        "the size of heads is not known"
+    ),
+}
+
+
+@pytest.mark.parametrize("graph", UNFIT)
+def test_what_kernels_do_not_compute_for_every_feed_stays(graph: str) -> None:
+    opsets = 'opset_import: ["" : 23, "com.microsoft" : 1]'
+    assert reasons(parsed(f"<ir_version: 10, {opsets}> g {graph}")) == [UNFIT[graph]]
 
 
 # Rotary embeddings

@@ -425,6 +425,12 @@ def test_what_matmul_nbits_refuses(more: Any, reason: str) -> None:
         "MatMulNBits", given, domain=MS, constant=["scales"], K=64, N=8, bits=4, block_size=32
     )
     assert reasons(module) == ["codes is not constant"]
+    given |= {"scales": normal(16), "zeros": normal(8, 2)}
+    constant = ["codes", "scales", "zeros"]
+    module, _ = one_node(
+        "MatMulNBits", given, domain=MS, constant=constant, K=64, N=8, bits=4, block_size=32
+    )
+    assert reasons(module) == ["its zero points are no integers"]
 
 
 @pytest.mark.parametrize(
