@@ -70,14 +70,19 @@ def test_splits_do_not_change_the_result(splits: int, length: int) -> None:
 @pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize("queries", [1, 2])
 @pytest.mark.filterwarnings("ignore:divide by zero")
-def test_edges_of_windows_at_all_places_of_a_block(queries: int, splits: int) -> None:
+def test_edges_at_all_places_of_a_block(queries: int, splits: int) -> None:
+    """Of a window, and of the keys before the first new token."""
     q, k, v = numbers(0, 1, 2, queries, 16), numbers(1, 1, 1, 40, 16), numbers(2, 1, 1, 40, 16)
     tiles = {"ROWS": 16, "KEYS": 16, "SIZE": 16, "VALUE_SIZE": 16, "SPLITS": splits}
-    for left in range(6, 26):
-        operation = decode_operation(q, k, v, nearest(80), left=left)
+    edges = [(left, 40) for left in range(6, 26)] + [(None, keys) for keys in range(16, 35)]
+    for left, keys in edges:
+        lengths = torch.tensor([keys])
+        operation = decode_operation(q, k, v, nearest(80), left=left, key_lengths=lengths)
         for made in operation.prepare(Configuration(tiles)):
             made.run()
-        expected = attention(q, k, v, left=left, right=0, offset=40 - queries)
+        expected = attention(
+            q, k[:, :, :keys], v[:, :, :keys], left=left, right=0, offset=keys - queries
+        )
         torch.testing.assert_close(operation.results[0].double(), expected, rtol=0, atol=1e-5)
 
 

@@ -239,12 +239,27 @@ def prompt(
 
 def brute(attended: Attended, queries: int, keys: int) -> list[list[bool]]:
     offset = keys - queries if attended.offset is None else attended.offset
-    left = keys + queries if attended.left is None else attended.left
-    right = keys + queries if attended.right is None else attended.right
+    far = keys + queries + abs(offset)
+    left = far if attended.left is None else attended.left
+    right = far if attended.right is None else attended.right
     return [
         [-left <= key - (query + offset) <= right for key in range(keys)]
         for query in range(queries)
     ]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    queries=st.integers(1, 70), keys=st.integers(0, 70), left=st.none() | st.integers(-9, 90),
+    right=st.none() | st.integers(-9, 90), offset=st.none() | st.integers(-90, 90),
+)  # fmt: skip
+def test_pairs_are_counted_without_a_walk(
+    queries: int, keys: int, left: int | None, right: int | None, offset: int | None
+) -> None:
+    attended = Attended(left, right, offset)
+    pairs = sum(map(sum, brute(attended, queries, keys)))
+    assert attended.pairs(queries, keys) == pairs
+    assert attended.pairs(2**20, 2**20) <= 2**40  # at once
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

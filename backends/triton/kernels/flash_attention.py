@@ -203,6 +203,21 @@ class Attended:
         end = keys if self.right is None else min(max(last + offset + self.right + 1, 0), keys)
         return begin, end
 
+    def pairs(self, queries: int, keys: int) -> int:
+        """Return how many queries and keys meet, without a walk over the queries."""
+        offset = keys - queries if self.offset is None else self.offset
+        left = queries + keys + abs(offset) if self.left is None else self.left
+        right = queries + keys + abs(offset) if self.right is None else self.right
+
+        def before(position: int) -> int:
+            """Sum up the keys before a position that begins here and moves on with the query."""
+            first = min(max(-position, 0), queries)
+            last = min(max(keys - position, 0), queries)
+            moving = (last - first) * (first + last - 1 + 2 * position) // 2
+            return moving + (queries - last) * keys
+
+        return max(before(offset + right + 1) - before(offset - left), 0)
+
 
 def flash_operation(
     q: Any,
@@ -432,10 +447,7 @@ def _least(
     keys: int,
 ) -> Least:  # fmt: skip
     heads, groups, element = q.shape[1], k.shape[1], q.element_size()
-    pairs = 0
-    for query in range(queries):
-        begin, end = attended.bounds(query, query, queries, keys)
-        pairs += max(end - begin, 0)
+    pairs = attended.pairs(queries, keys)
     width = q.shape[3] + v.shape[3]
     touched = _touched(attended, queries, keys)
     nbytes = batch * element * width * (heads * queries + groups * touched)
