@@ -8,7 +8,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 
 from lwc.backends.triton import launch
 from lwc.core.errors import UsageError
@@ -33,7 +33,13 @@ def turned(x: Any, cos: Any, sin: Any, *, interleaved: bool) -> Any:
     return torch.cat([joined, x[..., 2 * half :]], -1)
 
 
+ODD: dict[str, Any] = {"batch": 2, "length": 3, "heads": 3, "half": 20, "dtype": torch.float32}
+
+
 @settings(max_examples=30, deadline=None, derandomize=True)
+@example(**ODD, rest=0, angles="by index", interleaved=True)
+@example(**ODD, rest=3, angles="by position", interleaved=True)
+@example(**ODD, rest=0, angles="by token", interleaved=False)
 @given(
     batch=st.integers(1, 3), length=st.integers(1, 9), heads=st.integers(1, 9),
     half=st.sampled_from([1, 4, 20, 32]), rest=st.sampled_from([0, 0, 3, 16]), dtype=TYPES,

@@ -66,6 +66,10 @@ def test_rows_need_not_lie_side_by_side() -> None:
     wide = numbers(0, 2, 3, 64)
     expected = torch.nn.functional.rms_norm(wide[..., :24], (24,), eps=1e-6)
     torch.testing.assert_close(launch.rms_norm(wide[..., :24], None), expected)
+    whole = numbers(1, 2, 3, 24)
+    expected = torch.nn.functional.rms_norm(wide[..., :24] + whole, (24,), eps=1e-6)
+    for x, residual in ((wide[..., :24], whole), (whole, wide[..., :24])):
+        torch.testing.assert_close(launch.rms_norm(x, None, residual=residual)[0], expected)
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
