@@ -29,7 +29,7 @@ def test_norms(op: str, domain: str) -> None:
     given = {"x": normal(2, 3, 40), "w": normal(40)}
     if op == "LayerNormalization":
         given["b"] = normal(40, seed=1)
-    check(op, given, domain=domain, opset=23, epsilon=1e-5)
+    check(op, given, domain=domain, opset=23, epsilon=0.5)  # seen in a row of numbers around 1
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -41,7 +41,7 @@ def test_norms_of_sums(op: str, outputs: int, *, bias: bool) -> None:
         given["beta"] = normal(40, seed=2)
     if bias:
         given["bias"] = normal(40, seed=3)
-    module, feed = one_node(op, given, domain=MS, outputs=outputs)
+    module, feed = one_node(op, given, domain=MS, outputs=outputs, epsilon=0.5)
     for value in module.graph.outputs[1:3]:
         value.name = ""
     del module.graph.outputs[1:3]
@@ -170,13 +170,15 @@ def test_grouped_attention(attributes: Any, new: int, past: int) -> None:
 
 def test_grouped_attention_of_sequences_of_other_lengths() -> None:
     sizes: dict[str, Any] = {"domain": MS, "num_heads": 4, "kv_num_heads": 2, "outputs": 3}
-    for new, past in ((1, 6), (7, 0)):
+    for new, past, causal in ((1, 6, 1), (7, 0, 1), (7, 0, 0)):
         given = grouped(new, past, 2)
         given["seqlens"] = np.array([6, 3], np.int32)
-        module, feed = one_node("GroupQueryAttention", given, **sizes)
+        module, feed = one_node("GroupQueryAttention", given, **sizes, causal=causal)
         found, wanted = run(module, feed), run_fx(module, feed)
         for a, b in zip(found, wanted, strict=True):
-            if new == 7 and a.ndim == 3:  # queries behind the end of a sequence mean nothing
+            if (
+                new == 7 and causal and a.ndim == 3
+            ):  # queries behind the end of a sequence mean nothing
                 a, b = a[1:, :4], b[1:, :4]  # noqa: PLW2901
             compare(a, b, RTOL, ATOL)
 
@@ -222,7 +224,8 @@ def test_multi_head_attention(mask: Any, causal: int) -> None:
         given |= {"more": normal(1, 2, 5, 5), "mask": open_}
     elif mask is not None:
         given["mask"] = np.array(mask, np.int32)
-    check("MultiHeadAttention", given, domain=MS, num_heads=2, unidirectional=causal)
+    rest: dict[str, Any] = {"scale": 0.3, "mask_filter_value": -2.0} if causal else {}
+    check("MultiHeadAttention", given, domain=MS, num_heads=2, unidirectional=causal, **rest)
 
 
 def test_multi_head_attention_with_a_past_and_across() -> None:
@@ -250,10 +253,16 @@ def test_packed_attention(*, past: bool) -> None:
     if past:
         given["past"] = normal(2, 2, 2, 3, 8)
     outputs = 2 if past else 1
-    module, feed = one_node(
-        "Attention", given, domain=MS, outputs=outputs, num_heads=2, unidirectional=1
-    )
+    rest: dict[str, Any] = {"domain": MS, "num_heads": 2, "scale": 0.1, "mask_filter_value": -2.0}
+    module, feed = one_node("Attention", given, outputs=outputs, unidirectional=1, **rest)
     agree(module, feed, atol=1e-4)  # the projections by torch are of the size of 10
+
+
+def test_packed_attention_with_values_of_another_size() -> None:
+    given = {"x": normal(2, 5, 8), "weights": normal(8, 56), "bias": normal(56)}
+    sizes = [16, 16, 24]
+    module, feed = one_node("Attention", given, domain=MS, num_heads=2, qkv_hidden_sizes=sizes)
+    agree(module, feed, atol=1e-4)
 
 
 @pytest.mark.parametrize(
