@@ -121,8 +121,8 @@ def tiled_csl_launch(
 
     Args:
         x: Activations, float16 [rows, depth], the depth side by side in multiples of eight.
-        nonzeros: int32 [n], the bits of the words.
-        offsets: int32 [tiles + 2].
+        nonzeros: int32 [n], the bits of the words; the places that they name are trusted.
+        offsets: int32 [tiles + 2], trusted likewise.
         out: float32 [parts, rows, columns].
         fullest: Nonzeros of the tile that has most.
         configuration: ROWS and SPLIT, and the warps.
