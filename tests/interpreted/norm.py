@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -10,6 +11,8 @@ import torch
 from hypothesis import given, settings
 
 from lwc.backends.triton import launch
+from lwc.backends.triton.architectures import nearest
+from lwc.backends.triton.kernels.norm import norm_operation
 from lwc.core.errors import UsageError
 
 # One rounding of a result below 8 in magnitude: half a unit in the last place.
@@ -70,6 +73,18 @@ def test_rows_need_not_lie_side_by_side() -> None:
     expected = torch.nn.functional.rms_norm(wide[..., :24] + whole, (24,), eps=1e-6)
     for x, residual in ((wide[..., :24], whole), (whole, wide[..., :24])):
         torch.testing.assert_close(launch.rms_norm(x, None, residual=residual)[0], expected)
+
+
+@pytest.mark.parametrize("name", ["rows", "columns"])
+def test_what_lies_beside_a_tensor_is_not_touched_unseen(name: str) -> None:
+    """Tests of kernels rely on it."""
+    x = numbers(0, 4, 8)[:2, :7]
+    operation = norm_operation(x, None, None, None, nearest(80), eps=1e-6, centred=False)
+    (made,) = operation.prepare(operation.candidates[0])
+    made.run()
+    more = {**made.arguments, name: made.arguments[name] + 1}
+    with pytest.raises(Exception, match="touches what is no element of its tensors"):
+        replace(made, arguments=more).run()
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
