@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lwc.backends.fx.inputs import check_call
+from lwc.core.diagnostics import describe_origin
 from lwc.core.errors import LwcError
 
 __all__ = ["LoweredTracer", "OnnxGraphModule", "described"]
@@ -81,7 +82,4 @@ class OnnxGraphModule(torch.fx.GraphModule):  # type: ignore[misc]
 
 def described(node: torch.fx.Node) -> str:
     """Name a lowered node as its ONNX node is named in messages."""
-    origin = node.meta["onnx"]
-    if origin["name"]:
-        return f"{origin['op']} '{origin['name']}'"
-    return f"{origin['op']} -> '{origin['outputs'][0]}'" if origin["outputs"] else origin["op"]
+    return describe_origin(node.meta["onnx"])

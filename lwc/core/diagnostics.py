@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["Remark", "RemarkKind", "RemarkLog", "answers_to", "describe", "neighbourhood"]
+__all__ = [
+    "Remark",
+    "RemarkKind",
+    "RemarkLog",
+    "answers_to",
+    "describe",
+    "describe_origin",
+    "neighbourhood",
+]
 
 RemarkKind = Literal["applied", "missed", "note", "warning"]
 
@@ -67,6 +75,13 @@ def describe(node: ir.Node) -> str:
         return f"{op} '{node.name}'"
     outputs = [value.name for value in node.outputs if value.name]
     return f"{op} -> '{outputs[0]}'" if outputs else op
+
+
+def describe_origin(origin: Mapping[str, Any]) -> str:
+    """Name the ONNX node that a node of PyTorch was lowered from; see `lwc.to_fx`."""
+    if origin["name"]:
+        return f"{origin['op']} '{origin['name']}'"
+    return f"{origin['op']} -> '{origin['outputs'][0]}'" if origin["outputs"] else origin["op"]
 
 
 def answers_to(node: ir.Node, text: str) -> bool:

@@ -141,7 +141,10 @@ def trace_text_model(model: Any, *, remarks: RemarkLog | None = None) -> Module:
         input_names=list(feed),
         output_names=outputs,
     )
-    module.remarks = remarks or module.remarks
+    if remarks is not None:
+        for remark in module.remarks:
+            remarks.emit(remark)
+        module.remarks = remarks
     if causal and "position_ids" not in feed:
         module.remarks.emit(
             Remark("note", "huggingface", f"{name} takes no position_ids: the graph has none")

@@ -7,6 +7,7 @@ PyTorch parameters, not copies.
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import operator
@@ -17,10 +18,21 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
+from lwc.core import dims
 from lwc.core.collector import without_collections
 from lwc.core.errors import InputError, LwcError, MissingExtraError
 from lwc.core.module import Module, Source
 from lwc.core.walk import all_graphs
+from lwc.frontend.torch_extents import (
+    Origin,
+    axes_of,
+    check_extents,
+    fixing_place,
+    names_of,
+    noting_origins,
+    requests,
+    shape_environment,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +45,11 @@ exporter fuses rotary embeddings into a form whose cosine cache has batch 1."""
 
 _UNSUPPORTED = re.compile(r"No ONNX function found for <?(?:OpOverload\(op=')?([\w.:]+)")
 _DATA_DEPENDENT = ("data-dependent", "GuardOnDataDependentSymNode", "unbacked symint")
-_SHAPE_CONSTRAINT = ("Constraints violated", "conflicts between user-specified ranges")
+_SHAPE_CONSTRAINT = (
+    "Constraints violated",
+    "conflicts between user-specified ranges",
+    "Specializations unexpectedly required",
+)
 
 
 def trace(
@@ -58,13 +74,17 @@ def trace(
         dynamic_shapes: As `torch.export.export` takes it, with strings for dynamic dimensions
             that only need a name. Names, of strings and of `torch.export.Dim`, are kept in the
             graph; dimensions of `Dim.AUTO` and `Dim.DYNAMIC` are called `<input>_dim<axis>`.
-            For an `ExportedProgram`, only the names are used.
+            For an `ExportedProgram`, only the names are used. A dimension that the module allows
+            but one extent is an error, and fixed with a note where it was `Dim.AUTO`; conditions
+            that the example took for granted, such as `n > 3`, are warnings among the module's
+            remarks, and those that the module checks itself notes.
         opset: Version of the standard operators, 18 or above; `DEFAULT_OPSET` when not given.
         input_names: Names of the graph's inputs, in order.
         output_names: Names of the graph's outputs, in order.
 
     Raises:
-        InputError: The program cannot be captured or has an operator without a translation.
+        InputError: The program cannot be captured, has an operator without a translation, or is
+            right only at one extent of a dimension that was to be dynamic.
         MissingExtraError: PyTorch is not installed.
     """
     try:
@@ -86,31 +106,39 @@ def trace(
             remedy="give (x,) for one input",
         )
     with _quiet(), without_collections(), torch.no_grad():
-        program = (
-            module
-            if isinstance(module, torch.export.ExportedProgram)
-            else _capture(module, tuple(args), dict(kwargs or {}), dynamic_shapes)
+        origins: dict[Any, Origin] = {}
+        if isinstance(module, torch.export.ExportedProgram):
+            program, axes = module, axes_of(module, (), input_names)
+        else:
+            given = tuple(args), dict(kwargs or {})
+            program, origins = _capture(module, *given, dynamic_shapes)
+            axes = axes_of(program, requests(module, *given, dynamic_shapes), input_names)
+            dynamic_shapes = None  # the exporter goes by the order of names, not by the names
+        remarks, fixed = check_extents(program, axes, origins)
+        model = _translate(
+            _dividing_downward(program), version, dynamic_shapes, input_names, output_names
         )
-        _divide_downward(program)
-        model = _translate(program, version, dynamic_shapes, input_names, output_names)
     # The exporter counts its own values as `val_N`, also beside FX nodes that are called so.
     NameFixPass()(model)
-    _name_dimensions(model, _dimension_names(program))
+    _name_dimensions(model, _dimension_names(program) | names_of(axes), fixed)
     _compact_provenance(model)
-    return Module(model, source=Source(format="torch"))
+    traced = Module(model, source=Source(format="torch"))
+    for remark in remarks:
+        traced.remarks.emit(remark)
+    return traced
 
 
 def _capture(
     module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
-) -> torch.export.ExportedProgram:
+) -> tuple[torch.export.ExportedProgram, dict[Any, Origin]]:
     import torch
 
     title = type(module).__name__
     # Without this, an example dimension of extent 1 would be taken for a constant.
     one_is_no_constant = torch.fx.experimental._config.patch(backed_size_oblivious=True)
-    with _evaluation_mode(module), one_is_no_constant:
+    with _evaluation_mode(module), one_is_no_constant, noting_origins() as origins:
         try:
-            return torch.export.export(
+            program = torch.export.export(
                 module,
                 args,
                 kwargs,
@@ -122,42 +150,63 @@ def _capture(
             text = f"{type(error).__name__}: {error}"
             raise InputError(
                 f"torch.export cannot capture {title}: {_summary(error)}",
-                remedy=_capture_remedy(text),
+                remedy=_capture_remedy(text, fixing_place(origins)),
             ) from error
+    return program, origins
 
 
-def _capture_remedy(text: str) -> str:
+def _capture_remedy(text: str, place: str | None) -> str:
     if any(mark in text for mark in _SHAPE_CONSTRAINT):
-        return "loosen or drop this dimension in dynamic_shapes"
+        change = f", or change {place}, which fixes it" if place else ""
+        return f"loosen or drop this dimension in dynamic_shapes{change}"
     if any(mark in text for mark in _DATA_DEPENDENT):
         return "control flow depends on tensor values: use torch.where or torch.cond there"
     return "check the example inputs and dynamic_shapes"
 
 
-def _divide_downward(program: torch.export.ExportedProgram) -> None:
-    """Have `a // b` of extents rounded down where a may be negative.
+def _dividing_downward(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Have `a // b` of extents rounded down where a may be negative, in a copy without weights.
 
     The exporter makes it a Div, which cuts toward zero: minus the floor of minus, the usual way to
     round up, would round down.
     """
+    inner = _with_floors(program.graph_module)
+    if inner is program.graph_module:
+        return program
+    twin = copy.copy(program)
+    twin._graph_module = inner
+    return twin
+
+
+def _with_floors(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
     import torch
 
-    changed = False
-    for inner in program.graph_module.modules():
-        if not isinstance(inner, torch.fx.GraphModule):
-            continue
-        for node in list(inner.graph.nodes):
-            if node.target is not operator.floordiv or _is_never_negative(node.args[0]):
-                continue
-            a, b = node.args
-            with inner.graph.inserting_before(node):
-                rest = inner.graph.call_function(operator.mod, (a, b))
-                whole = inner.graph.call_function(operator.sub, (a, rest))
-            rest.meta["val"] = _content(a) % _content(b)
-            whole.meta["val"] = _content(a) - rest.meta["val"]
-            node.args, changed = (whole, b), True
-    if changed:
-        program.graph_module.recompile()
+    parts = {
+        name: (part, _with_floors(part))
+        for name, part in module.named_children()
+        if isinstance(part, torch.fx.GraphModule)
+    }
+    changed = {name: made for name, (part, made) in parts.items() if made is not part}
+    if not changed and not any(map(_is_cut, module.graph.nodes)):
+        return module
+    twin = torch.fx.GraphModule(module, copy.deepcopy(module.graph))
+    twin.meta.update(module.meta)
+    for name, part in changed.items():
+        setattr(twin, name, part)
+    for node in filter(_is_cut, list(twin.graph.nodes)):
+        a, b = node.args
+        with twin.graph.inserting_before(node):
+            rest = twin.graph.call_function(operator.mod, (a, b))
+            whole = twin.graph.call_function(operator.sub, (a, rest))
+        rest.meta["val"] = _content(a) % _content(b)
+        whole.meta["val"] = _content(a) - rest.meta["val"]
+        node.args = (whole, b)
+    twin.recompile()
+    return twin
+
+
+def _is_cut(node: torch.fx.Node) -> bool:
+    return node.target is operator.floordiv and not _is_never_negative(node.args[0])
 
 
 def _is_never_negative(number: Any) -> bool:
@@ -240,20 +289,18 @@ def _without_names(spec: Any) -> Any:
 
 def _dimension_names(program: torch.export.ExportedProgram) -> dict[str, str]:
     """Map PyTorch's symbols (`s77`) to the names the user gave in `torch.export.Dim`."""
-    for node in program.graph.nodes:
-        mode = getattr(node.meta.get("val"), "fake_mode", None)
-        if mode is not None and mode.shape_env is not None:
-            shapes = mode.shape_env
-            return {
-                str(shapes.source_to_var[source]): str(name)
-                for source, name in shapes.source_name_to_debug_name.items()
-                if source in shapes.source_to_var
-            }
-    return {}
+    shapes = shape_environment(program)
+    if shapes is None:
+        return {}
+    return {
+        str(shapes.source_to_var[source]): str(name)
+        for source, name in shapes.source_name_to_debug_name.items()
+        if source in shapes.source_to_var
+    }
 
 
-def _name_dimensions(model: ir.Model, names: dict[str, str]) -> None:
-    """Give every symbol of the inputs' shapes a name, everywhere it occurs."""
+def _name_dimensions(model: ir.Model, names: dict[str, str], fixed: Mapping[str, int]) -> None:
+    """Give every symbol of the inputs' shapes a name, or its number, everywhere it occurs."""
     for value in model.graph.inputs:
         for axis, dim in enumerate(value.shape or ()):
             if isinstance(dim, ir.SymbolicDim) and re.fullmatch(r"[su]\d+", dim.value or ""):
@@ -262,13 +309,19 @@ def _name_dimensions(model: ir.Model, names: dict[str, str]) -> None:
         values = [*graph.inputs, *(output for node in graph for output in node.outputs)]
         for value in values:
             if value.shape is not None and not value.shape.is_static():
-                value.shape = ir.Shape([_renamed(dim, names) for dim in value.shape])
+                value.shape = ir.Shape([_renamed(dim, names, fixed) for dim in value.shape])
 
 
-def _renamed(dim: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | str | None:
+def _renamed(
+    dim: int | ir.SymbolicDim, names: Mapping[str, str], fixed: Mapping[str, int]
+) -> int | ir.SymbolicDim | str | None:
     if isinstance(dim, int) or dim.value is None:
         return dim if isinstance(dim, int) else None
-    return re.sub(r"\b[su]\d+\b", lambda match: names.get(match[0], match[0]), dim.value)
+    if fixed:
+        dim = dims.as_ir_dim(dims.bind(dims.parse_dim(dim.value), fixed))
+        if isinstance(dim, int):
+            return dim
+    return re.sub(r"\b[su]\d+\b", lambda match: names.get(match[0], match[0]), str(dim.value))
 
 
 # Provenance

@@ -22,7 +22,7 @@ from support import module_of, run_plain
 import lwc
 from lwc.backends.fx.convert import to_fx
 from lwc.backends.fx.session import FxBackend
-from lwc.core.errors import LwcError
+from lwc.core.errors import InputError, LwcError
 from lwc.core.module import Module
 from lwc.core.walk import constant_tensor
 from lwc.frontend.onnx_writer import save
@@ -568,9 +568,14 @@ def test_it_traces_back() -> None:
             "ceil_mode = 1> (x)",
             "y",
         ),
+        (
+            "scales = Constant <value_floats = [1.0, 1.0, 1.5, 2.0]> () "
+            'y = Resize <mode = "linear"> (x, , scales)',
+            "y",
+        ),
     ],
 )
-def test_extents_rounded_up_trace_back(body: str, outputs: str) -> None:
+def test_extents_that_are_rounded_trace_back(body: str, outputs: str) -> None:
     """The exporter's `//` cuts toward zero, so that minus the floor of minus is no ceiling."""
     results = ", ".join(f"float[1, 1, {name}h, {name}w] {name}" for name in outputs.split())
     module = module_of(f"g (float[1, 1, h, 8] x) => ({results}) {{ {body} }}", opset=19)
@@ -582,6 +587,19 @@ def test_extents_rounded_up_trace_back(body: str, outputs: str) -> None:
         wanted = run_plain(module, {"x": x})
         for found, array in zip(run_plain(again, {"x": x}), wanted, strict=True):
             np.testing.assert_allclose(found, array, 1e-5, 1e-5)
+
+
+def test_a_node_that_fixes_a_dynamic_extent_is_named() -> None:
+    module = module_of(
+        """g (float[n, 2] x) => (float[m, 2] y) <int64 one = {1}>
+        { s = SplitToSequence <axis = 0> (x) y = SequenceAt (s, one) }"""
+    )
+    lowered = lwc.to_fx(module)
+    with pytest.raises(InputError, match=r"'x'.*change SplitToSequence -> 's', which fixes it"):
+        lwc.trace(lowered, (torch.ones(3, 2),), dynamic_shapes=({0: "n"},))
+    again = lwc.trace(lowered, (torch.ones(3, 2),), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    assert again.graph.inputs[0].shape == (3, 2)
+    assert [each.kind for each in again.remarks] == ["note"]
 
 
 def test_negative_extents_are_divided_toward_zero_in_exports() -> None:

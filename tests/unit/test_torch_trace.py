@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from pathlib import Path
 from typing import Any
 
@@ -245,3 +246,160 @@ def test_a_quotient_of_extents_is_rounded_down() -> None:
         np.testing.assert_array_equal(down, x[:, : n // 2])
     # What is never negative is divided as it stands.
     assert ops(module).count("Mod") == 1
+
+
+class Written(Base):
+    """What a function computes."""
+
+    def __init__(self, compute: Any) -> None:
+        super().__init__()
+        self.compute = compute
+
+    def forward(self, x: Any) -> Any:
+        return self.compute(x)
+
+
+def traced(compute: Any, asked: Any) -> Module:
+    return trace(Written(compute), (torch.ones(4, 8),), dynamic_shapes=({0: asked},))
+
+
+def halved(x: Any) -> Any:
+    return torch.zeros(x.shape[0] // 2) + (1 if x.shape[0] // 2 == 2 else 0)
+
+
+def checked(x: Any) -> Any:
+    torch._check(x.shape[0] <= 100)
+    return x + 1
+
+
+def told(module: Module) -> list[tuple[str, str]]:
+    """Return kinds and messages of remarks, without the line numbers of this file."""
+    return [
+        (each.kind, re.sub(r"(test_torch_trace\.py):\d+", r"\1", each.message))
+        for each in module.remarks
+    ]
+
+
+@pytest.mark.parametrize(
+    ("compute", "asked", "kind", "condition"),
+    [
+        (lambda x: x + 1 if x.shape[0] > 3 else x, "n", "warning", "n > 3"),
+        (lambda x: x + 1 if x.shape[0] > 3 else x, Dim.AUTO, "warning", "x_dim0 > 3"),
+        (lambda x: x + 1 if x.shape[0] != 1 else x, "n", "warning", "n != 1"),
+        (lambda x: x + 1 if x.shape[0] % 2 == 0 else x, Dim("n"), "warning", "Mod(n, 2) == 0"),
+        (halved, Dim.DYNAMIC, "warning", "(x_dim0//2) == 2"),
+        (checked, "n", "note", "n <= 100"),
+        (lambda x: x[2], Dim.DYNAMIC, "note", "x_dim0 > 2"),
+    ],
+)
+def test_what_narrows_a_dimension_is_told(
+    compute: Any, asked: Any, kind: str, condition: str
+) -> None:
+    module = traced(compute, asked)
+    words = "right only where" if kind == "warning" else "the module itself asks for"
+    assert told(module) == [(kind, f"{words} {condition} (test_torch_trace.py)")]
+    assert isinstance(dims(module.graph.inputs[0])[0], str)
+
+
+@pytest.mark.parametrize(
+    ("compute", "asked"),
+    [
+        (lambda x: x.transpose(0, 1).reshape(2, -1), "n"),
+        (lambda x: torch.softmax(x @ x.T, -1) @ x + x.mean(0, keepdim=True), "n"),
+        (lambda x: x[:3] + x.new_ones(x.shape[0], 1)[:3], Dim.AUTO),
+        (lambda x: x[2], Dim("n", min=3)),
+        (lambda x: x[2], Dim.DYNAMIC(min=3, max=100)),
+        (lambda x: x + 1 if x.shape[0] <= 100 else x, Dim("n", min=1, max=100)),
+    ],
+)
+def test_nothing_is_told_of_what_the_user_said_or_always_holds(compute: Any, asked: Any) -> None:
+    assert told(traced(compute, asked)) == []
+
+
+def of_four(x: Any) -> Any:
+    """Take a way that only an extent of 4 goes, by an equation that PyTorch does not solve."""
+    return x + 1 if x.shape[0] + x.shape[0] // 2 == 6 else x
+
+
+@pytest.mark.parametrize("asked", ["n", Dim.DYNAMIC, Dim("n")])
+@pytest.mark.parametrize(
+    "compute", [lambda x: x + 1 if x.shape[0] == 4 else x, lambda x: x.view(4, 8), of_four]
+)
+def test_a_dynamic_dimension_that_is_fixed_is_an_error(compute: Any, asked: Any) -> None:
+    with pytest.raises(InputError) as caught:
+        traced(compute, asked)
+    text = str(caught.value)
+    assert re.search(r"\bn\b|'x'", text), text
+    assert "dynamic_shapes" in text
+    assert "test_torch_trace.py:" in text
+
+
+def test_what_may_be_fixed_is_fixed() -> None:
+    module = traced(of_four, Dim.AUTO)
+    ((kind, message),) = told(module)
+    assert kind == "note"
+    assert message.startswith("dimension 0 of 'x' is fixed at 4: ")
+    assert dims(module.graph.inputs[0]) == dims(module.graph.outputs[0]) == [4, 8]
+
+
+class Two(Base):
+    def forward(self, x: Any, y: Any) -> Any:
+        return x.sum(1), y.sum(1)
+
+
+def test_names_go_to_the_inputs_they_were_given_for() -> None:
+    x, y = torch.ones(3, 2), torch.ones(5, 4)
+    shapes = {"y": {0: "of_y"}, "x": {0: "of_x"}}
+    for args, kwargs in (((x, y), {}), ((), {"y": y, "x": x})):
+        module = trace(Two(), args, kwargs, dynamic_shapes=shapes)
+        found = {value.name: dims(value)[0] for value in module.graph.inputs}
+        assert found == {"x": "of_x", "y": "of_y"}
+        assert [dims(value) for value in module.graph.outputs] == [["of_x"], ["of_y"]]
+
+
+class Sum(Base):
+    def forward(self, x: Any, y: Any) -> Any:
+        return x.reshape(-1, 4) + y
+
+
+def test_dimensions_of_two_names_that_depend_on_each_other_are_told() -> None:
+    given = torch.ones(3, 8), torch.ones(6, 4)
+    module = trace(Sum(), given, dynamic_shapes=({0: "n"}, {0: "m"}))
+    assert ("warning", "right only where m == 2*n, as dimension 0 of 'y' is called") in told(module)
+    # Names of PyTorch's own say what depends on what.
+    assert not told(trace(Sum(), given, dynamic_shapes=({0: "n"}, {0: Dim.AUTO})))
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_a_program_that_was_captured_elsewhere_tells_too(deferred: bool) -> None:
+    program = torch.export.export(
+        Written(lambda x: x + 1 if x.shape[0] % 2 == 0 else x),
+        (torch.ones(4, 8),),
+        dynamic_shapes=({0: Dim.AUTO},),
+        prefer_deferred_runtime_asserts_over_guards=deferred,
+    )
+    assert told(trace(program)) == [("warning", "right only where Mod(x_dim0, 2) == 0")]
+
+
+def test_a_program_is_left_as_it_was() -> None:
+    def cut(x: Any) -> Any:
+        return torch.cond(
+            x.sum() > 0,
+            lambda x: x[: -(-x.shape[0] // 2)].sum(0),
+            lambda x: x[: -(-x.shape[0] // 3)].sum(0),
+            (x,),
+        ) + x[: -(-x.shape[0] // 2)].sum(0)
+
+    program = torch.export.export(
+        Written(cut),
+        (torch.ones(5, 8),),
+        dynamic_shapes=({0: Dim.DYNAMIC},),
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+    before = str(program)
+    twice = [trace(program) for _ in range(2)]
+    assert str(program) == before
+    assert ops(twice[0]) == ops(twice[1])
+    x = -np.arange(56, dtype=np.float32).reshape(7, 8)
+    (found,) = run_plain(twice[1], {str(twice[1].graph.inputs[0].name): x})
+    np.testing.assert_array_equal(found, program.module()(torch.from_numpy(x)).numpy())

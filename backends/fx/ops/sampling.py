@@ -60,7 +60,7 @@ def resize(
     crop = coordinate_transformation_mode == "tf_crop_and_resize"
     beyond: Any = None
     for index, axis in enumerate(places):
-        if not crop and factors[index] == 1 and wanted[index] == x.shape[axis]:
+        if not crop and wanted[index] == x.shape[axis] and factors[index] == 1:
             continue
         assert not crop or roi is not None
         bounds = (roi[index], roi[index + len(places)]) if crop and roi else (0.0, 1.0)
@@ -132,7 +132,7 @@ def _weights(
     if exclude_outside:
         share = share * ((taps >= 0) & (taps < extent))
     share = share / share.sum(-1, keepdim=True)
-    table = torch.zeros((len(at), extent), dtype=torch.float64)
+    table = torch.zeros((at.shape[0], extent), dtype=torch.float64)
     return table.scatter_add(1, taps.clamp(0, extent - 1), share)
 
 
