@@ -25,8 +25,8 @@ WEIGHTS = "weights.safetensors"
 _TEMPLATE = '''\
 """{title}
 
-Made by lwc {version}. It needs lwc[triton], whose operators and kernels it calls. On a GPU, where
-Triton compiles kernels on first use:
+Made by lwc {version}. It needs lwc with its extra triton, whose operators and kernels it calls. On
+a GPU, where Triton compiles kernels on first use:
 
     from model import load
 

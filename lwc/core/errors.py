@@ -105,7 +105,7 @@ class MissingExtraError(LwcError):
     def __init__(self, feature: str, extra: str) -> None:
         super().__init__(
             f"{feature} needs an optional dependency",
-            remedy=f"pip install 'lwc[{extra}]'",
+            remedy=f"pip install -e '.[{extra}]' in a clone of lwc",
         )
 
 

@@ -235,7 +235,7 @@ def test_errors_with_a_remedy_of_their_own_pass_through(
         "raise MissingExtraError('training', 'torch')\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(MissingExtraError, match=r"pip install 'lwc\[torch\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install -e '\.\[torch\]'"):
         Registry((PassInfo("p", "lwc_test_extra:P", ""),)).load("p")
 
 

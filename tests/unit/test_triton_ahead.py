@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
-pytest.importorskip("triton", reason="Triton is not installed: pip install 'lwc[triton]'")
+pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[triton]'")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are for Triton's interpreter here", allow_module_level=True)
 

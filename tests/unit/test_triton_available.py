@@ -15,6 +15,9 @@ from lwc.backends.triton.architectures import ARCHITECTURES, architecture, neare
 from lwc.core.errors import MissingExtraError, UsageError
 
 ROOT = Path(__file__).parents[2]
+MISSING = (
+    "the Triton backend needs an optional dependency (pip install -e '.[triton]' in a clone of lwc)"
+)
 ABS = '<ir_version: 9, opset_import: ["" : 17]> g (float x) => (float y) { y = Abs(x) }'
 
 
@@ -26,8 +29,7 @@ def test_a_missing_extra_is_named(missing: str, monkeypatch: pytest.MonkeyPatch)
     )
     with pytest.raises(MissingExtraError) as raised:
         availability.require_triton()
-    expected = "the Triton backend needs an optional dependency (pip install 'lwc[triton]')"
-    assert str(raised.value) == expected
+    assert str(raised.value) == MISSING
 
 
 @pytest.mark.parametrize(
@@ -39,7 +41,7 @@ def test_a_missing_extra_is_named(missing: str, monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_where_no_kernel_runs_one_line_says_why(interpret: str, device: str, told: str) -> None:
-    pytest.importorskip("triton", reason="Triton is not installed: pip install 'lwc[triton]'")
+    pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[triton]'")
     program = (
         "import torch\n"
         "from lwc.backends.triton import launch\n"
@@ -97,12 +99,11 @@ def test_lwc_works_without_the_extra_and_names_it_when_asked(missing: str) -> No
     ended = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
     )
-    told = "the Triton backend needs an optional dependency (pip install 'lwc[triton]')\n"
-    assert ended.stdout == 2 * told, ended.stderr[-2000:]
+    assert ended.stdout == 2 * f"{MISSING}\n", ended.stderr[-2000:]
 
 
 def test_the_backend_asks_for_a_gpu() -> None:
-    pytest.importorskip("triton", reason="Triton is not installed: pip install 'lwc[triton]'")
+    pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[triton]'")
     import torch
 
     if torch.cuda.is_available():

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
-pytest.importorskip("triton", reason="Triton is not installed: pip install 'lwc[triton]'")
+pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[triton]'")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are for Triton's interpreter here", allow_module_level=True)
 

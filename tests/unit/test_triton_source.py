@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
-pytest.importorskip("triton", reason="Triton is not installed: pip install 'lwc[triton]'")
+pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[triton]'")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are for Triton's interpreter here", allow_module_level=True)
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
-pytest.importorskip("triton", reason="Triton is not installed: pip install 'lwc[triton]'")
+pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[triton]'")
 
 from lwc.backends.triton.architectures import architecture  # noqa: E402
 from lwc.backends.triton.kernels.activation import activation_operation  # noqa: E402
