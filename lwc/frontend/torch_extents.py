@@ -321,11 +321,16 @@ def _remark(kind: RemarkKind, message: str) -> Remark:
     return Remark(kind, "trace", message)
 
 
-def _told(conditions: Sequence[_Condition]) -> Iterator[Remark]:
-    taken = [str(each) for each in conditions if not each.origin.checked]
+def _told(conditions: Mapping[_Condition, set[int]]) -> Iterator[Remark]:
     checked = [str(each) for each in conditions if each.origin.checked]
-    if taken:
-        yield _remark("warning", f"right only where {' and '.join(taken)}")
+    taken = {each: forbidden for each, forbidden in conditions.items() if not each.origin.checked}
+    # Modules ask whether there is more than one token or row, mostly to no effect on what one gets.
+    beside = [str(each) for each, forbidden in taken.items() if forbidden == {1}]
+    right = [str(each) for each, forbidden in taken.items() if forbidden != {1}]
+    if right:
+        yield _remark("warning", f"right only where {' and '.join(right)}")
+    if beside:
+        yield _remark("note", f"right where {' and '.join(beside)}, perhaps not at 1")
     if checked:
         yield _remark("note", f"the module itself asks for {' and '.join(checked)}")
 
@@ -388,13 +393,14 @@ def _asserted(program: torch.export.ExportedProgram, shapes: Any) -> Iterator[tu
 
 def _narrowing(
     name: Any, tried: set[int], conditions: Iterable[_Condition]
-) -> tuple[list[_Condition], set[int]]:
-    """Return the conditions on one extent that forbid some, and the extents that all allow.
+) -> tuple[dict[_Condition, set[int]], set[int]]:
+    """Return the conditions that forbid extents, with these, and the extents that all allow.
 
     What PyTorch's own operators ask of an extent of 1 concerns strides and broadcasts, which
     ONNX's work out when they run: that alone is no condition.
     """
-    kept, known, allowed = [], set[int](), set(tried)
+    kept: dict[_Condition, set[int]] = {}
+    known, allowed = set[int](), set(tried)
     for each in conditions:
         forbidden = {extent for extent in tried if not each.holds({name: extent})}
         allowed -= forbidden
@@ -402,12 +408,12 @@ def _narrowing(
             forbidden.remove(1)
             known.add(1)
         if forbidden - known:
-            kept.append(each)
+            kept[each] = forbidden
             known |= forbidden
     return kept, allowed
 
 
-def _fixed(axes: Sequence[Axis], extent: int, conditions: Sequence[_Condition]) -> Remark:
+def _fixed(axes: Sequence[Axis], extent: int, conditions: Iterable[_Condition]) -> Remark:
     told = " and ".join(map(str, conditions))
     for axis in axes:
         if not axis.may_be_fixed:
@@ -420,12 +426,15 @@ def _fixed(axes: Sequence[Axis], extent: int, conditions: Sequence[_Condition]) 
     return _remark("note", f"{axes[0]} is fixed at {extent}: right only where {told}")
 
 
-def _joint(conditions: Iterable[_Condition], values: Mapping[Any, set[int]]) -> list[_Condition]:
-    """Return the conditions on several extents that do not always hold."""
+def _joint(
+    conditions: Iterable[_Condition], values: Mapping[Any, set[int]]
+) -> dict[_Condition, set[int]]:
+    """Return the conditions on several extents that do not always hold, with nothing beside."""
     chance = random.Random(0)
     choices = {name: sorted(tried) for name, tried in values.items()}
     draws = [{name: chance.choice(tried) for name, tried in choices.items()} for _ in range(_DRAWS)]
-    kept, known = [], set[int]()
+    kept: dict[_Condition, set[int]] = {}
+    known = set[int]()
     for each in conditions:
         names = each.relation.free_symbols
         forbidden = {
@@ -435,7 +444,7 @@ def _joint(conditions: Iterable[_Condition], values: Mapping[Any, set[int]]) -> 
             and not each.holds({name: draw[name] for name in names})
         }
         if forbidden - known:
-            kept.append(each)
+            kept[each] = set()
             known |= forbidden
     return kept
 

@@ -12,6 +12,7 @@ import io
 import logging
 import operator
 import re
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ import onnx_ir as ir
 
 from lwc.core import dims
 from lwc.core.collector import without_collections
+from lwc.core.diagnostics import describe_origin
 from lwc.core.errors import InputError, LwcError, MissingExtraError
 from lwc.core.module import Module, Source
 from lwc.core.walk import all_graphs
@@ -116,7 +118,12 @@ def trace(
             dynamic_shapes = None  # the exporter goes by the order of names, not by the names
         remarks, fixed = check_extents(program, axes, origins)
         model = _translate(
-            _dividing_downward(program), version, dynamic_shapes, input_names, output_names
+            module,
+            _dividing_downward(program),
+            version,
+            dynamic_shapes=dynamic_shapes,
+            input_names=input_names,
+            output_names=output_names,
         )
     # The exporter counts its own values as `val_N`, also beside FX nodes that are called so.
     NameFixPass()(model)
@@ -148,8 +155,10 @@ def _capture(
             )
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
+            at = re.search(r"While executing %(\w+)", text)
             raise InputError(
                 f"torch.export cannot capture {title}: {_summary(error)}",
+                node=_lowered_from(module, at.group(1)) if at else None,
                 remedy=_capture_remedy(text, fixing_place(origins)),
             ) from error
     return program, origins
@@ -219,8 +228,10 @@ def _content(number: Any) -> Any:
 
 
 def _translate(
+    module: torch.nn.Module | torch.export.ExportedProgram,
     program: torch.export.ExportedProgram,
     opset: int,
+    *,
     dynamic_shapes: Any,
     input_names: Sequence[str] | None,
     output_names: Sequence[str] | None,
@@ -237,9 +248,10 @@ def _translate(
             dynamic_shapes=dynamic_shapes,
             input_names=input_names,
             output_names=output_names,
+            custom_translation_table={torch.ops.aten.sort.stable: _sorted},
         )
     except Exception as error:
-        raise _translation_error(error) from error
+        raise _translation_error(error, module) from error
     model: ir.Model = exported.model
     if model.opset_imports.get("") != opset:
         raise InputError(
@@ -249,19 +261,65 @@ def _translate(
     return model
 
 
-def _translation_error(error: BaseException) -> LwcError:
+def _sorted(self: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
+    """Sort by the operator that has equal elements in their order, which the exporter lacks."""
+    from onnxscript import opset18
+
+    op: Any = opset18
+    if not self.shape:
+        return op.Identity(self), op.Constant(value_int=0)
+    count = op.Gather(op.Shape(self), op.Constant(value_ints=[dim]))
+    return op.TopK(self, count, axis=dim, largest=int(descending))
+
+
+def _translation_error(
+    error: BaseException, module: torch.nn.Module | torch.export.ExportedProgram
+) -> LwcError:
     """Find the operator in the chain of causes, where it is an operator that failed."""
-    cause: BaseException | None = error
-    deepest = error
-    while cause is not None:
-        match = _UNSUPPORTED.search(str(cause))
+    causes = [error]
+    while (cause := causes[-1].__cause__) is not None:
+        causes.append(cause)
+    place = next(filter(None, (_place(each, module) for each in reversed(causes))), None)
+    for each in causes:
+        match = _UNSUPPORTED.search(str(each))
         if match:
-            return InputError(
-                f"PyTorch's exporter has no ONNX translation of {match.group(1)}",
-                remedy="replace the operator, or register a decomposition with torch.export",
-            )
-        deepest, cause = cause, cause.__cause__
-    return InputError(f"PyTorch's exporter failed: {type(deepest).__name__}: {_summary(deepest)}")
+            remedy = "replace the operator, or register a decomposition with torch.export"
+            if "grouped_mm" in match.group(1):
+                remedy = 'load the model with experts_implementation="batched_mm"'
+            message = f"PyTorch's exporter has no ONNX translation of {match.group(1)}"
+            return InputError(message, node=place, remedy=remedy)
+    message = f"{type(causes[-1]).__name__}: {_summary(causes[-1])}"
+    return InputError(f"PyTorch's exporter failed: {message}", node=place)
+
+
+def _place(
+    error: BaseException, module: torch.nn.Module | torch.export.ExportedProgram
+) -> str | None:
+    """Name the ONNX node or the submodule that the exporter was at."""
+    import torch
+
+    at: Any = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        node = frame.f_locals.get("node")
+        at = node if isinstance(node, torch.fx.Node) else at
+    if at is None:
+        return None
+    earlier = at.meta.get("from_node") or ()
+    while earlier:
+        found = _lowered_from(module, earlier[-1].name)
+        if found is not None:
+            return found
+        earlier = earlier[-1].from_node
+    paths = [path for path, _ in (at.meta.get("nn_module_stack") or {}).values() if path]
+    return f"module '{paths[-1]}'" if paths else None
+
+
+def _lowered_from(module: Any, name: str) -> str | None:
+    """Name the ONNX node that a node of a GraphModule of lwc's was lowered from."""
+    for node in getattr(getattr(module, "graph", None), "nodes", ()):
+        if node.name == name and "onnx" in node.meta:
+            return describe_origin(node.meta["onnx"])
+    return None
 
 
 def _summary(error: BaseException) -> str:

@@ -306,7 +306,7 @@ def test_without_torch_the_extra_is_named() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
     assert len(lines) == 2
-    assert all("pip install 'lwc[torch]'" in line for line in lines)
+    assert all("pip install -e '.[torch]'" in line for line in lines)
 
 
 # Weights back
@@ -587,6 +587,53 @@ def test_extents_that_are_rounded_trace_back(body: str, outputs: str) -> None:
         wanted = run_plain(module, {"x": x})
         for found, array in zip(run_plain(again, {"x": x}), wanted, strict=True):
             np.testing.assert_allclose(found, array, 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "body"),
+    [
+        ("float[n, 3] y, int64[n, 3] z", "y, z = TopK (x, three)"),
+        ("float[n, 3] y, int64[n, 3] z", "y, z = TopK <largest = 0> (x, three)"),
+        ("int64[n, 1] y", "y = ArgMax <axis = 1, select_last_index = 1> (x)"),
+        ("uint8[n, 5] y, float z, uint8 w", "y, z, w = DynamicQuantizeLinear (x)"),
+        (
+            "float[a, 5] y, int64[b] z, int64[c] v, int64[d] w",
+            "y, z, v, w = Unique <axis = 0> (x)",
+        ),
+        ("float[k] y", "y, z, v, w = Unique <sorted = 0> (x)"),
+        ("int64[2, k] y", "y = NonZero (x)"),
+    ],
+)
+def test_what_the_exporter_lacks_traces_back(outputs: str, body: str) -> None:
+    module = module_of(
+        f"g (float[n, 5] x) => ({outputs}) <int64[1] three = {{3}}> {{ {body} }}", opset=18
+    )
+    again = lwc.trace(lwc.to_fx(module), (torch.ones(4, 5),), dynamic_shapes=({0: "n"},))
+    # Of few values, so that there are equal ones in every row.
+    x = np.random.default_rng(3).integers(-1, 2, (7, 5)).astype(np.float32)
+    wanted = run_plain(module, {"x": x})
+    for found, array in zip(run_plain(again, {"x": x}), wanted, strict=True):
+        np.testing.assert_array_equal(found, array)
+
+
+def test_a_node_without_a_translation_is_named() -> None:
+    module = module_of(
+        """g (float[4] x) => (float[4] y) <int64 axis = {0}>
+        { a = Relu (x) y = CumProd (a, axis) }""",
+        opset=26,
+    )
+    with pytest.raises(InputError, match=r"^CumProd -> 'y': .* no ONNX translation of prims.prod"):
+        lwc.trace(lwc.to_fx(module), (torch.ones(4),))
+
+
+def test_a_node_that_cannot_be_captured_is_named() -> None:
+    module = module_of(
+        """g (float[2, 4] x, int64[1] size) => (float[a, b] y)
+        { z = Relu (x) y = CenterCropPad <axes = [1]> (z, size) }""",
+        opset=18,
+    )
+    with pytest.raises(InputError, match=r"^CenterCropPad -> 'y': torch.export cannot capture"):
+        lwc.trace(lwc.to_fx(module), (torch.ones(2, 4), torch.tensor([3])))
 
 
 def test_a_node_that_fixes_a_dynamic_extent_is_named() -> None:

@@ -131,8 +131,8 @@ def unique(
         rows.detach(), return_inverse=True, return_counts=True, dim=dim
     )
     inverse = inverse.reshape(-1)
-    order = torch.arange(len(inverse))
-    first = torch.full((len(counts),), len(inverse), dtype=torch.int64)
+    order = torch.arange(inverse.shape[0])
+    first = torch.full((counts.shape[0],), inverse.shape[0], dtype=torch.int64)
     first = first.scatter_reduce(0, inverse, order, "amin")
     if not sorted:
         by_place = torch.argsort(first)

@@ -118,7 +118,7 @@ def dynamic_quantize_linear(
     """Quantize to uint8 by the range of x, 0 included; return values, scale and zero point."""
     low = high = x.new_zeros(())
     if not (isinstance(x.numel(), int) and x.numel() == 0):
-        low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
+        low, high = x.min().clamp(max=0), x.max().clamp(min=0)
     scale = torch.where(high == low, torch.ones_like(low), (high - low) / 255)
     step = torch.where(scale == 0, torch.ones_like(scale), scale)
     zero = rounded(clamped(-low / step, 0, 255), straight_through)
