@@ -248,7 +248,11 @@ def _translate(
             dynamic_shapes=dynamic_shapes,
             input_names=input_names,
             output_names=output_names,
-            custom_translation_table={torch.ops.aten.sort.stable: _sorted},
+            custom_translation_table={
+                torch.ops.aten.sort.stable: _sorted,
+                torch.ops.aten.__rshift__.Scalar: _shifted_right,
+                torch.ops.aten.__rshift__.Tensor: _shifted_right,
+            },
         )
     except Exception as error:
         raise _translation_error(error, module) from error
@@ -270,6 +274,19 @@ def _sorted(self: Any, stable: bool = True, dim: int = -1, descending: bool = Fa
         return op.Identity(self), op.Constant(value_int=0)
     count = op.Gather(op.Shape(self), op.Constant(value_ints=[dim]))
     return op.TopK(self, count, axis=dim, largest=int(descending))
+
+
+def _shifted_right(self: Any, other: Any) -> Any:
+    """Shift as `>>` does: the exporter lacks tensors of it, and makes unsigned numbers signed."""
+    from onnxscript import opset18
+    from onnxscript.function_libs.torch_lib.ops import core
+
+    op: Any = opset18
+    if isinstance(other, int):
+        other = op.Constant(value=ir.tensor(other, dtype=self.dtype))
+    if self.dtype.is_signed():
+        return core.aten_bitwise_right_shift(self, other)
+    return op.BitShift(self, other, direction="RIGHT")
 
 
 def _translation_error(

@@ -179,6 +179,16 @@ def test_failures_are_one_line_with_the_culprit(
     assert gc.isenabled()
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.int64])
+def test_bits_are_shifted_right(dtype: Any) -> None:
+    x = torch.tensor([-128, -3, -1, 0, 5, 127, 100]).to(dtype)
+    module = trace(Written(lambda x: (x >> 2, x >> torch.ones_like(x))), (x,))
+    found = run_plain(module, {str(module.graph.inputs[0].name): x.numpy()})
+    for array, wanted in zip(found, (x >> 2, x >> 1), strict=True):
+        assert array.dtype == wanted.numpy().dtype
+        np.testing.assert_array_equal(array, wanted.numpy())
+
+
 def test_experts_without_a_translation_have_another_implementation() -> None:
     @torch.library.custom_op("lwc_test::grouped_mm_fallback", mutates_args=())  # type: ignore[untyped-decorator]
     def grouped(x: torch.Tensor) -> torch.Tensor:
