@@ -63,6 +63,10 @@ class RemarkLog:
     def __len__(self) -> int:
         return len(self._remarks)
 
+    def __bool__(self) -> bool:
+        # One that is still empty is no reason to take another.
+        return True
+
     def since(self, start: int) -> list[Remark]:
         """Return the remarks from position `start` on."""
         return self._remarks[start:]

@@ -14,6 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import lwc
+from lwc.core.diagnostics import RemarkLog
 from lwc.core.errors import InputError
 from lwc.core.weights import FileTensor
 from lwc.frontend.onnx_reader import MIN_OPSET, from_proto
@@ -239,8 +240,10 @@ def test_old_opset_is_raised() -> None:
     table = numpy_helper.from_array(np.random.default_rng(0).random((12, 12), np.float32), "w")
     proto.graph.initializer.append(table)
     proto.graph.node[4].CopyFrom(helper.make_node("MatMul", ["f", "w"], ["y"]))
-    module = from_proto(proto)
+    log = RemarkLog()
+    module = from_proto(proto, remarks=log)
     assert module.opset == MIN_OPSET
+    assert module.remarks is log
     assert notes(module) == ["raised from opset 11 to 13"]
     verify_structure(module)
     weight = module.graph.initializers["w"].const_value
