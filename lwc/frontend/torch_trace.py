@@ -112,9 +112,9 @@ def trace(
         if isinstance(module, torch.export.ExportedProgram):
             program, axes = module, axes_of(module, (), input_names)
         else:
-            given = tuple(args), dict(kwargs or {})
-            program, origins = _capture(module, *given, dynamic_shapes)
-            axes = axes_of(program, requests(module, *given, dynamic_shapes), input_names)
+            args, kwargs = _apart((tuple(args), dict(kwargs or {})))
+            program, origins = _capture(module, args, kwargs, dynamic_shapes)
+            axes = axes_of(program, requests(module, args, kwargs, dynamic_shapes), input_names)
             dynamic_shapes = None  # the exporter goes by the order of names, not by the names
         remarks, fixed = check_extents(program, axes, origins)
         model = _translate(
@@ -133,6 +133,28 @@ def trace(
     for remark in remarks:
         traced.remarks.emit(remark)
     return traced
+
+
+def _apart(
+    given: tuple[tuple[Any, ...], dict[str, Any]],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Make copies of a tensor that is given twice: torch.export takes it for one input."""
+    import torch
+    from torch.utils import _pytree
+
+    leaves = _pytree.tree_leaves(given)
+    tensors = [id(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    if len(tensors) == len(set(tensors)):
+        return given
+    seen: set[int] = set()
+
+    def once(leaf: Any) -> Any:
+        again = isinstance(leaf, torch.Tensor) and id(leaf) in seen
+        seen.add(id(leaf))
+        return leaf.detach().clone() if again else leaf
+
+    made: tuple[tuple[Any, ...], dict[str, Any]] = _pytree.tree_map(once, given)
+    return made
 
 
 def _capture(

@@ -387,6 +387,19 @@ def test_names_go_to_the_inputs_they_were_given_for() -> None:
         assert [dims(value) for value in module.graph.outputs] == [["of_x"], ["of_y"]]
 
 
+class Difference(Base):
+    def forward(self, x: Any, y: Any) -> Any:
+        return x - 2 * y
+
+
+def test_a_tensor_that_is_given_twice_is_two_inputs() -> None:
+    x = torch.ones(4, 2)
+    for args, kwargs in (((x, x), {}), ((x,), {"y": x})):
+        module = trace(Difference(), args, kwargs)
+        feed = {"x": np.full((4, 2), 5, np.float32), "y": np.ones((4, 2), np.float32)}
+        np.testing.assert_array_equal(run_plain(module, feed)[0], feed["x"] - 2 * feed["y"])
+
+
 class Sum(Base):
     def forward(self, x: Any, y: Any) -> Any:
         return x.reshape(-1, 4) + y

@@ -53,6 +53,7 @@ class Row:
         attention: Attention operators that `FUSED` writes in the module as it was read.
         attention_back: In the one that came back.
         seconds: Time of lowering and tracing.
+        warnings: What the trace warns of: extents at which its example led it wrong.
     """
 
     family: str
@@ -63,6 +64,7 @@ class Row:
     attention: int
     attention_back: int
     seconds: float
+    warnings: int
 
 
 def round_trip(module: Module) -> Module:
@@ -148,6 +150,7 @@ def row_of(family: str, exporter: str = "dynamo") -> Row:
         attention,
         attention_back,
         seconds,
+        sum(each.kind == "warning" for each in back.remarks),
     )
 
 
