@@ -307,11 +307,11 @@ def check_extents(
         kept, allowed = _narrowing(name, tried, own)
         if kept and len(allowed) == 1:
             (fixed[name],) = allowed
-            same = [a for each, all_of in by_symbol.items() if names[each] is name for a in all_of]
+            same = [a for each, all_of in by_symbol.items() if names[each] == name for a in all_of]
             remarks.append(_fixed(same, fixed[name], kept))
         else:
             remarks += _told(kept)
-            values[name] = allowed or tried
+        values[name] = allowed or tried
     joint = [each for each in conditions if len(each.relation.free_symbols) > 1]
     remarks += _told(_joint(joint, values))
     return remarks, {str(each): fixed[name] for each, name in names.items() if name in fixed}
@@ -431,7 +431,7 @@ def _joint(
 ) -> dict[_Condition, set[int]]:
     """Return the conditions on several extents that do not always hold, with nothing beside."""
     chance = random.Random(0)
-    choices = {name: sorted(tried) for name, tried in values.items()}
+    choices = {name: sorted(tried) or [1] for name, tried in values.items()}
     draws = [{name: chance.choice(tried) for name, tried in choices.items()} for _ in range(_DRAWS)]
     kept: dict[_Condition, set[int]] = {}
     known = set[int]()
