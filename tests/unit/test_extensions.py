@@ -208,7 +208,7 @@ def kernels_of(module: Module) -> list[tuple[str, ...]]:
 def test_kernels_come_likewise(
     folder: Path, monkeypatch: pytest.MonkeyPatch, *, package: bool
 ) -> None:
-    pytest.importorskip("triton", reason="Triton is not installed: pip install 'lwc[triton]'")
+    pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[triton]'")
     if package:
         installed(monkeypatch, folder, KERNEL, "lwc.kernels")
     else:
@@ -222,7 +222,7 @@ def test_kernels_come_likewise(
 
 
 def test_a_kernel_must_exist(folder: Path) -> None:
-    pytest.importorskip("triton", reason="Triton is not installed: pip install 'lwc[triton]'")
+    pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[triton]'")
     file = folder / "bent.py"
     for run, hint in (
         (

@@ -212,7 +212,7 @@ def test_missing_arguments_and_other_objects_are_refused() -> None:
 def test_modules_without_inputs_are_to_be_traced_first(call: Any) -> None:
     told = r"a Linear is traced with example inputs, .* \(make a module of it by lwc\.trace\("
     if call is lwc.to_triton:
-        pytest.importorskip("triton", reason="Triton is not installed: pip install 'lwc[triton]'")
+        pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[triton]'")
     with pytest.raises(InputError, match=told):
         call(torch.nn.Linear(2, 2))
 
