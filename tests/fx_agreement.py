@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-from support import run_plain
+from support import module_of, run_plain
 
 from lwc.backends.fx.session import FxBackend
 from lwc.core.module import Module
@@ -98,3 +98,30 @@ def compare(a: Any, b: Any, rtol: float = RTOL, atol: float = ATOL) -> None:
 def parsed(text: str) -> Module:
     """Read a whole model in ONNX's text format."""
     return Module(ir.from_proto(onnx.parser.parse_model(text)))
+
+
+MLP = """g (float[n, 4] x) => (float[n, 2] y)
+    <float[4, 3] w = {1,2,3,4,5,6,7,8,9,1,2,3}, float[3] bias = {1,2,3},
+     float half = {0.5}, int64[1] axes = {1}, int64[1] out = {3}>
+    {
+        a = MatMul(x, w) b = Add(a, bias) c = Mul(b, half) d = Relu(c)
+        y = Slice(d, axes, out, axes)
+    }"""
+
+
+def mlp() -> Module:
+    """A small module whose nodes and first weight have names that Python does not allow."""
+    module = module_of(MLP)
+    for node, name in zip(
+        module.graph, ("/enc/MatMul", "add it", "", "Relu", "/Relu"), strict=True
+    ):
+        node.name = name
+    return renamed(module, "w", "encoder.dense.weight")
+
+
+def renamed(module: Module, old: str, new: str) -> Module:
+    """Rename an initializer."""
+    value = module.graph.initializers.pop(old)
+    value.name = new
+    module.graph.register_initializer(value)
+    return module
