@@ -423,6 +423,7 @@ def test_the_ranking_alone_writes_nothing(tmp_path: Path, capsys: Any) -> None:
 def test_wrong_options_of_the_ranking_are_shown_as_they_were_written(
     options: str, message: str, caret: int, tmp_path: Path, capsys: Any
 ) -> None:
+    (tmp_path / "ids.jsonl").touch()
     given = [str(tmp_path / "m.onnx"), "--calibrate", str(tmp_path / "ids.jsonl")]
     assert main([*given, f"--sensitivity={options}"]) == 2
     first, shown, place = capsys.readouterr().err.splitlines()
