@@ -6,7 +6,7 @@ fail far inside on a mask that is too short.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from lwc.core.dims import Expr, evaluate, is_anonymous, parse_dim
 from lwc.core.errors import LwcError
 from lwc.core.torch_types import held_as
 
-__all__ = ["Declared", "check_call", "declared", "floats_of"]
+__all__ = ["Declared", "check_call", "declared", "suspect"]
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,6 @@ def _dim(dim: int | ir.SymbolicDim) -> int | str | Expr | None:
     return expression if len(expression.free_symbols) > 1 else None
 
 
-def floats_of(module: torch.nn.Module) -> frozenset[torch.dtype]:
-    """Return the floating-point types of the parameters."""
-    return frozenset(each.dtype for each in module.parameters() if each.is_floating_point())
-
-
 def check_call(
     module: torch.nn.Module,
     inputs: Mapping[str, Declared | None],
@@ -80,74 +75,84 @@ def check_call(
     """Check what a lowered module is called with; what is being traced is let through.
 
     Args:
-        module: The module. One whose weights were turned into another floating-point type since
-            it was made takes that too.
+        module: The module.
         inputs: Its inputs, by the names of the parameters of its `forward`, in order.
         args: Positional arguments; that they are too many or too few is told by Python.
         kwargs: Keyword arguments.
 
     Raises:
-        LwcError: An argument has another type or shape than its input, or disagrees with another
-            one about an extent.
+        LwcError: An argument is no tensor, holds integers or truths in place of floats or the other
+            way round, or has another rank or another extent than its input declares in numbers.
     """
-    extents: dict[str, tuple[int, str]] = {}
-    sums: list[tuple[Declared, int, Expr, int]] = []
-    given = dict(zip(inputs, args, strict=False)) if not kwargs else _bound(inputs, args, kwargs)
-    for parameter, tensor in given.items():
-        want = inputs[parameter]
-        if want is None or (tensor is None and want.optional):
-            continue
+    for want, tensor in _given(inputs, args, kwargs):
         if isinstance(tensor, torch.fx.Proxy):
             return
         if not isinstance(tensor, torch.Tensor):
             raise _no_tensor(module, want, tensor)
-        if tensor.dtype != want.dtype and not _was_converted(module, want, tensor):
+        if tensor.dtype != want.dtype and not _both_floats(want, tensor):
             raise _misfit(module, want, f"of type {_name(tensor.dtype)}")
         if want.dims is None:
             continue
-        shape = tensor.shape
-        if len(shape) != len(want.dims):
-            raise _misfit(module, want, f"of shape {list(shape)}")
-        for axis, (dim, extent) in enumerate(zip(want.dims, shape, strict=True)):
-            if dim is None or not isinstance(extent, int):
-                continue  # a symbol of torch.export is not asked for its number
-            if isinstance(dim, int):
-                if dim != extent:
-                    raise _misfit(module, want, f"of shape {list(shape)}")
-            elif isinstance(dim, str):
+        fits = len(tensor.shape) == len(want.dims) and not any(
+            isinstance(dim, int) and isinstance(extent, int) and dim != extent
+            for dim, extent in zip(want.dims, tensor.shape, strict=True)
+        )
+        if not fits:
+            raise _misfit(module, want, f"of shape {list(tensor.shape)}")
+
+
+def suspect(
+    inputs: Mapping[str, Declared | None], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> str | None:
+    """Return which argument may be why a call failed that `check_call` let through.
+
+    It is one of another floating-point type, which a module takes once it was turned into that
+    type, or whose extents disagree with the names of others, which may still broadcast.
+    """
+    extents: dict[str, tuple[int, str]] = {}
+    sums: list[tuple[Declared, int, Expr, int]] = []
+    for want, tensor in _given(inputs, args, kwargs):
+        if tensor.dtype != want.dtype:
+            return _told(want, f"a tensor of type {_name(tensor.dtype)}")
+        shape = [int(extent) for extent in tensor.shape]
+        for axis, (dim, extent) in enumerate(zip(want.dims or shape, shape, strict=True)):
+            if isinstance(dim, str):
                 number, first = extents.setdefault(dim, (extent, want.name))
                 if number != extent:
-                    about = f"of shape {list(shape)}, where {dim} is {number} in '{first}'"
-                    raise _misfit(module, want, about)
-            else:
+                    about = f"a tensor of shape {shape}, where {dim} is {number} in '{first}'"
+                    return _told(want, about)
+            elif dim is not None and not isinstance(dim, int):
                 sums.append((want, axis, dim, extent))
     for want, axis, dim, extent in sums:
         names = {each.name for each in dim.free_symbols}
         if names <= extents.keys():
             number = evaluate(dim, {name: extents[name][0] for name in names})
             if number != extent:
-                told = ", ".join(f"{name} is {extents[name][0]}" for name in sorted(names))
-                about = f"with {extent} in axis {axis}, where {dim} is {number}: {told}"
-                raise _misfit(module, want, about)
+                why = ", ".join(f"{name} is {extents[name][0]}" for name in sorted(names))
+                about = f"a tensor with {extent} in axis {axis}, where {dim} is {number}: {why}"
+                return _told(want, about)
+    return None
 
 
-def _bound(
-    inputs: Mapping[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
-    bound = dict(zip(inputs, args, strict=False))
-    return bound | {name: each for name, each in kwargs.items() if name in inputs}
+def _given(
+    inputs: Mapping[str, Declared | None], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Iterator[tuple[Declared, Any]]:
+    """Yield what each input was fed that is to be a tensor."""
+    bound = dict(zip(inputs, args, strict=False)) | dict(kwargs)
+    for parameter, tensor in bound.items():
+        want = inputs.get(parameter)
+        if want is not None and not (tensor is None and want.optional):
+            yield want, tensor
 
 
-def _was_converted(module: torch.nn.Module, want: Declared, tensor: torch.Tensor) -> bool:
-    if not (want.dtype.is_floating_point and tensor.is_floating_point()):
-        return False
-    now = floats_of(module)
-    return tensor.dtype in now and now != module.meta["lwc"]["floats"]
+def _both_floats(want: Declared, tensor: torch.Tensor) -> bool:
+    return bool(want.dtype.is_floating_point and tensor.is_floating_point())
 
 
 def _no_tensor(module: torch.nn.Module, want: Declared, given: Any) -> LwcError:
-    what = "an array of numpy's" if isinstance(given, np.ndarray) else f"a {type(given).__name__}"
-    remedy = "torch.from_numpy makes a tensor of it" if isinstance(given, np.ndarray) else None
+    array = isinstance(given, np.ndarray)
+    what = "an array of numpy's" if array else f"a {type(given).__name__}"
+    remedy = "; torch.from_numpy makes a tensor of it" if array else ""
     return _error(module, f"input '{want.name}' was fed {what}, not a tensor", want, remedy)
 
 
@@ -155,15 +160,13 @@ def _misfit(module: torch.nn.Module, want: Declared, wrong: str) -> LwcError:
     return _error(module, f"input '{want.name}' was fed a tensor {wrong}", want)
 
 
-def _error(
-    module: torch.nn.Module, message: str, want: Declared, remedy: str | None = None
-) -> LwcError:
-    feed = f"feed {want.wanted}"
-    return LwcError(
-        message,
-        file=module.meta["lwc"]["file"],
-        remedy=feed if remedy is None else f"{feed}; {remedy}",
-    )
+def _told(want: Declared, what: str) -> str:
+    return f"input '{want.name}' was fed {what}; it is to be {want.wanted}"
+
+
+def _error(module: torch.nn.Module, message: str, want: Declared, remedy: str = "") -> LwcError:
+    file = module.meta.get("lwc", {}).get("file")
+    return LwcError(message, file=file, remedy=f"feed {want.wanted}{remedy}")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lwc.backends.fx.inputs import check_call
+from lwc.backends.fx.inputs import check_call, suspect
 from lwc.core.diagnostics import describe_origin
 from lwc.core.errors import LwcError
 
@@ -29,8 +29,8 @@ class OnnxGraphModule(torch.fx.GraphModule):  # type: ignore[misc]
     """A `torch.fx.GraphModule` whose nodes come from an ONNX graph.
 
     `meta["lwc"]` is a dictionary: `inputs` and `outputs` are the names in the ONNX graph,
-    `weights` maps a parameter or buffer to the places it came from, `floats` has the types of
-    those that are floating-point, and `file` is where the module was read from.
+    `weights` maps a parameter or buffer to the places it came from, and `file` is where the
+    module was read from.
     """
 
     def recompile(self) -> Any:
@@ -48,7 +48,9 @@ class OnnxGraphModule(torch.fx.GraphModule):  # type: ignore[misc]
         """
         if torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)
-        check_call(self, self._declared, args, kwargs)
+        known = not self._forward_pre_hooks  # which may change what comes
+        if known:
+            check_call(self, self._declared, args, kwargs)
         try:
             return super().__call__(*args, **kwargs)
         except LwcError as error:
@@ -66,6 +68,7 @@ class OnnxGraphModule(torch.fx.GraphModule):  # type: ignore[misc]
                 f"{type(error).__name__}: {text}",
                 file=self.meta.get("lwc", {}).get("file"),
                 node=described(node),
+                remedy=suspect(self._declared, args, kwargs) if known else None,
             ) from error
 
     def _failed(self, error: BaseException) -> torch.fx.Node | None:

@@ -138,7 +138,7 @@ def op(
     """
 
     def register(function: AnyFunction) -> AnyFunction:
-        if not note_extension().startswith("lwc."):
+        if not note_extension(function).startswith("lwc."):
             from lwc.backends.fx import ops  # noqa: F401 (whose names are taken)
         lowering = Lowering(
             function,
@@ -241,7 +241,7 @@ def host(names: str, *, tensors: Iterable[int] = ()) -> Callable[[AnyFunction], 
     """
 
     def register(function: AnyFunction) -> AnyFunction:
-        note_extension()
+        note_extension(function)
         for name in names.split():
             HOST[name] = Host(function, frozenset(tensors), _parameters(function))
         return function

@@ -17,7 +17,7 @@ import torch
 
 from lwc.analysis.shapes import Shapes
 from lwc.backends.fx import ops
-from lwc.backends.fx.inputs import declared, floats_of
+from lwc.backends.fx.inputs import declared
 from lwc.backends.fx.module import OnnxGraphModule
 from lwc.backends.fx.ops.control_flow import given
 from lwc.backends.fx.ops.integers import as_tensor, numbers
@@ -122,7 +122,6 @@ class _Walk:
             "inputs": [value.name for value in (*fed, *optional)],
             "outputs": [value.name for value in (*graph.outputs, *self.exposed)],
             "weights": self.weights.places(made),
-            "floats": floats_of(made),
             "file": self.module.source.path,
         }
         return made

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-from lwc.backends.fx.inputs import floats_of
 from lwc.backends.fx.module import OnnxGraphModule, described
 from lwc.backends.fx.walk import lowered
 from lwc.backends.triton import lowerings
@@ -78,12 +77,7 @@ def lowered_to_kernels(module: Module, *, expose: Sequence[str] = ()) -> OnnxGra
     origin = plain.meta["lwc"]
     weights = {name: places for name, places in origin["weights"].items() if name in kept}
     placed = _placed(plain.graph, set(graph.nodes), made, sites, refused)
-    result.meta["lwc"] = {
-        **origin,
-        "weights": weights,
-        "floats": floats_of(result),
-        "placements": placed,
-    }
+    result.meta["lwc"] = {**origin, "weights": weights, "placements": placed}
     for placement in placed:
         _tell(module, placement)
     return result

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 from lwc.core.errors import LwcError, Terminated, UsageError
-from lwc.core.extensions import extends_lwc
+from lwc.core.extensions import extends_lwc, noting_import
 from lwc.pipeline.pass_class import FILE_PLUGIN
 from lwc.pipeline.passes import Pass
 
@@ -37,7 +37,10 @@ def import_plugin(name: str) -> ModuleType:
         UsageError: It cannot be imported.
     """
     try:
-        return _import_file(Path(name)) if name.endswith(".py") else importlib.import_module(name)
+        if name.endswith(".py"):
+            return _import_file(Path(name))
+        with noting_import(name):
+            return importlib.import_module(name)
     except (LwcError, Terminated):
         raise
     except (Exception, SystemExit) as error:
@@ -55,7 +58,8 @@ def import_installed(group: str) -> None:
         owner = "" if point.dist is None else f" of package '{point.dist.name}'"
         what = f"entry point '{point.name}' in {group}{owner}"
         try:
-            importlib.import_module(point.module)
+            with noting_import(point.module):
+                importlib.import_module(point.module)
         except (LwcError, Terminated):
             raise
         except (Exception, SystemExit) as error:
@@ -79,7 +83,8 @@ def _import_file(path: Path) -> ModuleType:
     before = sys.modules.get(name)
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        with noting_import(name):
+            spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         if before is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import util
@@ -72,7 +73,8 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
         tables.append(KERNELS)
     before = [dict(table) for table in tables]
-    monkeypatch.setattr(extensions, "_MODULES", set())
+    monkeypatch.setattr(extensions, "_REGISTERED", [])
+    monkeypatch.setattr(extensions, "_EXTENDING", set())
     default_registry.cache_clear()
     import_installed.cache_clear()
     yield
@@ -125,6 +127,50 @@ def test_a_module_that_was_imported_before_is_a_plugin_too(
     monkeypatch.delitem(sys.modules, "lwc_test_bent", raising=False)
     importlib.import_module("lwc_test_bent")
     assert Registry().load_plugin("lwc_test_bent") == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import math\nfrom lwc.backends.fx.registry import direct\n"
+        "direct({'com.example::Bent': math.exp})",
+        "import lwc_test_helper",
+        "from lwc_test_package import other",
+    ],
+)
+def test_operators_may_be_registered_by_what_a_plugin_uses(
+    text: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "lwc_test_package").mkdir()
+    (folder / "lwc_test_package" / "__init__.py").write_text("from . import bent\nother = 1\n")
+    (folder / "lwc_test_package" / "bent.py").write_text(BENT)
+    (folder / "lwc_test_helper.py").write_text(BENT)
+    (folder / "plugin.py").write_text(text)
+    monkeypatch.syspath_prepend(str(folder))
+    for name in ("lwc_test_helper", "lwc_test_package", "lwc_test_package.bent"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert Registry().load_plugin(str(folder / "plugin.py")) == []
+    assert "com.example::Bent" in operators._LOWERINGS
+    if "package" in text:  # known by what is registered inside of it
+        assert Registry().load_plugin("lwc_test_package") == []
+
+
+def test_two_functions_of_one_name_are_two(folder: Path) -> None:
+    (folder / "bent.py").write_text(f"{BENT}\n\n{BENT}")
+    with pytest.raises(UsageError, match=r"bent.py:12: ValueError: operator '.*' is registered"):
+        Registry().load_plugin(str(folder / "bent.py"))
+
+
+def test_names_of_operators_are_taken_before_any_module_was_lowered() -> None:
+    script = (
+        "from lwc.backends.fx.registry import direct\n"
+        "try: direct({'Relu': lambda x: x})\n"
+        "except ValueError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "operator 'Relu' is registered twice since version 1\n"
 
 
 @pytest.mark.parametrize("name", ["Gelu", "Shape", "com.example::Twice com.example::Twice"])

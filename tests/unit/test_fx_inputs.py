@@ -13,7 +13,6 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
-from fx_agreement import parsed
 from support import module_of
 from torch._dynamo.testing import CompileCounter
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -53,16 +52,24 @@ MISFITS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         r"^input 'ids' was fed a tensor of type float32 \(feed int64 \[batch, seq\]\)$",
     ),
     "narrow ids": ("ids", lambda x: x.int(), "'ids' was fed a tensor of type int32"),
-    "wide floats": ("bias", lambda x: x.double(), "'bias' .* of type float64 .*feed float32"),
+    "truths": ("bias", lambda x: x.bool(), "'bias' was fed a tensor of type bool"),
+    "floats for a mask": ("mask", lambda x: x.float(), "'mask' was fed a tensor of type float32"),
     "a rank": ("ids", lambda x: x[0], r"'ids' was fed a tensor of shape \[3\] \(feed int64"),
     "a fixed extent": ("extra", lambda _: torch.ones(3), r"'extra' .* of shape \[3\] .* \[2\]"),
     "a named extent": (
         "bias", lambda x: x[:, :2],
-        r"'bias' was fed a tensor of shape \[2, 2, 2\], where seq is 3 in 'ids' \(feed",
+        r"^Add -> 'moved': RuntimeError: .* \(input 'bias' was fed a tensor of shape \[2, 2, 2\], "
+        r"where seq is 3 in 'ids'; it is to be float32 \[batch, seq, 2\]\)$",
+    ),
+    "a named extent that is more": (
+        "bias", lambda x: x.repeat(1, 2, 1), r"\[2, 6, 2\], where seq is 3 in 'ids'",
     ),
     "a sum of extents": (
         "mask", lambda x: x[:, :3],
-        r"'mask' was fed a tensor with 3 in axis 1, where past \+ seq is 4: past is 1, seq is 3 ",
+        r"'mask' was fed a tensor with 3 in axis 1, where past \+ seq is 4: past is 1, seq is 3;",
+    ),
+    "a sum that is more": (
+        "mask", lambda x: x.repeat(1, 2), "with 8 in axis 1, where past . seq is 4:",
     ),
     "an array": ("ids", lambda x: x.numpy(), "an array of numpy's, .* torch.from_numpy"),
     "a list": ("ids", lambda x: x.tolist(), "'ids' was fed a list, not a tensor"),
@@ -89,23 +96,6 @@ def test_kernels_are_asked_no_less() -> None:
         lowered(*given.values())
 
 
-def test_weights_packed_for_kernels_are_not_converted_ones() -> None:
-    """A product's float32 scales are packed away; what is left is of another type."""
-    pytest.importorskip("triton")
-    codes, scales = (", ".join(["1"] * count) for count in (8 * 16, 8))
-    module = parsed(
-        f"""<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
-        g (float[n, 32] x, float16[4] z) => (float[n, 8] y, float16[4] s)
-        <uint8[8, 1, 16] w = {{{codes}}}, float[8] c = {{{scales}}}, float16[4] h = {{1, 2, 3, 4}}>
-        {{ y = com.microsoft.MatMulNBits<K = 32, N = 8, bits = 4, block_size = 32>(x, w, c)
-           s = Add(z, h) }}"""
-    )
-    lowered = lwc.to_triton(module)
-    assert {each.dtype for each in lowered.parameters()} == {torch.float16}
-    with pytest.raises(LwcError, match="'x' was fed a tensor of type float16"):
-        lowered(torch.ones(2, 32).half(), torch.ones(4).half())
-
-
 def test_dims_that_say_little_are_not_asked_for() -> None:
     """`?` twice need not be one number, and exporters write `past + 1` for any number of tokens."""
     text = """g (float["?", "?"] x, float[past] c, float["past + 1"] m)
@@ -120,18 +110,31 @@ def test_inputs_with_a_default_may_be_none() -> None:
     assert torch.equal(lowered(*given.values(), None), lowered(*given.values()))
 
 
-def test_converted_weights_take_their_own_floats() -> None:
-    """A graph without casts runs in another type once its weights are of that type."""
+def test_what_broadcasts_is_let_through() -> None:
+    """As ONNX Runtime does: merged decoders are fed a past that they do not use."""
+    lowered, given = lwc.to_fx(embedded()), fitting(batch=2)
+    given["bias"] = given["bias"][:1]
+    assert lowered(*given.values()).shape == (2, 4, 2)
+
+
+def test_floats_of_another_type_are_let_through_and_told_where_they_fail() -> None:
     text = """g (float[n, 2] x) => (float[n, 2] y) <float[2, 2] w = {1, 2, 3, 4}>
         { y = MatMul(x, w) }"""
     lowered = lwc.to_fx(module_of(text))
     x = torch.ones(3, 2, dtype=torch.float64)
-    with pytest.raises(LwcError, match="float64"):
+    told = (
+        r"MatMul -> 'y': .*input 'x' was fed a tensor of type float64; it is to be float32 \[n, 2\]"
+    )
+    with pytest.raises(LwcError, match=told):
         lowered(x)
-    lowered.double()
-    assert lowered(x).dtype == torch.float64
-    with pytest.raises(LwcError, match="bfloat16"):
-        lowered(x.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lowered(x.bfloat16()).dtype == torch.bfloat16
+    handle = lowered.register_forward_pre_hook(lambda _, args: (args[0].float(),))
+    assert lowered(x.int()).dtype == torch.float32
+    handle.remove()
+    assert lowered.double()(x).dtype == torch.float64
+    weightless = lwc.to_fx(module_of("g (float[n] x) => (float[n] y) { y = Neg(x) }"))
+    assert weightless.half()(torch.ones(2).half()).dtype == torch.float16
 
 
 # Ways on

@@ -10,7 +10,9 @@ import pytest
 
 pytest.importorskip("torch")
 
-from fx_agreement import assert_agrees, one_node, parsed
+from fx_agreement import assert_agrees, one_node, parsed, run_fx
+
+from lwc.core.errors import LwcError
 
 MS = "com.microsoft"
 RANDOM = np.random.default_rng(5)
@@ -113,6 +115,17 @@ def test_quantized_choices(dtype: Any) -> None:
 def test_quantized_pools(attributes: dict[str, Any], dtype: Any) -> None:
     given = quantized("x", 2, 3, 21, 20, scale=0.03, zero=77, dtype=dtype)
     check("QLinearAveragePool", given | result(0.02171, 120, dtype), **attributes)
+
+
+def test_quantized_pools_that_count_what_lies_beyond_are_refused() -> None:
+    """ONNX Runtime's differ from those that it computes of floats."""
+    given = quantized("x", 1, 1, 6, 6, scale=0.03, zero=77, dtype=np.uint8)
+    module, feed = one_node(
+        "QLinearAveragePool", given | result(0.02171, 120, np.uint8), domain=MS,
+        kernel_shape=[3, 3], strides=[2, 2], ceil_mode=1, count_include_pad=1,
+    )  # fmt: skip
+    with pytest.raises(LwcError, match=r"QLinearAveragePool .*ceil_mode and count_include_pad"):
+        run_fx(module, feed)
 
 
 @TYPES

@@ -95,9 +95,8 @@ def attention(
         logits = torch.where(visible, logits, torch.full_like(logits, -math.inf))
     precise = logits if softmax_precision is None else logits.to(softmax_precision)
     shares = softmax_or_zero(precise).to(q.dtype)
-    both = torch.promote_types(
-        q.dtype, v.dtype
-    )  # the standard lets values have a type of their own
+    # The standard lets values have a type of their own.
+    both = torch.promote_types(q.dtype, v.dtype)
     y = torch.matmul(shares.to(both), values.to(both)).to(q.dtype)
     y = as_rows(y) if in_rows else y
     shown = (products, capped, logits, shares)[qk_matmul_output_mode]
@@ -112,7 +111,10 @@ def counted(lengths: Tensor, keys: int) -> Tensor:
     """
     looks = type(lengths) is torch.Tensor and not torch.compiler.is_compiling()
     if looks and lengths.is_cpu and lengths.numel():
-        low, high = (int(end) for end in lengths.aminmax())
+        try:
+            low, high = (int(end) for end in lengths.aminmax())
+        except RuntimeError:  # within vmap and make_fx a tensor has no number
+            low, high = 0, 0
         if low < 0 or high > keys:
             raise LwcError(f"nonpad_kv_seqlen is from {low} to {high}, and there are {keys} keys")
     return lengths.clamp(0, keys)

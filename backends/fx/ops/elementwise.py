@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 import torch.nn.functional as F
 
-from lwc.backends.fx.ops.rounding import in_single, rounded
+from lwc.backends.fx.ops.rounding import in_single, rounded, rounded_to
 from lwc.backends.fx.registry import direct, op
 
 __all__: list[str] = []
@@ -133,14 +133,14 @@ def min_(*values: Tensor) -> Tensor:
 @op("Sum")
 def sum_(*values: Tensor) -> Tensor:
     """Add."""
-    return functools.reduce(torch.add, map(in_single, values)).to(values[0].dtype)
+    return rounded_to(functools.reduce(torch.add, map(in_single, values)), values[0].dtype)
 
 
 @op("Mean")
 def mean(*values: Tensor) -> Tensor:
     """Average."""
     total = functools.reduce(torch.add, map(in_single, values))
-    return (total / len(values)).to(values[0].dtype)
+    return rounded_to(total / len(values), values[0].dtype)
 
 
 @op("Clip", wide=True)
@@ -268,19 +268,7 @@ def fast_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.gelu(x if bias is None else x + bias, approximate="tanh")
 
 
-@op("Dropout", ignored="ratio", since=7)
-def dropout_of_nothing(x: Tensor, *, outputs: int = 1) -> Any:
-    """Return x; the mask is 0 everywhere, as ONNX Runtime has it, and of the type of x."""
-    return (x, torch.zeros_like(x)) if outputs > 1 else x
-
-
-@op("Dropout", ignored="ratio", since=10)
-def dropout_of_nothing_with_truths(x: Tensor, *, outputs: int = 1) -> Any:
-    """Return x; the mask is all false, as ONNX Runtime has it."""
-    return (x, torch.zeros_like(x, dtype=torch.bool)) if outputs > 1 else x
-
-
-@op("Dropout", ignored="seed", since=12)
+@op("Dropout", ignored="seed", since=7)
 def dropout(
     x: Tensor,
     ratio: Tensor | None = None,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from lwc.backends.fx.ops.rotary import rows_at
-from lwc.backends.fx.ops.rounding import in_single
+from lwc.backends.fx.ops.rounding import in_single, rounded_to
 from lwc.backends.fx.registry import op
 from lwc.core.errors import LwcError
 
@@ -199,7 +199,7 @@ def instance_normalization(
     axes, wide = list(range(2, x.dim())), in_single(x)
     centred = wide - wide.mean(axes, keepdim=True)
     y = centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + epsilon)
-    return (y * _by_channel(x, scale) + _by_channel(x, bias)).to(x.dtype)
+    return rounded_to(y * _by_channel(x, scale) + _by_channel(x, bias), x.dtype)
 
 
 @op("GroupNormalization", since=21)

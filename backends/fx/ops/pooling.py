@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 
-from lwc.backends.fx.ops.rounding import in_single
+from lwc.backends.fx.ops.rounding import in_single, rounded_to
 from lwc.backends.fx.ops.windows import AutoPad, padded, pads_of
 from lwc.backends.fx.registry import op
 
@@ -167,7 +167,7 @@ def average_pool(
         ones = padded(ones, [0] * len(windows.kernel), windows.beyond)
     else:
         ones = windows.spread(ones, 0.0)
-    return (total / windows.cut(ones).sum(-1)).to(x.dtype)
+    return rounded_to(total / windows.cut(ones).sum(-1), x.dtype)
 
 
 @op("LpPool")
@@ -185,7 +185,7 @@ def lp_pool(
     """Return the norm of each window."""
     windows = _Windows(x, kernel_shape, strides, dilations, pads, auto_pad, ceil_mode)
     powers = windows.cut(windows.spread(in_single(x), 0.0)).abs().pow(p)
-    return powers.sum(-1).pow(1 / p).to(x.dtype)
+    return rounded_to(powers.sum(-1).pow(1 / p), x.dtype)
 
 
 @op("GlobalAveragePool")
@@ -204,4 +204,5 @@ def global_max_pool(x: Tensor) -> Tensor:
 def global_lp_pool(x: Tensor, *, p: int = 2) -> Tensor:
     """Return the norm of each channel."""
     powers = in_single(x).abs().pow(p)
-    return powers.sum(list(range(2, x.dim())), keepdim=True).pow(1 / p).to(x.dtype)
+    total = powers.sum(list(range(2, x.dim())), keepdim=True)
+    return rounded_to(total.pow(1 / p), x.dtype)

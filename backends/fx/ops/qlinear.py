@@ -11,6 +11,7 @@ from lwc.backends.fx.ops.pooling import average_pool, global_average_pool
 from lwc.backends.fx.ops.quantized import output_like, quantized, real
 from lwc.backends.fx.ops.windows import AutoPad
 from lwc.backends.fx.registry import op
+from lwc.core.errors import LwcError
 
 __all__: list[str] = []
 
@@ -181,7 +182,14 @@ def qlinear_average_pool(
     high: int = 255,
     straight_through: bool = False,
 ) -> Tensor:
-    """Average windows of a quantized tensor and quantize the averages."""
+    """Average windows of a quantized tensor and quantize the averages.
+
+    Raises:
+        LwcError: Windows end beyond the padding and count it, which ONNX Runtime computes in a way
+            of its own.
+    """
+    if ceil_mode and count_include_pad:
+        raise LwcError("ceil_mode and count_include_pad together have no lowering")
     y = average_pool(
         real(x, x_scale, x_zero),
         kernel_shape=kernel_shape,

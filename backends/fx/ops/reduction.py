@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from lwc.backends.fx.ops.rounding import in_single
+from lwc.backends.fx.ops.rounding import in_single, rounded_to
 from lwc.backends.fx.registry import op
 
 __all__: list[str] = []
@@ -105,7 +105,7 @@ def reduce_prod(
     y = in_single(x)
     for axis in sorted((a % max(x.dim(), 1) for a in _axes(x, axes)), reverse=True):
         y = torch.prod(y, axis, keepdim=bool(keepdims), dtype=y.dtype)
-    return y.to(x.dtype)
+    return rounded_to(y, x.dtype)
 
 
 @op("ReduceL1", values=(1,), wide=True)

@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-__all__ = ["clamped", "in_single", "rounded"]
+__all__ = ["clamped", "in_single", "rounded", "rounded_to"]
 
 Tensor: TypeAlias = torch.Tensor
 
@@ -32,6 +32,11 @@ def rounded(x: Tensor, straight_through: bool) -> Tensor:
 def in_single(x: Tensor) -> Tensor:
     """Return x in the type that sums are taken in: float32 in place of a shorter float."""
     return x.float() if x.is_floating_point() and x.dtype.itemsize < 4 else x
+
+
+def rounded_to(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a result in a type; in exports a conversion to its own would be a condition."""
+    return y if y.dtype == dtype else y.to(dtype)
 
 
 def clamped(x: Tensor, low: int, high: int) -> Tensor:

@@ -79,7 +79,7 @@ def kernel(
     """
 
     def register(substitute: Callable[[Site], Results]) -> Callable[[Site], Results]:
-        note_extension()
+        note_extension(substitute)
         if not runs.split():
             raise ValueError(f"no kernel is said to compute '{names}'")
         for run in runs.split():
