@@ -203,6 +203,13 @@ def axes_of(
             continue
         name = next(called, node.name)
         by_axis = dict(enumerate(given)) if isinstance(given, list | tuple) else given or {}
+        rank = len(node.meta["val"].shape)
+        for number in by_axis:
+            if not 0 <= number < rank:
+                raise InputError(
+                    f"dynamic_shapes has a dimension {number} for '{name}', whose {rank} "
+                    "dimensions are counted from 0"
+                )
         for number, extent in enumerate(node.meta["val"].shape):
             known = isinstance(extent, int)
             axes.append(
@@ -271,6 +278,7 @@ def check_extents(
     Raises:
         InputError: A dimension that was asked to be dynamic can have but one extent.
     """
+    _check_names(axes)
     remarks = [
         _remark("note", f"{axis} is fixed at {axis.extent}: the module allows no other extent")
         for axis in axes
@@ -333,6 +341,20 @@ def _told(conditions: Mapping[_Condition, set[int]]) -> Iterator[Remark]:
         yield _remark("note", f"right where {' and '.join(beside)}, perhaps not at 1")
     if checked:
         yield _remark("note", f"the module itself asks for {' and '.join(checked)}")
+
+
+def _check_names(axes: Sequence[Axis]) -> None:
+    """Check that dimensions of one name have one extent, which torch.export does for a Dim."""
+    first: dict[str, Axis] = {}
+    for axis in axes:
+        if axis.own_name:
+            other = first.setdefault(axis.own_name, axis)
+            if axis.example != other.example:
+                raise InputError(
+                    f"'{axis.own_name}' names {other}, whose example has {other.example}, and "
+                    f"{axis}, whose example has {axis.example}",
+                    remedy="give them two names",
+                )
 
 
 def _related(axes: Sequence[Axis], names: Mapping[Any, Any]) -> Iterator[Remark]:

@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from lwc.core import dims
 from lwc.core.collector import without_collections
-from lwc.core.diagnostics import describe_origin
+from lwc.core.diagnostics import Remark, describe_origin
 from lwc.core.errors import InputError, LwcError, MissingExtraError
 from lwc.core.module import Module, Source
 from lwc.core.walk import all_graphs
@@ -102,6 +102,8 @@ def trace(
             f"cannot trace a {type(module).__name__}",
             remedy="give an nn.Module, a GraphModule or an ExportedProgram",
         )
+    if version < 18:
+        raise InputError(f"opset {version} is below 18", remedy=f"leave it at {DEFAULT_OPSET}")
     if not isinstance(args, list | tuple):
         raise InputError(
             f"args is a tuple of example inputs, not a {type(args).__name__}",
@@ -130,9 +132,33 @@ def trace(
     _name_dimensions(model, _dimension_names(program) | names_of(axes), fixed)
     _compact_provenance(model)
     traced = Module(model, source=Source(format="torch"))
-    for remark in remarks:
+    for remark in (*remarks, *_kept_buffers(program)):
         traced.remarks.emit(remark)
     return traced
+
+
+def _kept_buffers(program: torch.export.ExportedProgram) -> Iterator[Remark]:
+    """Tell of buffers that a call changes, which a graph without a state cannot."""
+    import torch
+
+    signature = program.graph_signature
+    changed = set(signature.buffers_to_mutate.values())  # of programs that were decomposed
+    views: dict[torch.fx.Node, str] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in signature.inputs_to_buffers:
+            views[node] = signature.inputs_to_buffers[node.name]
+        schema = getattr(node.target, "_schema", None)
+        for parameter, given in zip(schema.arguments if schema else (), node.args, strict=False):
+            if parameter.alias_info and isinstance(given, torch.fx.Node) and given in views:
+                views[node] = views[given]
+                if parameter.alias_info.is_write:
+                    changed.add(views[given])
+    for name in sorted(changed):
+        yield Remark(
+            "warning",
+            "trace",
+            f"each call changes buffer '{name}', and each run begins with what it was at the trace",
+        )
 
 
 def _apart(

@@ -120,7 +120,7 @@ def _train(
     trained: Mapping[int, Feed],
     held: Mapping[int, Feed],
     trail: Trail,
-) -> tuple[float, float, float]:
+) -> tuple[float, float, float | None]:
     """Train the copy. Feeds are given by number.
 
     Returns:
@@ -189,30 +189,28 @@ def _train(
                 twin.replace_initializer(value, tensor)
     last = losses[-max(1, options.steps // 10) :]
     # Where all steps were taken by a run before this one, no loss is known.
-    return before, after, sum(last) / len(last) if last else after
+    return before, after, sum(last) / len(last) if last else None
 
 
 def _rate(options: Recover) -> float:
     return options.learning_rate or _RATES[options.method]
 
 
-def _worse(before: float, after: float, ended: float, rate: float) -> str:
+def _worse(before: float, after: float, ended: float | None, rate: float) -> str:
     """Tell that the held-out loss did not fall, and what may help."""
-    # So written, a loss that is no number counts as diverged.
     idle = before <= _CLOSE**2
-    diverged = not (idle or min(after, ended) <= _DIVERGED * before)
+    # So written, a loss that is no number counts as diverged.
+    diverged = not (idle or min(after, ended or after) <= _DIVERGED * before)
     if idle:
         remedy = "there was nothing to learn: see whether teacher= is the right file"
     elif diverged:
         remedy = f"lower learning-rate={rate:g}"
-    elif ended < before:
-        remedy = "give more data, or take fewer steps"
     else:
-        remedy = f"take more steps, or another learning-rate than {rate:g}"
+        remedy = f"give more data, or other steps and learning-rate than {rate:g}"
+    where = "" if ended is None else f", where the training loss ended at {ended:.4g}"
     return (
         f"the held-out loss did not fall{', as training diverged' if diverged else ''}: "
-        f"{before:.4g} before, {after:.4g} after, where the training loss ended at {ended:.4g}; "
-        f"the module stays as it is ({remedy})"
+        f"{before:.4g} before, {after:.4g} after{where}; the module stays as it is ({remedy})"
     )
 
 

@@ -198,21 +198,17 @@ def test_worse_is_refused(rate: str, tmp_path: Path) -> None:
     _, found, told = recovered(language(), options, resume=tmp_path / "kept")
     assert found["training resumed"] == 30
     assert "as training diverged" in told
+    assert "the training loss ended" not in told  # no step was taken in this run
 
 
-def test_what_is_learned_by_heart_and_what_is_not_learned_have_other_remedies() -> None:
+def test_what_is_learned_by_heart_has_not_diverged() -> None:
     drawn = np.random.default_rng(0)
     noise = [{"ids": drawn.integers(0, WORDS, (1, 8))} for _ in range(3)]
     _, found, told = recovered(language(), "rank=8 steps=150 learning-rate=1e-2", data=noise)
     (ended,) = re.findall(r"where the training loss ended at (\S+);", told)
     assert float(ended) < found["held-out loss before"] < found["held-out loss after"]
     assert "diverged" not in told
-    assert "as it is (give more data, or take fewer steps)" in told
-    # Every feed is the same, so a loss that stays ends where it was.
-    blank = [{"ids": np.full((1, 8), 3)}] * 3
-    _, found, told = recovered(language(), "rank=4 steps=2 learning-rate=1e-30", data=blank)
-    assert found["held-out loss before"] == found["held-out loss after"]
-    assert "as it is (take more steps, or another learning-rate than 1e-30)" in told
+    assert "as it is (give more data, or other steps and learning-rate than 0.01)" in told
 
 
 def test_a_teacher_that_gives_the_same_has_nothing_to_teach(tmp_path: Path) -> None:

@@ -224,8 +224,9 @@ def test_a_bare_input_is_no_tuple_of_inputs(args: Any) -> None:
 
 
 def test_an_opset_out_of_reach_is_refused() -> None:
-    with pytest.raises(InputError, match="opset"):
-        trace(Fixed(), (torch.ones(3, 3),), opset=99)
+    for opset in (99, 17):
+        with pytest.raises(InputError, match="opset"):
+            trace(Fixed(), (torch.ones(3, 3),), opset=opset)
 
 
 class Named(Base):
@@ -411,6 +412,48 @@ def test_dimensions_of_two_names_that_depend_on_each_other_are_told() -> None:
     assert ("warning", "right only where m == 2*n, as dimension 0 of 'y' is called") in told(module)
     # Names of PyTorch's own say what depends on what.
     assert not told(trace(Sum(), given, dynamic_shapes=({0: "n"}, {0: Dim.AUTO})))
+
+
+class Sums(Base):
+    def forward(self, x: Any, y: Any) -> Any:
+        return x.sum(1) + y.sum(1)
+
+
+def test_one_name_is_one_extent() -> None:
+    given, shapes = (torch.ones(2, 5), torch.ones(2, 6)), ({1: "n"}, {1: "n"})
+    told = r"'n' names dimension 1 of 'x', whose example has 5, and dimension 1 of 'y', .* has 6"
+    with pytest.raises(InputError, match=told):
+        trace(Sums(), given, dynamic_shapes=shapes)
+
+
+@pytest.mark.parametrize("axis", [-2, 2])
+def test_a_dimension_that_is_not_there_is_told(axis: int) -> None:
+    with pytest.raises(InputError, match=f"has a dimension {axis} for 'x', whose 2 dimensions"):
+        trace(Fixed(), (torch.ones(3, 3),), dynamic_shapes=({axis: "n"},))
+
+
+class Counting(Base):
+    """It counts its calls, and keeps a part of what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("kept", torch.zeros(4))
+        self.register_buffer("same", torch.ones(()))
+
+    def forward(self, x: Any) -> Any:
+        self.calls.add_(1)
+        self.kept[1:3] = x
+        return x * self.calls + self.kept[:2].add(self.same)
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_a_state_that_a_graph_has_not_is_told(decomposed: bool) -> None:
+    program = torch.export.export(Counting(), (torch.ones(2),))
+    found = told(trace(program.run_decompositions() if decomposed else program))
+    assert [(kind, message.split(",")[0]) for kind, message in found] == [
+        ("warning", f"each call changes buffer '{name}'") for name in ("calls", "kept")
+    ]
 
 
 @pytest.mark.parametrize("deferred", [False, True])
