@@ -256,10 +256,11 @@ class _Gate(torch.nn.Module):  # type: ignore[misc]
 
     def __init__(self, name: str, mask: Array) -> None:
         super().__init__()
-        if mask.dtype.kind != "f":
+        if not isinstance(mask, np.ndarray) or mask.dtype.kind != "f":
+            kind = getattr(mask, "dtype", type(mask).__name__)
             raise LwcError(
-                f"the mask of value '{name}' is {mask.dtype}, which has no gradient",
-                remedy="give floats",
+                f"the mask of value '{name}' is {kind}, which has no gradient",
+                remedy="give an array of floats",
             )
         self.name = name
         self.mask = torch.nn.Parameter(torch.from_numpy(np.array(mask)))

@@ -25,7 +25,7 @@ from lwc.backends.fx.registry import HOST, Host, Lowering, Use, find
 from lwc.backends.fx.scope import Scope
 from lwc.backends.fx.weights import Weights, free_attribute, identifier
 from lwc.core.diagnostics import describe
-from lwc.core.errors import LwcError
+from lwc.core.errors import LwcError, UsageError
 from lwc.core.module import Module
 from lwc.core.torch_types import WIDENED, held_as, type_literal
 from lwc.core.walk import attribute_graphs, constant_tensor, is_default_domain, op_name
@@ -127,6 +127,8 @@ class _Walk:
         return made
 
     def _named(self, graph: ir.Graph, names: Sequence[str]) -> list[ir.Value]:
+        if isinstance(names, str):
+            raise UsageError(f"expose takes a list of names, not '{names}'")
         if not names:
             return []
         values = {value.name: value for node in graph for value in node.outputs}

@@ -115,6 +115,7 @@ def trace(
             program, origins = _capture(module, args, kwargs, dynamic_shapes)
             axes = axes_of(program, requests(module, args, kwargs, dynamic_shapes), input_names)
             dynamic_shapes = None  # the exporter goes by the order of names, not by the names
+        _check_outputs(program)
         remarks, fixed = check_extents(program, axes, origins)
         model = translate(
             module,
@@ -132,6 +133,16 @@ def trace(
     for remark in (*remarks, *_kept_buffers(program)):
         traced.remarks.emit(remark)
     return traced
+
+
+def _check_outputs(program: torch.export.ExportedProgram) -> None:
+    for index, spec in enumerate(program.graph_signature.output_specs):
+        constant = getattr(spec.arg, "value", None)
+        if constant is not None:
+            raise InputError(
+                f"output {index} of the module is {constant!r}, and a graph gives tensors",
+                remedy="leave it out, or return a tensor",
+            )
 
 
 def _kept_buffers(program: torch.export.ExportedProgram) -> Iterator[Remark]:

@@ -22,7 +22,7 @@ from support import module_of, run_plain
 import lwc
 from lwc.backends.fx.convert import to_fx
 from lwc.backends.fx.session import FxBackend
-from lwc.core.errors import InputError, LwcError
+from lwc.core.errors import InputError, LwcError, UsageError
 from lwc.frontend.onnx_writer import save
 from lwc.wiring import find_backend
 
@@ -264,6 +264,8 @@ def test_a_failure_inside_of_a_branch_names_the_inner_node() -> None:
 def test_values_that_are_not_there_cannot_be_exposed() -> None:
     with pytest.raises(LwcError, match="no value 'nowhere'"):
         to_fx(mlp(), expose=["nowhere"])
+    with pytest.raises(UsageError, match="takes a list of names, not 'b'"):
+        to_fx(mlp(), expose="b")
 
 
 def test_without_torch_the_extra_is_named() -> None:

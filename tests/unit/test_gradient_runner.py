@@ -256,7 +256,8 @@ def test_what_is_not_reached_has_a_gradient_of_zeros() -> None:
         ({"masks": {"a": np.ones((2, 1, 1), np.float32)}}, "does not fit value 'a'"),
         ({"masks": {"a": np.ones(3, np.float32)}}, "does not fit value 'a'"),
         ({"masks": {"a": np.ones(4, np.int64)}}, "the mask of value 'a' is int64, which has no"),
-        ({"masks": {"a": np.ones(4, np.bool_)}}, r"is bool, which has no gradient \(give floats"),
+        ({"masks": {"a": np.ones(4, np.bool_)}}, r"is bool, which has no gradient \(give an array"),
+        ({"masks": {"a": [1.0, 1.0]}}, r"is list, which has no gradient \(give an array of floats"),
     ],
 )
 def test_errors_name_what_is_wrong(asked: dict[str, Any], words: str) -> None:

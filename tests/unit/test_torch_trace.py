@@ -62,6 +62,13 @@ class Unsupported(Base):
         return torch.linalg.svd(x)
 
 
+class Constant(Base):
+    """Its outputs are a tensor and a number."""
+
+    def forward(self, x: Any) -> Any:
+        return x * 2, 3
+
+
 class Fixed(Base):
     def forward(self, x: Any) -> Any:
         return x + torch.ones(3, 1)
@@ -163,6 +170,7 @@ def test_provenance_is_the_module_path_and_nothing_heavy() -> None:
             None,
             ["module '1'", "aten._linalg_svd", "no ONNX translation"],
         ),
+        (Constant(), None, ["output 1 of the module is 3", "return a tensor"]),
         (Fixed(), ({0: Dim("rows")},), ["Fixed", "rows", "dynamic_shapes"]),
         (Fixed(), ({0: "rows"},), ["Fixed", "dynamic_shapes"]),
     ],
