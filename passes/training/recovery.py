@@ -200,7 +200,8 @@ def _worse(before: float, after: float, ended: float | None, rate: float) -> str
     """Tell that the held-out loss did not fall, and what may help."""
     idle = before <= _CLOSE**2
     # So written, a loss that is no number counts as diverged.
-    diverged = not (idle or min(after, ended or after) <= _DIVERGED * before)
+    lowest = after if ended is None else min(after, ended)
+    diverged = not (idle or lowest <= _DIVERGED * before)
     if idle:
         remedy = "there was nothing to learn: see whether teacher= is the right file"
     elif diverged:

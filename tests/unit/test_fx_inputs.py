@@ -105,6 +105,13 @@ def test_dims_that_say_little_are_not_asked_for() -> None:
     assert (y.shape, z.shape) == ((2, 3), (11,))
 
 
+def test_a_sum_of_what_no_input_tells_is_no_suspect() -> None:
+    text = """g (float["a + b"] x, float[c] y) => (float[c] z) { z = Add(x, y) }"""
+    with pytest.raises(LwcError, match="Add -> 'z': RuntimeError") as caught:
+        lwc.to_fx(module_of(text))(torch.ones(2), torch.ones(3))
+    assert caught.value.remedy is None
+
+
 def test_inputs_with_a_default_may_be_none() -> None:
     lowered, given = lwc.to_fx(embedded()), fitting()
     assert torch.equal(lowered(*given.values(), None), lowered(*given.values()))

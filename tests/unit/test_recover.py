@@ -38,6 +38,7 @@ from lwc.core.errors import PassError
 from lwc.frontend.onnx_writer import save
 from lwc.optimizer import RunSettings, make_context
 from lwc.passes.training.recover import Recover
+from lwc.passes.training.recovery import _worse
 from lwc.rewrite import RewriteLimit
 from lwc.train import loop
 
@@ -199,6 +200,26 @@ def test_worse_is_refused(rate: str, tmp_path: Path) -> None:
     assert found["training resumed"] == 30
     assert "as training diverged" in told
     assert "the training loss ended" not in told  # no step was taken in this run
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "ended", "words"),
+    [
+        (1.0, 2.1, 2.1, "as training diverged"),
+        (1.0, 2.1, None, "as training diverged"),
+        (1.0, float("nan"), float("nan"), "as training diverged"),
+        (1.0, 2.1, 1.9, "give more data"),
+        (1.0, 2.1, 0.0, "give more data"),
+        (1.0, 1.9, 2.1, "give more data"),
+        (1e-5, 1.9e-5, 1e-5, "give more data"),
+        (1e-7, 1.0, 1.0, "nothing to learn"),
+    ],
+)
+def test_advice_where_nothing_was_gained(
+    before: float, after: float, ended: float | None, words: str
+) -> None:
+    """A loss has diverged that doubled on both; nothing is to learn where outputs are the same."""
+    assert words in _worse(before, after, ended, 0.1)
 
 
 def test_what_is_learned_by_heart_has_not_diverged() -> None:
