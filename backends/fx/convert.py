@@ -24,9 +24,11 @@ def to_fx(
 ) -> torch.fx.GraphModule:
     """Return a module as a differentiable `torch.fx.GraphModule` of plain PyTorch operators.
 
-    It takes the graph's inputs in order, as tensors of the types and shapes that the graph
-    declares, and returns its output, or a tuple of them; another call is an LwcError. One call
-    stands for each ONNX node and keeps its name, as far as that is an identifier;
+    It takes the graph's inputs in order, as tensors, and returns its output, or a tuple of them.
+    Integers for floats, or the other way round, another rank, and another extent than one that the
+    graph declares in numbers are an LwcError; floats of another type and extents that disagree with
+    a name are let through. One call stands for each ONNX node and keeps its name, as far as that is
+    an identifier;
     `node.meta["onnx"]` tells where it comes from: `name`, `op`, `outputs`, and what passes wrote
     (`lwc.pass`). Floating-point weights are Parameters and all others buffers, under the names of
     their initializers; scalars are Parameters that ask for no gradient. Weights are copied, one at

@@ -43,8 +43,8 @@ class OnnxGraphModule(torch.fx.GraphModule):  # type: ignore[misc]
         """Check the arguments, and run.
 
         Raises:
-            LwcError: An argument is not what the graph declares, or an operator raised something,
-                of which it names the node.
+            LwcError: An argument cannot be what the graph declares (see `check_call`), or an
+                operator raised something, of which it names the node.
         """
         if torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)

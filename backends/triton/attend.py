@@ -98,9 +98,10 @@ def attention(
         assert q_num_heads is not None
         assert kv_num_heads is not None
         q, k, v = as_heads(q, q_num_heads), as_heads(k, kv_num_heads), as_heads(v, kv_num_heads)
-    offset: int | None = 0 if lengths is None else None  # None: the last query at the last key
+    offset: int | None = 0
     if lengths is not None:
-        lengths = counted(lengths, k.shape[2])
+        # None: the last query is at the last key.
+        offset, lengths = None, counted(lengths, k.shape[2])
     if past_key is not None and past_value is not None:
         aligned = lengths is None and q.shape[2] == k.shape[2]
         offset = None if aligned else past_key.shape[2]

@@ -75,10 +75,8 @@ class RemarkLog:
 def describe(node: ir.Node) -> str:
     """Name a node for a person: operator, node name and first output."""
     op = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
-    if node.name:
-        return f"{op} '{node.name}'"
     outputs = [value.name for value in node.outputs if value.name]
-    return f"{op} -> '{outputs[0]}'" if outputs else op
+    return describe_origin({"op": op, "name": node.name, "outputs": outputs})
 
 
 def describe_origin(origin: Mapping[str, Any]) -> str:

@@ -181,11 +181,11 @@ def batch_normalization(
         spread = (wide - _by_channel(x, now)).square().mean(axes)
     factor = scale * torch.rsqrt(spread + epsilon)
     y = (wide - _by_channel(x, now)) * _by_channel(x, factor) + _by_channel(x, bias)
-    y = y.to(x.dtype)
+    y = rounded_to(y, x.dtype)
     if outputs == 1:
         return y
     running = [
-        (old * momentum + new * (1 - momentum)).to(old.dtype)
+        rounded_to(old * momentum + new * (1 - momentum), old.dtype)
         for old, new in ((mean, now), (variance, spread))
     ]
     return (y, *running)
@@ -244,7 +244,7 @@ def local_response_normalization(
     wide = in_single(x)
     squares = F.pad(wide.square(), [0, 0] * (x.dim() - 2) + [before, after])
     total = squares.unfold(1, size, 1).sum(-1)
-    return (wide / (bias + alpha / size * total) ** beta).to(x.dtype)
+    return rounded_to(wide / (bias + alpha / size * total) ** beta, x.dtype)
 
 
 @op("LpNormalization")
@@ -252,7 +252,7 @@ def lp_normalization(x: Tensor, *, axis: int = -1, p: int = 2) -> Tensor:
     """Divide by the norm along an axis; what is all 0 stays."""
     wide = in_single(x)
     norm = torch.linalg.vector_norm(wide, p, axis, keepdim=True)
-    return (wide / torch.where(norm == 0, torch.ones_like(norm), norm)).to(x.dtype)
+    return rounded_to(wide / torch.where(norm == 0, torch.ones_like(norm), norm), x.dtype)
 
 
 @op("MeanVarianceNormalization")
@@ -260,4 +260,5 @@ def mean_variance_normalization(x: Tensor, *, axes: Sequence[int] = (0, 2, 3)) -
     """Bring axes to mean 0 and variance 1."""
     wide = in_single(x)
     centred = wide - wide.mean(list(axes), keepdim=True)
-    return (centred / (centred.square().mean(list(axes), keepdim=True).sqrt() + 1e-9)).to(x.dtype)
+    spread = centred.square().mean(list(axes), keepdim=True).sqrt()
+    return rounded_to(centred / (spread + 1e-9), x.dtype)

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from lwc.backends.fx.ops.rounding import in_single
+from lwc.backends.fx.ops.rounding import in_single, rounded_to
 from lwc.backends.fx.registry import op
 
 __all__: list[str] = []
@@ -33,7 +33,7 @@ def dft(
     dim, kind, x = _number(axis) % x.dim(), x.dtype, in_single(x)
     if onesided and inverse:
         signal = torch.fft.irfft(torch.view_as_complex(x.contiguous()), n=count, dim=dim)
-        return signal.unsqueeze(-1).to(kind)
+        return rounded_to(signal.unsqueeze(-1), kind)
     if x.shape[-1] == 1:
         signal = torch.complex(x[..., 0], torch.zeros_like(x[..., 0]))
     else:
@@ -42,7 +42,7 @@ def dft(
     spectrum = transform(signal, n=count, dim=dim)
     if onesided:
         spectrum = spectrum.narrow(dim, 0, spectrum.shape[dim] // 2 + 1)
-    return torch.view_as_real(spectrum).to(kind)
+    return rounded_to(torch.view_as_real(spectrum), kind)
 
 
 @op("STFT", values=(1, 3))
